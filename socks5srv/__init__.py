@@ -1,0 +1,44 @@
+"""
+socks5srv: a SOCKS5 proxy server in plain Python (RFC 1928 and RFC 1929).
+
+    from socks5srv import Socks5Server, Socks5Handler
+
+To read the source, begin with protocol.py, then server.py, outbound.py, relay.py and
+datagrams.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .protocol import (
+        Address, AddressType, Command, LoginFailed, Method, ProtocolError, ReplyCode, Request, RequestFailed,
+        Socks5Error,
+    )
+    from .server import Socks5Handler, Socks5Server
+    from .session import Session
+
+# Where the public names live.  They are imported when they are first used, so that a program
+# that only has this package installed does not pay for it at its start.
+HOMES = {
+    "Socks5Server": "server", "Socks5Handler": "server", "Session": "session",
+    "Address": "protocol", "AddressType": "protocol", "Command": "protocol", "Method": "protocol",
+    "ReplyCode": "protocol", "Request": "protocol", "Socks5Error": "protocol", "ProtocolError": "protocol",
+    "LoginFailed": "protocol", "RequestFailed": "protocol",
+}
+
+__all__ = [
+    "Address", "AddressType", "Command", "LoginFailed", "Method", "ProtocolError", "ReplyCode", "Request",
+    "RequestFailed", "Session", "Socks5Error", "Socks5Handler", "Socks5Server",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("." + HOMES[name], __name__), name)

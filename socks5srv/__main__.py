@@ -1,0 +1,8 @@
+"""``python -m socks5srv``, and the script ``socks5srv``: see service/."""
+
+import sys
+
+from .service.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,427 @@
+"""
+The UDP association: datagrams to and from any number of hosts, for one client.
+
+UDP has no connections, so SOCKS gives each datagram an envelope: the client sends to the
+relay a header that names the target, and the payload; the relay sends the payload on, and
+wraps what comes back in a header that names the sender.  Only the TCP connection on which
+UDP ASSOCIATE was asked for shows that the client still lives; when it ends, so does this.
+
+    client  == TCP ==  control           (says nothing any more; its end is the end)
+    client  <- UDP ->  inner socket      bound where the control connection came in
+                       outer sockets  <- UDP ->  targets        (one per family, made on demand)
+
+The one idea: a header already seen is not parsed again.  As octets it is the key to the
+target, and a source's address is the key to the header of what it sends, so that a datagram
+costs two system calls and a look-up in a dict.
+
+Whoever sends to the inner socket is the client's host, or not heard; after the first good
+datagram it is the client's port, too, or a neighbour behind the same address could take the
+answers.  On the outer side, only hosts that the client has written to are heard (on any
+port: a TFTP server answers from a new one).  A datagram that is wrong in any way is dropped
+in silence, as RFC 1928 section 7 asks, and costs nothing but itself.
+
+An association lives in the relay thread, next to the tunnels (relay.py).  A name is looked up
+in a thread of its own, while other datagrams go on.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from io import BytesIO
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Set, Tuple
+
+from . import outbound
+from .protocol import Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
+from .relay import READ, Relay, Watched
+
+if TYPE_CHECKING:
+    from .server import Socks5Handler
+
+TURN = 64               # datagrams moved in one turn, so that a flood leaves room for the others
+SPACE = 22              # octets in front of what is received: the longest header of an answer
+REMEMBERED = 4096       # targets and sources known at a time; then all are looked up afresh
+FORGET = 60.0           # seconds after which the same happens: names may move
+QUEUED = 64             # datagrams that wait for their names to be looked up
+LOOK_UPS = 16           # names being looked up at a time, for one client
+REASSEMBLY = 5.0        # seconds that fragments wait for the rest; RFC 1928 section 7 asks for 5 at least
+BUFFER = 1024 * 1024    # octets the kernel may queue for us; its default loses bursts
+
+SockAddr = Tuple[str, int]
+Target = Tuple[socket.socket, SockAddr]     # the outer socket that can reach it, and its address
+
+
+def header_length(octets: memoryview) -> int:
+    """How long the header of this datagram is (it may end before); 0 for an unknown ATYP."""
+    atyp = octets[3] if len(octets) > 4 else 0
+    if atyp == AddressType.IPV4:
+        return 10
+    if atyp == AddressType.IPV6:
+        return 22
+    return 7 + octets[4] if atyp == AddressType.DOMAINNAME else 0
+
+
+class Association:
+    """
+    One client's UDP relay.  `bound` is where the client has to send to.
+
+    Made in the conversation's thread, which tells the client; after start() it belongs to the
+    relay thread.  OSError if there is no socket to be had.
+    """
+
+    def __init__(self, handler: Socks5Handler, host: str) -> None:
+        self.handler = handler
+        self.server = handler.server
+        self.session = handler.session
+        self.client_host = self.session.client.host
+        self.inner = Inner(self, udp_socket(host))
+        self.outer: Dict[int, Outer] = {}                   # by address family
+        self.control: Optional[Control] = None
+        self.bound = Address.of(self.inner.socket.getsockname())
+        self.server.udp_relays[self.bound.port] = self.bound.host
+        # What has been found out, each to be thrown away at any time:
+        self.targets: Dict[bytes, Optional[Target]] = {}    # by header; None: leads nowhere
+        self.headers: Dict[SockAddr, bytes] = {}            # by source
+        self.contacted: Set[str] = set()                    # hosts that may answer
+        self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
+        self.fragments: Optional[Fragments] = Fragments() if self.server.reassemble else None
+
+    relay: Relay
+
+    def __enter__(self) -> Association:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.control is None:
+            self.close_sockets()
+
+    def start(self, relay: Relay, connection: socket.socket) -> None:
+        """Hand it to the relay thread, with the TCP connection that it lives by."""
+        self.relay = relay
+        self.control = Control(self, connection)
+        watched: Dict[int, Watched] = {connection.fileno(): self.control, self.inner.socket.fileno(): self.inner}
+        try:
+            relay.watch(watched, [READ, READ])
+        except OSError as error:
+            self.abort(str(error))
+        else:
+            relay.call(self.forget)
+
+    # --- all of what follows runs in the relay thread ---
+
+    def forget(self) -> None:
+        """Look everything up afresh from now on, and again after a while."""
+        if not self.ended:
+            self.targets.clear()
+            self.headers.clear()
+            self.relay.call_later(FORGET, self.forget)
+
+    @property
+    def ended(self) -> bool:
+        return self.session.seconds is not None
+
+    def abort(self, reason: str) -> None:
+        if self.ended:
+            return
+        for owner in (self.control, self.inner, *self.outer.values()):
+            if owner is not None:
+                self.relay.unwatch(owner.socket.fileno())
+                owner.socket.close()
+        self.close_sockets()
+        self.session.end(reason)
+        self.handler.finished()
+
+    def close_sockets(self) -> None:
+        self.server.udp_relays.pop(self.bound.port, None)
+        self.inner.socket.close()
+
+    def send_out(self, header: bytes, payload: memoryview) -> None:
+        """A datagram of the client's: on to where its header says, if that is known."""
+        try:
+            target = self.targets[header]
+        except KeyError:
+            target = self.find(header, payload)
+        if target is not None:
+            outer, sockaddr = target
+            try:
+                outer.sendto(payload, sockaddr)
+            except OSError:             # too long, unroutable, no room: UDP may lose it
+                return
+            self.session.up += len(payload)
+
+    def find(self, header: bytes, payload: memoryview) -> Optional[Target]:
+        """What a header not seen before stands for; None if it leads nowhere, or not yet."""
+        try:
+            datagram = Datagram.read(BytesIO(header))
+        except (ProtocolError, RequestFailed):
+            return None                 # not remembered: nonsense has no end
+        if datagram.frag:
+            self.add_fragment(datagram, bytes(payload))
+            return None
+        literal = datagram.address.literal
+        if literal is not None:
+            return self.remember(header, self.open_towards([literal]))
+        self.look_up(header, datagram.address, bytes(payload))
+        return None
+
+    def remember(self, header: bytes, target: Optional[Target]) -> Optional[Target]:
+        if len(self.targets) >= REMEMBERED:
+            self.targets.clear()
+        self.targets[header] = target
+        return target
+
+    def open_towards(self, addresses: Sequence[Address]) -> Optional[Target]:
+        """The first of the addresses that is allowed and can be sent to."""
+        for address in addresses:
+            if not self.handler.may_reach(Command.UDP_ASSOCIATE, address):
+                continue
+            try:
+                outer = self.outer_socket(address)
+            except (OSError, RequestFailed):
+                continue
+            self.contacted.add(address.host)
+            return outer, (address.host, address.port)
+        return None
+
+    def outer_socket(self, address: Address) -> socket.socket:
+        """The socket for all targets of this family."""
+        family = outbound.family_of(address)
+        if family not in self.outer:
+            sock = self.server.route.socket(address, socket.SOCK_DGRAM)
+            enlarge(sock)
+            if sock.getsockname()[1] == 0:      # a port is needed before it can be waited for
+                sock.bind(("", 0))
+            self.outer[family] = Outer(self, sock)
+            self.relay.watch({sock.fileno(): self.outer[family]}, [READ])
+        return self.outer[family].socket
+
+    # --- names ---
+
+    def look_up(self, header: bytes, address: Address, payload: bytes) -> None:
+        """Have the name looked up aside; the datagrams for it wait, if they are not too many."""
+        waiting = self.looking_up.get(header)
+        if waiting is not None:
+            if sum(map(len, self.looking_up.values())) < QUEUED:
+                waiting.append(payload)
+            return
+        if len(self.looking_up) >= LOOK_UPS or not self.handler.allow(Command.UDP_ASSOCIATE, address):
+            return
+        self.looking_up[header] = [payload]
+        try:
+            threading.Thread(target=self.resolve, args=(header, address), name="socks5srv-lookup", daemon=True).start()
+        except RuntimeError:            # no thread left: one datagram lost, as on a bad line
+            del self.looking_up[header]
+
+    def resolve(self, header: bytes, address: Address) -> None:
+        """In a thread of its own: ask, and bring the answer to the relay thread."""
+        try:
+            hosts = self.handler.resolve(address.host)
+            found = [Address.numeric(host, address.port) for host in hosts]
+        except (OSError, ValueError, RequestFailed):
+            found = []
+        self.relay.call(lambda: self.resolved(header, found))
+
+    def resolved(self, header: bytes, addresses: List[Address]) -> None:
+        """
+        The answer has come: send what has waited for it.
+
+        The family of the client's own connection goes first.  UDP cannot try one address after
+        the other, and that family is the one that is known to work here.
+        """
+        waiting = self.looking_up.pop(header, [])
+        if self.ended:
+            return
+        addresses.sort(key=lambda address: address.address_type is not self.bound.address_type)
+        self.remember(header, self.open_towards(addresses))
+        for payload in waiting:
+            self.send_out(header, memoryview(payload))
+
+    # --- fragments ---
+
+    def add_fragment(self, datagram: Datagram, payload: bytes) -> None:
+        """RFC 1928 section 7: without reassembly every fragment must be dropped."""
+        if self.fragments is None:
+            return
+        fragments = self.fragments
+        if fragments.add(datagram, payload):
+            number = fragments.number
+            self.relay.call_later(REASSEMBLY, lambda: fragments.expire(number))
+        whole = fragments.take_whole()
+        if whole is not None:
+            header = bytes(Datagram(whole.address, b""))
+            self.send_out(header, memoryview(whole.data))
+
+
+class Control:
+    """The TCP connection of the association: it says nothing, but its end ends everything."""
+
+    def __init__(self, association: Association, connection: socket.socket) -> None:
+        self.association = association
+        self.socket = connection
+
+    def ready(self, events: int) -> None:
+        try:
+            if not self.socket.recv(4096):
+                self.association.abort("client closed")
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.association.abort(error.strerror or str(error))
+
+    def abort(self, reason: str) -> None:
+        self.association.abort(reason)
+
+
+class Inner:
+    """The socket that the client sends to, and gets its answers from."""
+
+    def __init__(self, association: Association, sock: socket.socket) -> None:
+        self.association = association
+        self.socket = sock
+        self.receive: Callable[[memoryview], int] = self.receive_from_anyone
+        self.client: Optional[SockAddr] = None
+
+    def abort(self, reason: str) -> None:
+        self.association.abort(reason)
+
+    def ready(self, events: int) -> None:
+        chunk = self.association.relay.chunk
+        for _ in range(TURN):
+            try:
+                octets = chunk[:self.receive(chunk)]
+            except BlockingIOError:
+                if self.client is not None:     # all that came before the lock has been seen
+                    self.receive = self.socket.recv_into
+                return
+            except OSError:             # an ICMP error of an earlier answer
+                continue
+            length = header_length(octets)
+            if 0 < length <= len(octets):
+                self.association.send_out(bytes(octets[:length]), octets[length:])
+
+    def receive_from_anyone(self, chunk: memoryview) -> int:
+        """
+        The next datagram's length; 0 if a stranger sent it.
+
+        The first good one locks the client's port: the socket is connected to it, and from
+        then on the kernel keeps all others out.  Those that have been queued before are still
+        checked here, until the queue is empty.
+        """
+        n, sockaddr = self.socket.recvfrom_into(chunk)
+        source = (Address.of(sockaddr).host, sockaddr[1])
+        if self.client is None and source[0] == self.association.client_host:
+            if not 0 < header_length(chunk[:n]) <= n:
+                return 0
+            self.client = source
+            self.socket.connect(sockaddr)
+        return n if source == self.client else 0
+
+    def send(self, datagram: memoryview) -> bool:
+        """An answer for the client; False if it does not fit, or the client has not sent yet."""
+        try:
+            self.socket.send(datagram)
+        except OSError:
+            return False
+        return True
+
+
+class Outer:
+    """The socket that all targets of one family are written to and heard on."""
+
+    def __init__(self, association: Association, sock: socket.socket) -> None:
+        self.association = association
+        self.socket = sock
+
+    def abort(self, reason: str) -> None:
+        self.association.abort(reason)
+
+    def ready(self, events: int) -> None:
+        association = self.association
+        chunk = association.relay.chunk
+        room = chunk[SPACE:]
+        for _ in range(TURN):
+            try:
+                n, source = self.socket.recvfrom_into(room)
+            except BlockingIOError:
+                return
+            except OSError:             # an ICMP error of an earlier datagram
+                continue
+            header = association.headers.get(source) or self.header(source)
+            if header:
+                start = SPACE - len(header)
+                chunk[start:SPACE] = header
+                if association.inner.send(chunk[start:SPACE + n]):
+                    association.session.down += n
+
+    def header(self, source: Tuple[str, int]) -> bytes:
+        """The header for what this source sends; empty if the client has not written to it."""
+        address = Address.of(source)
+        if address.host not in self.association.contacted:
+            return b""
+        if len(self.association.headers) >= REMEMBERED:
+            self.association.headers.clear()
+        header = self.association.headers[source] = bytes(Datagram(address, b""))
+        return header
+
+
+class Fragments:
+    """
+    The reassembly queue of RFC 1928 section 7, for one client.
+
+    Fragments come in order: one that does not follow the one before drops the queue, and so
+    does another destination, too much, or too long a wait.
+    """
+
+    MOST = 65507        # octets; more fits in no datagram
+
+    def __init__(self) -> None:
+        self.number = 0             # of the queue, for its timer
+        self.parts: List[Datagram] = []
+
+    def add(self, datagram: Datagram, payload: bytes) -> bool:
+        """Queue a fragment; True if it begins a new queue, whose timer has to be started."""
+        position = datagram.frag & ~Datagram.LAST_FRAGMENT
+        if not self.follows(position, datagram.address):
+            self.parts = []
+        if position != len(self.parts) + 1:
+            return False
+        self.parts.append(Datagram(datagram.address, payload, datagram.frag))
+        if position == 1:
+            self.number += 1
+        return position == 1
+
+    def follows(self, position: int, address: Address) -> bool:
+        if not self.parts or position <= len(self.parts) or sum(len(part.data) for part in self.parts) > self.MOST:
+            return False
+        return self.parts[0].address == address
+
+    def take_whole(self) -> Optional[Datagram]:
+        """The whole datagram, once its last fragment is there."""
+        if not self.parts or not self.parts[-1].frag & Datagram.LAST_FRAGMENT:
+            return None
+        whole = Datagram(self.parts[0].address, b"".join(part.data for part in self.parts))
+        self.parts = []
+        return whole
+
+    def expire(self, number: int) -> None:
+        if number == self.number:
+            self.parts = []
+
+
+def udp_socket(host: str) -> socket.socket:
+    """A non-blocking UDP socket on a free port of this address of ours."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.bind((host, 0))
+        enlarge(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def enlarge(sock: socket.socket) -> None:
+    """Ask for room to queue bursts; the system gives what it likes."""
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)

@@ -1,0 +1,135 @@
+"""
+A listening socket, and the threads that take turns at it.
+
+A conversation needs a thread of its own, and a new thread costs more than the conversation
+does.  So threads are kept, in the pattern called *leader and followers*: the thread that
+accepts a client also talks to it, and before it starts talking makes sure that somebody else
+is waiting at accept().  No queue stands between accepting and talking, and no other thread
+has to be woken: the kernel hands the next client to the next thread in accept().
+
+This file does not know what is talked about.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from functools import cached_property
+from typing import Any, Callable, Set, Tuple
+
+from .protocol import Address
+
+logger = logging.getLogger("socks5srv")
+
+
+class Listener:
+    """
+    Threads that wait in ``accept()``, and call ``talk(connection, client_address)``.
+
+    `spare` threads at most stay waiting when a burst of clients is over.
+    """
+
+    spare = 16      # threads; some 20 KiB each, and more than that many handshakes at a time are rare
+
+    def __init__(self, sock: socket.socket, accept: Callable[[socket.socket], Tuple[socket.socket, Any]],
+                 talk: Callable[[socket.socket, Any], None]) -> None:
+        self.socket = sock
+        self.accept = accept
+        self.talk = talk
+        self.lock = threading.Lock()
+        self.waiting = 0            # threads in accept(), or on their way there
+        self.threads: Set[threading.Thread] = set()
+        self.stopping = False
+
+    @cached_property
+    def address(self) -> Address:
+        return Address.of(self.socket.getsockname())
+
+    def start(self, backlog: int) -> None:
+        """Begin to accept; may follow a stop()."""
+        self.socket.listen(backlog)     # again, as stop() may have undone it
+        self.stopping = False
+        self.add_thread()
+
+    def add_thread(self) -> None:
+        """One more in accept().  RuntimeError if the system has no more threads to give."""
+        with self.lock:
+            self.waiting += 1
+            thread = threading.Thread(target=self.run, name="socks5srv-conversation", daemon=True)
+            self.threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            with self.lock:
+                self.waiting -= 1
+                self.threads.discard(thread)
+            raise
+
+    def run(self) -> None:
+        try:
+            while not self.stopping:
+                self.serve_one()
+                if not self.rejoin():
+                    return
+        finally:
+            with self.lock:
+                self.threads.discard(threading.current_thread())
+
+    def serve_one(self) -> None:
+        """Accept a client, leave the lead to another thread, and talk."""
+        try:
+            connection, client_address = self.accept(self.socket)
+        except OSError:             # the client has left again, or we are stopping
+            self.leave()
+            return
+        nobody_waits = self.leave() == 0
+        if self.stopping:           # this was no client, but interrupt()
+            connection.close()
+            return
+        if nobody_waits:
+            try:
+                self.add_thread()
+            except RuntimeError as error:       # then the next client waits until this one is served
+                logger.warning("serving fewer clients at a time: %s", error)
+        self.talk(connection, client_address)
+
+    def leave(self) -> int:
+        """Go away from accept(); how many threads are still there."""
+        with self.lock:
+            self.waiting -= 1
+            return self.waiting
+
+    def rejoin(self) -> bool:
+        """Go back to accept(), unless enough are there already."""
+        with self.lock:
+            if self.stopping or self.waiting >= self.spare:
+                return False
+            self.waiting += 1
+            return True
+
+    def stop(self) -> None:
+        """Accept no more.  Conversations go on; threads that have none end."""
+        self.stopping = True
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)      # Linux: every accept() fails at once
+        except OSError:
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Elsewhere threads in accept() have to be called out of it, one by one."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address.host, self.address.host)
+        for _ in range(self.waiting):
+            try:
+                socket.create_connection((host, self.address.port), timeout=1).close()
+            except OSError:         # then nobody is waiting any more
+                return
+
+    def join(self, timeout: float) -> None:
+        """Wait for the threads to end, so many seconds for each at most."""
+        for thread in list(self.threads):
+            if thread is not threading.current_thread():
+                thread.join(timeout)
+
+    def close(self) -> None:
+        self.socket.close()

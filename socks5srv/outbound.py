@@ -1,0 +1,336 @@
+"""
+Going out: a destination becomes a connected socket, or a reply code.
+
+A name may have many addresses, in two families, and any of them may be dead.  So all are
+tried, in the way of RFC 8305 ("Happy Eyeballs"): families take turns, an address has 250 ms
+before the next one starts beside it, the first to answer wins, and the others are closed.
+One deadline covers all of it, the look-up included.
+
+The one idea: whatever this thread waits for (an answer of the resolver, a connection to
+come about, a peer to call back), it waits for *in `wait()`, with an eye on the client*.
+When the client has gone, or the server stops, the waiting ends at once.
+
+Nothing is decided here.  Which of the addresses are allowed, the handler has asked before:
+what is judged and what is dialled are the same list of addresses, never a name twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from .protocol import Address, AddressType, ReplyCode, RequestFailed
+from .relay import READ, WRITE, tune
+
+STAGGER = 0.25      # seconds that an address has before the next one starts; RFC 8305 section 8
+
+
+class ClientGone(OSError):
+    """The client has left, or the server is stopping: there is nobody to answer."""
+
+
+class Route(NamedTuple):
+    """How to go out: to which family, and from where."""
+
+    family: int = socket.AF_UNSPEC              # or AF_INET, or AF_INET6, for that one only
+    source: Optional[str] = None                # an address of this computer
+
+    def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """A non-blocking socket that can reach `address`; RequestFailed 08, or 01 and 03, if none can."""
+        family = family_of(address)
+        if self.family not in (socket.AF_UNSPEC, family):
+            raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is not of the family in use")
+        sock = socket.socket(family, kind)
+        try:
+            sock.setblocking(False)
+            if self.source is not None and (":" in self.source) == (family == socket.AF_INET6):
+                sock.bind((self.source, 0))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+def family_of(address: Address) -> socket.AddressFamily:
+    return socket.AF_INET6 if address.address_type is AddressType.IPV6 else socket.AF_INET
+
+
+# --- errors and reply codes ---
+
+REPLY_CODES = {
+    getattr(errno, name): code
+    for code, names in {
+        ReplyCode.CONNECTION_REFUSED: "ECONNREFUSED ECONNRESET ECONNABORTED EPIPE",
+        ReplyCode.NETWORK_UNREACHABLE: "ENETUNREACH ENETDOWN ENONET",
+        ReplyCode.HOST_UNREACHABLE: "EHOSTUNREACH EHOSTDOWN",
+        ReplyCode.TTL_EXPIRED: "ETIMEDOUT",
+        ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED: "EAFNOSUPPORT EPROTONOSUPPORT",
+        ReplyCode.NOT_ALLOWED: "EACCES EPERM",
+    }.items()
+    for name in names.split()
+    if hasattr(errno, name)
+}
+
+NO_SUCH_FAMILY = {      # of getaddrinfo; every other complaint of it is about the name
+    getattr(socket, name) for name in ("EAI_ADDRFAMILY", "EAI_FAMILY") if hasattr(socket, name)
+}
+
+# Several addresses, several failures: a refused one says more than an unreachable one.
+MOST_TELLING = [
+    ReplyCode.CONNECTION_REFUSED, ReplyCode.HOST_UNREACHABLE, ReplyCode.NETWORK_UNREACHABLE,
+    ReplyCode.TTL_EXPIRED, ReplyCode.NOT_ALLOWED, ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED,
+    ReplyCode.GENERAL_FAILURE,
+]
+
+
+def failure(error: Exception, about: object) -> RequestFailed:
+    """What to tell the client about an error of the operating system or of the resolver."""
+    if isinstance(error, RequestFailed):
+        return error
+    if isinstance(error, socket.gaierror):
+        code = ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED if error.errno in NO_SUCH_FAMILY else ReplyCode.HOST_UNREACHABLE
+    elif isinstance(error, socket.timeout):
+        code = ReplyCode.TTL_EXPIRED
+    elif isinstance(error, OSError):
+        code = REPLY_CODES.get(error.errno or 0, ReplyCode.GENERAL_FAILURE)
+    elif isinstance(error, ValueError):     # UnicodeError among them: no name can be spelled so
+        code = ReplyCode.HOST_UNREACHABLE
+    else:
+        raise error
+    return RequestFailed(code, f"{about}: {getattr(error, 'strerror', None) or error}")
+
+
+@contextmanager
+def reporting(about: object) -> Iterator[None]:
+    """Turn errors of the operating system and the resolver into RequestFailed."""
+    try:
+        yield
+    except ClientGone:
+        raise
+    except (OSError, ValueError) as error:
+        raise failure(error, about) from error
+
+
+def most_telling(failures: Sequence[RequestFailed]) -> RequestFailed:
+    """The one failure to report, of at least one."""
+    return min(failures, key=lambda failure: MOST_TELLING.index(failure.code))
+
+
+# --- waiting ---
+
+def wait(interests: Dict[int, int], client: socket.socket, until: float) -> Dict[int, int]:
+    """
+    Wait until a descriptor is READ- or WRITE-ready as `interests` asks; none are at the deadline.
+
+    ClientGone when the client's connection is dead.  A client that has only finished
+    sending, or has sent ahead, is not dead: its octets are not looked at.
+    """
+    timeout = max(0.0, until - time.monotonic())
+    if hasattr(select, "poll"):
+        return wait_by_poll(interests, client, timeout)
+    return wait_by_select(interests, client, timeout)
+
+
+def wait_by_poll(interests: Dict[int, int], client: socket.socket, timeout: float) -> Dict[int, int]:
+    poll = select.poll()
+    for fd, interest in interests.items():
+        poll.register(fd, (interest & READ and select.POLLIN) | (interest & WRITE and select.POLLOUT))
+    if client.fileno() not in interests:
+        poll.register(client.fileno(), 0)       # which still tells of a hang-up
+    ready = {}
+    for fd, events in poll.poll(timeout * 1000):
+        if fd in interests:
+            ready[fd] = events
+        elif events:
+            raise ClientGone("the client has gone")
+    return ready
+
+
+def wait_by_select(interests: Dict[int, int], client: socket.socket, timeout: float) -> Dict[int, int]:
+    """Windows has no poll(), and select() tells no hang-up: look now and then if we are stopped."""
+    readers = [fd for fd, interest in interests.items() if interest & READ]
+    writers = [fd for fd, interest in interests.items() if interest & WRITE]
+    until = time.monotonic() + timeout
+    while True:
+        # Windows reports a failed connect as an exception, not as writable.
+        found = select.select(readers, writers, writers, min(timeout, 0.1))
+        ready = {fd: interests[fd] for fds in found for fd in fds}
+        if client.fileno() < 0:
+            raise ClientGone("the server is stopping")
+        timeout = until - time.monotonic()
+        if ready or timeout <= 0:
+            return ready
+
+
+# --- names ---
+
+def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
+    """
+    The IP addresses of a host, as text, best first.  Blocks, for as long as the resolver likes.
+
+    OSError or UnicodeError if there are none.
+    """
+    # As octets an ASCII name passes Python's IDNA codec by, which chokes on a..b and long labels.
+    name = host.encode("ascii") if host.isascii() else host.encode("idna")
+    rows = socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)
+    return [str(row[4][0]) for row in rows]
+
+
+def in_time(function: Callable[[str], Sequence[str]], host: str, client: socket.socket, until: float) -> Sequence[str]:
+    """
+    ``function(host)``, given up at the deadline or when the client goes.
+
+    A look-up can be neither timed nor cancelled, so it has a thread of its own, which an
+    answer that comes too late finds empty.
+    """
+    answers: Deque[Sequence[str]] = deque()
+    errors: Deque[Exception] = deque()
+    ours, theirs = socket.socketpair()
+
+    def look() -> None:
+        with theirs:            # closing it is what wakes us
+            try:
+                answers.append(function(host))
+            except Exception as error:
+                errors.append(error)
+
+    with ours:
+        try:
+            threading.Thread(target=look, name="socks5srv-lookup", daemon=True).start()
+        except RuntimeError as error:
+            theirs.close()
+            raise OSError(errno.EAGAIN, "no thread left to look it up") from error
+        wait({ours.fileno(): READ}, client, until)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{host}: the look-up took too long")
+    return answers[0]
+
+
+def interleave(addresses: Iterable[Address]) -> List[Address]:
+    """The families by turns, beginning with that of the first, each address once.  RFC 8305 section 4."""
+    unique = list(dict.fromkeys(addresses))
+    first = [a for a in unique if a.address_type is unique[0].address_type]
+    other = [a for a in unique if a.address_type is not unique[0].address_type]
+    return [a for pair in zip_longest(first, other) for a in pair if a is not None]
+
+
+# --- connecting ---
+
+def connect(addresses: Sequence[Address], route: Route, client: socket.socket, until: float) -> Tuple[socket.socket, Address]:
+    """
+    A connection to one of the addresses (numeric, at least one), and which one it is.
+
+    RequestFailed with the most telling code if none can be had by `until`, a time of
+    `time.monotonic()`.  The socket is non-blocking.
+    """
+    race = Race(addresses, route)
+    try:
+        while True:
+            won = race.start_next()
+            if won is None and race.running:
+                won = race.finish(wait(dict.fromkeys(race.running, WRITE), client, min(until, race.next_start)))
+            if won is not None:
+                return won
+            if not race.running and not race.waiting:
+                raise most_telling(race.failures)
+            if time.monotonic() >= until:
+                race.failures.append(RequestFailed(ReplyCode.TTL_EXPIRED, "the target did not answer in time"))
+                raise most_telling(race.failures)
+    finally:
+        race.close()
+
+
+class Race:
+    """The attempts of one connect(): those that wait for their start, run, and failed."""
+
+    def __init__(self, addresses: Sequence[Address], route: Route) -> None:
+        self.waiting = deque(addresses)
+        self.running: Dict[int, Tuple[socket.socket, Address]] = {}
+        self.failures: List[RequestFailed] = []
+        self.route = route
+        self.next_start = 0.0
+
+    def start_next(self) -> Optional[Tuple[socket.socket, Address]]:
+        """Begin with the next address if its time has come; the winner, if it connects at once."""
+        while self.waiting and (not self.running or time.monotonic() >= self.next_start):
+            self.next_start = time.monotonic() + STAGGER
+            address = self.waiting.popleft()
+            try:
+                sock = self.route.socket(address)
+            except (OSError, RequestFailed) as error:
+                self.failures.append(failure(error, address))
+                continue
+            code = sock.connect_ex((address.host, address.port))
+            if code == 0:
+                return self.won(sock, address)
+            if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", None)):
+                self.running[sock.fileno()] = sock, address
+            else:
+                self.lost(sock, address, code)
+        if not self.waiting:
+            self.next_start = float("inf")
+        return None
+
+    def finish(self, ready: Iterable[int]) -> Optional[Tuple[socket.socket, Address]]:
+        """See how those that have finished did; the winner, if there is one."""
+        for fd in ready:
+            sock, address = self.running.pop(fd)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code == 0:
+                return self.won(sock, address)
+            self.lost(sock, address, code)
+        return None
+
+    def won(self, sock: socket.socket, address: Address) -> Tuple[socket.socket, Address]:
+        tune(sock)
+        return sock, address
+
+    def lost(self, sock: socket.socket, address: Address, code: int) -> None:
+        sock.close()
+        self.failures.append(failure(OSError(code, os.strerror(code)), address))
+
+    def close(self) -> None:
+        for sock, _address in self.running.values():
+            sock.close()
+
+
+# --- being connected to: BIND ---
+
+def local_address_towards(address: Address, route: Route) -> str:
+    """Our own address as `address` sees it: the one that packets to it would leave from."""
+    with route.socket(address, socket.SOCK_DGRAM) as sock:
+        sock.connect((address.host, address.port or 9))     # for UDP this sends nothing
+        return str(sock.getsockname()[0])
+
+
+def listen(host: str) -> socket.socket:
+    """A non-blocking socket that listens on a free port of this address of ours."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setblocking(False)
+        listener.bind((host, 0))
+        listener.listen(16)     # strangers may queue before the one who is expected
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def is_own_address(host: str) -> bool:
+    """Whether this IP address is one of this computer's: only those can be bound."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((host, 0))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,594 @@
+"""
+The messages of SOCKS5: octets to objects and back.  No sockets here.
+
+RFC 1928 and RFC 1929 draw every message as a row of named boxes.  Here a message is a class
+under that same picture, and the one idea of this file is that *a message is a table of
+fields*: it reads itself from a binary stream (a `BytesIO` will do), and lists its fields as
+`(RFC name, octets, meaning)`.  Its octets, ``bytes(message)``, and its text,
+``str(message)``, both follow from that list, so they cannot disagree.
+
+    client -> server   Greeting              the methods I can log in with
+    client <- server   MethodSelection       use this one
+    client -> server   Credentials           (RFC 1929, if that was the method)
+    client <- server   CredentialsReply
+    client -> server   Request               CONNECT, BIND or UDP ASSOCIATE, and where
+    client <- server   Reply                 one of nine codes (BIND: two replies)
+    both ways          Datagram              the header in front of every UDP payload
+
+Two rules keep the readers safe.  They read exactly the octets of their message, so whatever
+the client sent ahead stays in the stream.  And they read a message to its end before they
+judge it, as far as its end is known, because an answer to a half-read message may get lost.
+
+Errors carry the answer: every `Socks5Error` has the message to send before hanging up.
+
+This file decides nothing: who may log in and what may be reached is asked in server.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import IntEnum
+from ipaddress import IPv6Address, ip_address
+from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Protocol, Tuple
+
+VER = 5                     # of every message but the two of RFC 1929
+CREDENTIALS_VER = 1         # of those two: the version of the sub-negotiation, not of SOCKS
+RSV = 0
+DATAGRAM_MAX = 65507        # octets; the largest payload that UDP over IPv4 has room for
+
+
+class BinaryStream(Protocol):
+    """Anything with `read(n)`: at most `n` octets, or all that are left; none at the end."""
+
+    def read(self, n: int = -1, /) -> bytes: ...
+
+
+# --- the codes, under the names that the RFCs give them ---
+
+class Method(IntEnum):
+    """How a client proves who it is.  RFC 1928 section 3."""
+
+    NO_AUTHENTICATION_REQUIRED = 0x00
+    GSSAPI = 0x01
+    USERNAME_PASSWORD = 0x02
+    NO_ACCEPTABLE_METHODS = 0xFF
+
+
+class Command(IntEnum):
+    """What a client asks for.  RFC 1928 section 4."""
+
+    CONNECT = 0x01
+    BIND = 0x02
+    UDP_ASSOCIATE = 0x03
+
+
+class AddressType(IntEnum):
+    """The kind of address that follows.  RFC 1928 section 5 (there is no 2)."""
+
+    IPV4 = 0x01
+    DOMAINNAME = 0x03
+    IPV6 = 0x04
+
+
+class ReplyCode(IntEnum):
+    """How a request went, with the phrase that RFC 1928 section 6 has for it."""
+
+    phrase: str
+
+    def __new__(cls, code: int, phrase: str) -> ReplyCode:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.phrase = phrase
+        return member
+
+    SUCCEEDED = 0x00, "succeeded"
+    GENERAL_FAILURE = 0x01, "general SOCKS server failure"
+    NOT_ALLOWED = 0x02, "connection not allowed by ruleset"
+    NETWORK_UNREACHABLE = 0x03, "network unreachable"
+    HOST_UNREACHABLE = 0x04, "host unreachable"
+    CONNECTION_REFUSED = 0x05, "connection refused"
+    TTL_EXPIRED = 0x06, "TTL expired"
+    COMMAND_NOT_SUPPORTED = 0x07, "command not supported"
+    ADDRESS_TYPE_NOT_SUPPORTED = 0x08, "address type not supported"
+
+
+# --- the errors, each with its answer ---
+
+class Socks5Error(Exception):
+    """A conversation that cannot go on; its text is for the person who reads the log."""
+
+    @property
+    def answer(self) -> Optional[Message]:
+        """The message to send before hanging up, if there is one."""
+        return None
+
+
+class ProtocolError(Socks5Error):
+    """These octets are no SOCKS5, or end too soon: there is nothing sensible to answer."""
+
+
+class NoAcceptableMethod(Socks5Error):
+    """The client offers no method that this server would take."""
+
+    @property
+    def answer(self) -> Message:
+        return MethodSelection(Method.NO_ACCEPTABLE_METHODS)
+
+
+class LoginFailed(Socks5Error):
+    """Wrong name or password, or a login that cannot be read.  `username` is for the log."""
+
+    def __init__(self, reason: str, username: str = "") -> None:
+        super().__init__(reason)
+        self.username = username
+
+    @property
+    def answer(self) -> Message:
+        return CredentialsReply(CredentialsReply.FAILURE)
+
+
+class RequestFailed(Socks5Error):
+    """A request that gets a reply other than `SUCCEEDED`."""
+
+    def __init__(self, code: ReplyCode, reason: str = "") -> None:
+        super().__init__(reason or code.phrase)
+        self.code = code
+
+    @property
+    def answer(self) -> Message:
+        return Reply(self.code)
+
+
+# --- fields ---
+
+class Field(NamedTuple):
+    """One box of the RFC's picture: its name, its octets, and what they say."""
+
+    name: str
+    octets: bytes
+    meaning: str
+    secret: bool = False    # neither octets nor meaning may be shown
+
+
+def octet(value: int) -> bytes:
+    """The number as one octet."""
+    return bytes((value,))
+
+
+def counted(octets: bytes, what: str) -> bytes:
+    """The octets behind one that counts them; ValueError where one cannot count that far."""
+    if len(octets) > 255:
+        raise ValueError(f"{what} has {len(octets)} octets, and 255 are the most")
+    return octet(len(octets)) + octets
+
+
+def read_exactly(stream: BinaryStream, n: int) -> bytes:
+    """Read `n` octets, however the stream cuts them; ProtocolError if it ends before."""
+    octets = stream.read(n)
+    while len(octets) < n:
+        more = stream.read(n - len(octets))
+        if not more:
+            raise ProtocolError(f"the client closed in mid-message ({len(octets)} of {n} octets)")
+        octets += more
+    return octets
+
+
+class Message:
+    """What all messages share: octets and text, both from the fields."""
+
+    def fields(self) -> List[Field]:
+        """The boxes of the RFC's picture, in its order."""
+        raise NotImplementedError
+
+    def __bytes__(self) -> bytes:
+        return b"".join([field.octets for field in self.fields()])
+
+    def __str__(self) -> str:
+        shown = (f"{f.name}={'***' if f.secret else f.meaning}" for f in self.fields())
+        return f"{type(self).__name__} {' '.join(shown)}"
+
+
+# --- addresses: the part that Request, Reply and Datagram have in common ---
+
+# Host names as they are used: letters, digits, hyphen, underscore, dots; beyond ASCII
+# anything, for the resolver's IDNA to judge.  Not a NUL, where C libraries would cut the name
+# in two; not a control character, which would forge log lines; not %, which in fe80::1%eth0
+# picks an interface of this computer.
+NAME = re.compile(r"[A-Za-z0-9._\-\u00a1-\U0010ffff]+")
+
+ADDRESS_OCTETS = {AddressType.IPV4: 4, AddressType.IPV6: 16}
+
+
+class Address(NamedTuple):
+    """
+    A host and a port.  RFC 1928 section 5.
+
+        +------+----------+------+
+        | ATYP |   ADDR   | PORT |
+        +------+----------+------+
+        |  1   | Variable |  2   |
+        +------+----------+------+
+
+    `host` is an IP address in its usual spelling, or a name; `address_type` is how it stands
+    on the wire.  Browsers send ``127.0.0.1`` as a name: ask `is_name`, not the type.
+    """
+
+    host: str
+    port: int
+    address_type: AddressType
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> Address:
+        """Read one; RequestFailed 08 for an unknown type, 04 for a name that cannot exist."""
+        atyp = read_exactly(stream, 1)[0]
+        if atyp == AddressType.IPV4:
+            octets = read_exactly(stream, 4 + 2)
+            return cls("%d.%d.%d.%d" % tuple(octets[:4]), octets[4] << 8 | octets[5], AddressType.IPV4)
+        if atyp == AddressType.IPV6:
+            octets = read_exactly(stream, 16 + 2)
+            return cls(str(IPv6Address(octets[:16])), int.from_bytes(octets[16:], "big"), AddressType.IPV6)
+        if atyp == AddressType.DOMAINNAME:
+            length = read_exactly(stream, 1)[0]
+            octets = read_exactly(stream, length + 2)
+            return cls(read_name(octets[:length]), int.from_bytes(octets[length:], "big"), AddressType.DOMAINNAME)
+        # How long such an address is, nobody knows: this is the end of what can be read.
+        raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"unknown ATYP {atyp:02x}")
+
+    @classmethod
+    def of(cls, sockaddr: Tuple[Any, ...]) -> Address:
+        """The address of a socket, from ``(host, port, ...)`` as getsockname() and accept() give it."""
+        host, port = sockaddr[:2]
+        if ":" not in host:
+            return cls(host, port, AddressType.IPV4)
+        return cls.numeric(host, port)
+
+    @classmethod
+    def numeric(cls, host: str, port: int) -> Address:
+        """
+        An IP address as text, and a port; ValueError if it is none.
+
+        An IPv4 address in IPv6 clothes (``::ffff:192.0.2.1``, what a socket that serves both
+        families reports) becomes the IPv4 address that it is, and a zone is left out.
+        """
+        ip = ip_address(host.partition("%")[0])
+        if isinstance(ip, IPv6Address):
+            if ip.ipv4_mapped is None:
+                return cls(str(ip), port, AddressType.IPV6)
+            ip = ip.ipv4_mapped
+        return cls(str(ip), port, AddressType.IPV4)
+
+    @classmethod
+    def named(cls, host: str, port: int) -> Address:
+        """A name, or an IP address as text: whichever it is."""
+        try:
+            return cls.numeric(host, port)
+        except ValueError:
+            return cls(host, port, AddressType.DOMAINNAME)
+
+    @property
+    def literal(self) -> Optional[Address]:
+        """The same as an IP address, if that is what the host says; None for a name."""
+        if self.address_type is AddressType.IPV4:
+            return self
+        try:
+            return self.numeric(self.host, self.port)
+        except ValueError:
+            return None
+
+    @property
+    def is_unspecified(self) -> bool:
+        """All zeros, or the name ``0`` (as PySocks writes it): the client cannot tell yet."""
+        return self.host in ("0.0.0.0", "::", "0")
+
+    def octets(self) -> bytes:
+        """The host as DST.ADDR or BND.ADDR has it."""
+        if self.address_type is AddressType.IPV4:
+            return bytes(map(int, self.host.split(".")))
+        if self.address_type is AddressType.IPV6:
+            return IPv6Address(self.host).packed
+        return counted(self.host.encode(), "a name")
+
+    def fields(self, prefix: str) -> List[Field]:
+        """ATYP, `prefix`.ADDR and `prefix`.PORT."""
+        return [
+            Field("ATYP", octet(self.address_type), self.address_type.name),
+            Field(prefix + ".ADDR", self.octets(), self.host),
+            Field(prefix + ".PORT", self.port.to_bytes(2, "big"), str(self.port)),
+        ]
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+UNSPECIFIED = Address("0.0.0.0", 0, AddressType.IPV4)   # "no address", and the shortest way to say so
+
+
+def read_name(octets: bytes) -> str:
+    """The host name in these octets; RequestFailed 04 if there can be no such host."""
+    try:
+        name = octets.decode()
+    except UnicodeDecodeError as error:
+        raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that is no text: {octets!r}") from error
+    if NAME.fullmatch(name) or is_ipv6(name):
+        return name
+    raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that cannot exist: {name!r}")
+
+
+def is_ipv6(text: str) -> bool:
+    """Whether this is an IPv6 address without a zone."""
+    try:
+        return "%" not in text and bool(IPv6Address(text).packed)
+    except ValueError:
+        return False
+
+
+# --- method negotiation ---
+
+@dataclass(frozen=True)
+class Greeting(Message):
+    """
+    Client to server: the methods I can use.  RFC 1928 section 3.
+
+        +-----+----------+----------+
+        | VER | NMETHODS | METHODS  |
+        +-----+----------+----------+
+        |  1  |    1     | 1 to 255 |
+        +-----+----------+----------+
+
+    `methods` are octets, not `Method`s: a client may offer what nobody has heard of.
+    """
+
+    methods: bytes
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> Greeting:
+        ver, nmethods = read_exactly(stream, 2)
+        if ver != VER:
+            raise ProtocolError(f"VER is {ver:02x}, not 05: {other_protocol(ver)}")
+        return cls(read_exactly(stream, nmethods))
+
+    def fields(self) -> List[Field]:
+        return [
+            Field("VER", octet(VER), str(VER)),
+            Field("NMETHODS", octet(len(self.methods)), str(len(self.methods))),
+            Field("METHODS", self.methods, ",".join(map(method_name, self.methods))),
+        ]
+
+
+def other_protocol(first: int) -> str:
+    """What a client speaks that begins with this octet."""
+    if first == 4:
+        return "this is SOCKS4"
+    if first == 0x16:
+        return "this is TLS"
+    if chr(first) in "GHPCOD":      # GET HEAD POST/PUT/PATCH CONNECT OPTIONS DELETE
+        return "this is HTTP"
+    return "this is not SOCKS"
+
+
+def method_name(code: int) -> str:
+    """The name of a method, or its number where it has none."""
+    return Method(code).name if code in METHODS else f"{code:02x}"
+
+
+METHODS = frozenset(Method)
+
+
+@dataclass(frozen=True)
+class MethodSelection(Message):
+    """
+    Server to client: use this method.  RFC 1928 section 3.
+
+        +-----+--------+
+        | VER | METHOD |
+        +-----+--------+
+        |  1  |   1    |
+        +-----+--------+
+    """
+
+    method: int
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> MethodSelection:
+        ver, method = read_exactly(stream, 2)
+        if ver != VER:
+            raise ProtocolError(f"VER of the method selection is {ver:02x}, not 05")
+        return cls(method)
+
+    def fields(self) -> List[Field]:
+        return [
+            Field("VER", octet(VER), str(VER)),
+            Field("METHOD", octet(self.method), method_name(self.method)),
+        ]
+
+
+# --- username and password ---
+
+@dataclass(frozen=True)
+class Credentials(Message):
+    """
+    Client to server: who I am.  RFC 1929 section 2.
+
+        +-----+------+----------+------+----------+
+        | VER | ULEN |  UNAME   | PLEN |  PASSWD  |
+        +-----+------+----------+------+----------+
+        |  1  |  1   | 1 to 255 |  1   | 1 to 255 |
+        +-----+------+----------+------+----------+
+
+    Both are octets; the RFC names no encoding.  Empty ones are read, since clients send
+    them, but the RFC's 1 to 255 makes them no login unless one is configured so.
+    """
+
+    username: bytes
+    password: bytes = field(repr=False)
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> Credentials:
+        ver, ulen = read_exactly(stream, 2)
+        if ver != CREDENTIALS_VER:
+            raise LoginFailed(f"VER of the login is {ver:02x}, not 01")
+        username = read_exactly(stream, ulen)
+        plen = read_exactly(stream, 1)[0]
+        return cls(username, read_exactly(stream, plen))
+
+    def fields(self) -> List[Field]:
+        uname, passwd = counted(self.username, "a username"), counted(self.password, "a password")
+        return [
+            Field("VER", octet(CREDENTIALS_VER), str(CREDENTIALS_VER)),
+            Field("ULEN", uname[:1], str(uname[0])),
+            Field("UNAME", self.username, repr(self.username)[2:-1]),
+            Field("PLEN", passwd[:1], str(passwd[0]), secret=True),
+            Field("PASSWD", self.password, "", secret=True),
+        ]
+
+
+@dataclass(frozen=True)
+class CredentialsReply(Message):
+    """
+    Server to client: welcome, or not (any STATUS but 00).  RFC 1929 section 2.
+
+        +-----+--------+
+        | VER | STATUS |
+        +-----+--------+
+        |  1  |   1    |
+        +-----+--------+
+    """
+
+    SUCCESS: ClassVar[int] = 0
+    FAILURE: ClassVar[int] = 1
+
+    status: int
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> CredentialsReply:
+        ver, status = read_exactly(stream, 2)
+        if ver != CREDENTIALS_VER:
+            raise ProtocolError(f"VER of the login's reply is {ver:02x}, not 01")
+        return cls(status)
+
+    def fields(self) -> List[Field]:
+        return [
+            Field("VER", octet(CREDENTIALS_VER), str(CREDENTIALS_VER)),
+            Field("STATUS", octet(self.status), "failure" if self.status else "success"),
+        ]
+
+
+# --- request and reply ---
+
+@dataclass(frozen=True)
+class Request(Message):
+    """
+    Client to server: what I want, and where.  RFC 1928 section 4.
+
+        +-----+-----+-------+------+----------+----------+
+        | VER | CMD |  RSV  | ATYP | DST.ADDR | DST.PORT |
+        +-----+-----+-------+------+----------+----------+
+        |  1  |  1  | X'00' |  1   | Variable |    2     |
+        +-----+-----+-------+------+----------+----------+
+
+    RSV should be 00; another value does no harm and is kept as it came.
+    """
+
+    command: Command
+    destination: Address
+    rsv: int = RSV
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> Request:
+        ver, cmd, rsv = read_exactly(stream, 3)
+        if ver != VER:      # some other protocol's layout: there is no telling where it ends
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"VER of the request is {ver:02x}, not 05")
+        destination = Address.read(stream)
+        if cmd not in COMMANDS:
+            raise RequestFailed(ReplyCode.COMMAND_NOT_SUPPORTED, f"unknown CMD {cmd:02x}")
+        return cls(Command(cmd), destination, rsv)
+
+    def fields(self) -> List[Field]:
+        return [
+            Field("VER", octet(VER), str(VER)),
+            Field("CMD", octet(self.command), self.command.name),
+            Field("RSV", octet(self.rsv), f"{self.rsv:02x}"),
+            *self.destination.fields("DST"),
+        ]
+
+
+COMMANDS = frozenset(Command)
+
+
+@dataclass(frozen=True)
+class Reply(Message):
+    """
+    Server to client: how it went, and this end of the connection.  RFC 1928 section 6.
+
+        +-----+-----+-------+------+----------+----------+
+        | VER | REP |  RSV  | ATYP | BND.ADDR | BND.PORT |
+        +-----+-----+-------+------+----------+----------+
+        |  1  |  1  | X'00' |  1   | Variable |    2     |
+        +-----+-----+-------+------+----------+----------+
+
+    A failure has no address to report, yet the fields must be there: clients wait for them.
+    `code` is a `ReplyCode`, or a bare number where a server sent one that the RFC has not.
+    """
+
+    code: int
+    bound: Address = UNSPECIFIED
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> Reply:
+        ver, rep, _rsv = read_exactly(stream, 3)
+        if ver != VER:
+            raise ProtocolError(f"VER of the reply is {ver:02x}, not 05")
+        bound = Address.read(stream)
+        return cls(REPLY_CODES.get(rep, rep), bound)
+
+    def fields(self) -> List[Field]:
+        name = self.code.name if isinstance(self.code, ReplyCode) else f"{self.code:02x}"
+        return [
+            Field("VER", octet(VER), str(VER)),
+            Field("REP", octet(self.code), name),
+            Field("RSV", octet(RSV), f"{RSV:02x}"),
+            *self.bound.fields("BND"),
+        ]
+
+
+REPLY_CODES: Dict[int, int] = {code: code for code in ReplyCode}
+
+
+# --- UDP ---
+
+@dataclass(frozen=True)
+class Datagram(Message):
+    """
+    Both ways, one UDP datagram: for whom, or from whom, and its payload.  RFC 1928 section 7.
+
+        +-----+------+------+----------+----------+----------+
+        | RSV | FRAG | ATYP | DST.ADDR | DST.PORT |   DATA   |
+        +-----+------+------+----------+----------+----------+
+        |  2  |  1   |  1   | Variable |    2     | Variable |
+        +-----+------+------+----------+----------+----------+
+
+    FRAG 00 is a whole datagram; 01 to 7f its place among fragments, the high bit the last.
+    The stream is the datagram: DATA is all that is left, and may be empty.
+    """
+
+    LAST_FRAGMENT: ClassVar[int] = 0x80
+
+    address: Address
+    data: bytes
+    frag: int = 0
+    rsv: int = RSV
+
+    @classmethod
+    def read(cls, stream: BinaryStream) -> Datagram:
+        rsv_high, rsv_low, frag = read_exactly(stream, 3)
+        address = Address.read(stream)
+        return cls(address, stream.read(), frag, rsv_high << 8 | rsv_low)
+
+    def fields(self) -> List[Field]:
+        return [
+            Field("RSV", self.rsv.to_bytes(2, "big"), f"{self.rsv:04x}"),
+            Field("FRAG", octet(self.frag), str(self.frag)),
+            *self.address.fields("DST"),
+            Field("DATA", self.data, f"{len(self.data)} octets"),
+        ]

@@ -1,0 +1,120 @@
+"""
+The first and the last words of a run: what to paste where, and what has happened.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import time
+from collections import Counter
+from typing import Any, Counter as CounterType, Dict, List, Mapping, Optional, Set
+
+from .. import __version__, outbound
+from ..protocol import Address
+from ..session import COMMAND_WORDS, Session, amount, shown
+
+
+def banner(addresses: List[Address], users: Optional[Mapping[str, str]]) -> str:
+    """The lines to paste, for a server that listens on these addresses."""
+    login = f"login required ({len(users)} user{'s' * (len(users) != 1)})" if users else "no password"
+    whom = "this computer only" if all(is_loopback(address.host) for address in addresses) else "other computers, too"
+    reachable = reachable_address(addresses[0])
+    name = "NAME:PASSWORD@" if users else ""
+    url = f"socks5h://{name}{reachable}"
+    lines = [
+        f"socks5srv {__version__}  serving {whom}, {login}",
+        *(f"listening on     {address}" for address in addresses if len(addresses) > 1),
+        f"proxy address:   {url}",
+        "",
+        f"  try it     curl -x {url} https://example.com/",
+        f"  a shell    export ALL_PROXY={url}",
+        '  python     pip install "requests[socks]"  and then, with P the address above,',
+        '             requests.get(url, proxies={"http": P, "https": P})',
+        f"  firefox    Settings > Network Settings > Manual: SOCKS Host {reachable.host},",
+        f"             Port {reachable.port}, SOCKS v5, Proxy DNS when using SOCKS v5;",
+        "             leave HTTP Proxy and HTTPS Proxy empty",
+        f"  chrome     chrome --proxy-server=socks5://{reachable}" if not users else
+        "  chrome     cannot send a SOCKS5 password",
+        "",
+        "Ctrl-C stops.  socks5srv --help shows more.",
+    ]
+    if users:
+        lines.insert(-1, "SOCKS5 sends the password unencrypted: use it where nobody listens in.")
+    return "\n".join(lines)
+
+
+def listening(addresses: List[Address], users: Optional[Mapping[str, str]], commands: Any) -> Dict[str, Any]:
+    """The same for programs: what the line "listening" says."""
+    return {
+        "urls": [f"socks5h://{address}" for address in addresses],
+        "auth": "password" if users else "none",
+        "commands": [COMMAND_WORDS[command] for command in sorted(commands)],
+        "pid": os.getpid(),
+    }
+
+
+def is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host).is_loopback
+
+
+def reachable_address(address: Address) -> Address:
+    """What to tell a client: a wildcard is no address to connect to, so one of ours instead."""
+    if not address.is_unspecified:
+        return address
+    elsewhere = Address.numeric("192.0.2.1", 9)     # documentation only: asked for the route, never sent to
+    try:
+        return Address.numeric(outbound.local_address_towards(elsewhere, outbound.Route()), address.port)
+    except OSError:
+        return Address.numeric("127.0.0.1", address.port)
+
+
+class Tally:
+    """What has happened since the start, for the summary."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.events: CounterType[str] = Counter()
+        self.clients: Set[str] = set()
+        self.octets: CounterType[str] = Counter()       # by target
+        self.failures: CounterType[str] = Counter()     # by target and reason
+        self.up = self.down = self.most = 0
+
+    def add(self, session: Session) -> None:
+        self.events[session.event] += 1
+        self.clients.add(session.client.host)
+        self.up += session.up
+        self.down += session.down
+        target = shown(str(session.destination or "-"))
+        if session.event == "close":
+            self.octets[target] += session.up + session.down
+        else:
+            code = f" ({session.reply:02x})" if session.reply else ""
+            self.failures[f"{target} {session.event.replace('_', ' ')}{code}"] += 1
+        # Both could grow without end on a server that runs for months.
+        for counter in (self.octets, self.failures):
+            if len(counter) > 10000:
+                for key, _count in counter.most_common()[5000:]:
+                    del counter[key]
+
+    def facts(self) -> Dict[str, Any]:
+        return {
+            "seconds": round(time.monotonic() - self.started, 3), "sessions": sum(self.events.values()),
+            "events": dict(self.events), "clients": len(self.clients), "targets": len(self.octets),
+            "up": self.up, "down": self.down, "most_at_once": self.most,
+        }
+
+    def __str__(self) -> str:
+        total, ok = sum(self.events.values()), self.events["close"]
+        seconds = int(time.monotonic() - self.started)
+        length = f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+        lines = [
+            f"stopped after {length}: {total} connections ({ok} ok, {total - ok} not) from {len(self.clients)} clients,",
+            f"{amount(self.up)} up, {amount(self.down)} down, at most {self.most} at once",
+        ]
+        for title, counter in (("most traffic", self.octets), ("not ok", self.failures)):
+            for target, count in counter.most_common(3):
+                number = amount(count) if counter is self.octets else f"{count} x"
+                lines.append(f"  {title:<12}  {target}  {number}")
+                title = ""
+        return "\n".join(lines)

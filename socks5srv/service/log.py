@@ -1,0 +1,86 @@
+"""
+Log lines on the screen or in a file: as text for people, as JSON for programs.
+
+The server logs to the logger "socks5srv" and leaves the rest to whoever runs it; here is that
+rest.  A record that tells of a client carries its `session`; one that tells of anything
+else may carry `event`, a word, and `facts`, a dict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from typing import Any, Dict, TextIO
+
+from ..session import Session, rfc3339
+
+COLORS = {"failed": "31", "login_failed": "31", "bad_protocol": "31", "denied": "33", "open": "2"}
+
+
+class TextFormatter(logging.Formatter):
+    """``09:05:05 #1 127.0.0.1:51958 ...``, in color where it is wanted.  The form may change."""
+
+    def __init__(self, color: bool) -> None:
+        super().__init__()
+        self.color = color
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = "" if record.levelno == logging.INFO or hasattr(record, "session") else record.levelname + " "
+        line = f"{clock} {level}{record.getMessage()}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        session = getattr(record, "session", None)
+        code = COLORS.get(session.event) if isinstance(session, Session) else None
+        return f"\x1b[{code}m{line}\x1b[0m" if self.color and code else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line.  Its names are documented in the README, and stable."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(self.facts(record), ensure_ascii=False)
+
+    def facts(self, record: logging.LogRecord) -> Dict[str, Any]:
+        session = getattr(record, "session", None)
+        if isinstance(session, Session):
+            return session.as_dict()
+        facts = {
+            "time": rfc3339(record.created), "event": getattr(record, "event", "log"),
+            "level": record.levelname.lower(), "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            facts["traceback"] = self.formatException(record.exc_info)
+        return facts
+
+
+def set_up(options: argparse.Namespace) -> None:
+    """Send the log where the options say.  OSError if the file cannot be opened."""
+    handler: logging.Handler
+    if options.log_file:
+        handler = logging.FileHandler(options.log_file, encoding="utf-8")
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    in_color = wants_color(options.color, sys.stderr) and not options.log_file
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter(in_color))
+    logger = logging.getLogger("socks5srv")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+    logging.getLogger("socks5srv.wire").setLevel(logging.DEBUG if options.verbose > 1 else logging.INFO)
+
+
+def wants_color(when: str, stream: TextIO) -> bool:
+    """NO_COLOR (see no-color.org) wins over FORCE_COLOR, and both over what the stream is."""
+    if when != "auto":
+        return when == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and os.name != "nt"

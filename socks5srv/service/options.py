@@ -1,0 +1,203 @@
+"""
+The command line: words to a checked `argparse.Namespace`.
+
+Whatever is wrong with an option is said here, in one sentence with the way out and exit
+code 2.  Nothing is opened, bound or started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import ipaddress
+import os
+import shlex
+import sys
+from typing import Any, Dict, FrozenSet, List, NoReturn, Optional, Sequence, Tuple
+
+from .. import __version__
+from ..protocol import Command
+from ..session import COMMAND_WORDS
+
+DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 1080
+
+DESCRIPTION = """\
+A SOCKS5 proxy server.  Without options it serves this computer only, on
+127.0.0.1 port 1080, and asks for no password.
+"""
+
+EXAMPLES = """\
+examples:
+  socks5srv                          this computer only, port 1080
+  socks5srv 0                        a free port, printed at the start
+  socks5srv -b 192.168.1.20 -u anna  the local network; asks for a password
+  socks5srv -u anna --commands connect
+  socks5srv @proxy.conf              options from a file, one a line, # comments
+
+SOCKS5SRV_OPTIONS in the environment holds further options, read before these.
+Exit codes: 0 stopped, 1 cannot start or serve, 2 usage, 130 second Ctrl-C.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """One that reads ``@FILE`` as a shell would: several words a line, quotes, comments."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> NoReturn:
+        complain(message, f"see  {self.prog} --help")
+        self.exit(2)
+
+
+def complain(message: str, *ways_out: str) -> None:
+    """An error as every error looks: what is wrong, then what to do."""
+    print(f"socks5srv: error: {message}", *(f"  {way}" for way in ways_out), sep="\n", file=sys.stderr)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="socks5srv", usage="socks5srv [options] [PORT | ADDRESS:PORT]", description=DESCRIPTION, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@", add_help=False,
+    )
+    parser.set_defaults(parser=parser)
+
+    where = parser.add_argument_group("where to listen")
+    where.add_argument("address", nargs="?", metavar="PORT", type=listen_address, help="port, or ADDRESS:PORT (same as -b and -p)")
+    where.add_argument("-b", "--bind", action="append", default=[], metavar="ADDRESS", help=f"address to listen on; may be repeated (default: {DEFAULT_ADDRESS})")
+    where.add_argument("-p", "--port", type=port_number, help=f"port to listen on; 0 picks a free one (default: {DEFAULT_PORT})")
+    where.add_argument("--port-file", metavar="FILE", help="write the port to FILE when ready to serve")
+
+    who = parser.add_argument_group("who may use it")
+    who.add_argument("-u", "--user", action="append", default=[], metavar="NAME[:PASSWORD]",
+                     help="ask clients for this login; may be repeated. Without :PASSWORD it is taken from SOCKS5SRV_PASSWORD, or asked for")
+
+    what = parser.add_argument_group("what it may do")
+    what.add_argument("--commands", type=command_list, default=frozenset(Command), metavar="LIST",
+                      help="of connect,bind,udp (default: all three)")
+
+    out = parser.add_argument_group("how it goes out")
+    family = out.add_mutually_exclusive_group()
+    family.add_argument("-4", dest="family", action="store_const", const=4, help="use IPv4 only")
+    family.add_argument("-6", dest="family", action="store_const", const=6, help="use IPv6 only")
+    out.add_argument("--source", type=ip_address, metavar="ADDRESS", help="go out from this address")
+
+    limits = parser.add_argument_group("how long it waits, in seconds")
+    for name, default, meaning in (
+        ("handshake", "30", "for a client to say what it wants"),
+        ("connect", "10", "for a target to answer"),
+        ("bind", "120", "for the peer of BIND to call"),
+        ("idle", "for ever", "for a silent tunnel"),
+    ):
+        limits.add_argument(f"--{name}-timeout", type=seconds, metavar="S", help=f"{meaning} (default: {default})")
+
+    see = parser.add_argument_group("what you see")
+    see.add_argument("-v", "--verbose", action="count", default=0, help="also when clients connect; -vv every message")
+    see.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    see.add_argument("--log-format", choices=("text", "json"), default="text", help="one line a client, for people or for programs (default: text)")
+    see.add_argument("--log-file", metavar="FILE", help="append log lines to FILE instead")
+    see.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: auto; obeys NO_COLOR")
+
+    other = parser.add_argument_group("help and setup")
+    other.add_argument("-h", "--help", action="help", help="print this and exit")
+    other.add_argument("-V", "--version", action="version", version=f"socks5srv {__version__}", help="print the version and exit")
+    other.add_argument("--self-test", action="store_true", help="try CONNECT, BIND and UDP through itself, on this computer only, and exit")
+    return parser
+
+
+def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """The options in force: SOCKS5SRV_OPTIONS, then `words` (default: the command line)."""
+    parser = build_parser()
+    try:
+        further = shlex.split(os.environ.get("SOCKS5SRV_OPTIONS", ""))
+        options = parser.parse_args(further + list(sys.argv[1:] if words is None else words))
+    except ValueError as error:         # of shlex: a quote that is not closed
+        parser.error(f"{error} in SOCKS5SRV_OPTIONS or an @FILE")
+    host, port = options.address or (None, None)
+    if port is not None and options.port is not None:
+        parser.error("the port is given twice, as PORT and as -p")
+    options.port = next(number for number in (port, options.port, DEFAULT_PORT) if number is not None)
+    options.bind = ([host] if host else []) + options.bind or [DEFAULT_ADDRESS]
+    options.users = users(parser, options.user)
+    return options
+
+
+# --- the types of the options: text to value, ValueError-like complaints with a way out ---
+
+def port_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 0 to 65535 is")
+    return int(text)
+
+
+def listen_address(text: str) -> Tuple[Optional[str], int]:
+    """``PORT``, ``ADDRESS:PORT`` or ``[ADDRESS]:PORT``."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        if not port.isdigit():
+            raise argparse.ArgumentTypeError(f"{text!r} is no port; an address takes -b {text}, or {text}:{DEFAULT_PORT}")
+        return None, port_number(port)
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks an address: write 127.0.0.1{text} for this computer only, or 0.0.0.0{text} for all")
+    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
+        raise argparse.ArgumentTypeError(f"{text!r} needs brackets around its IPv6 address, as in [::1]:{DEFAULT_PORT}")
+    return host.strip("[]"), port_number(port)
+
+
+def ip_address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no IP address") from None
+
+
+def seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return number
+
+
+def command_list(text: str) -> FrozenSet[Command]:
+    words: Dict[str, Command] = {word: command for command, word in COMMAND_WORDS.items()}
+    unknown = [word for word in text.split(",") if word not in words]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no command; choose from {','.join(words)}")
+    return frozenset(words[word] for word in text.split(","))
+
+
+def users(parser: Parser, given: Sequence[str]) -> Optional[Dict[str, str]]:
+    """The logins by name; None if nobody has to log in."""
+    logins: Dict[str, str] = {}
+    for text in given:
+        name, colon, password = text.partition(":")
+        if not colon:
+            password = password_for(parser, name)
+        for what, value in (("name", name), ("password", password)):
+            length = len(value.encode("utf-8", "surrogateescape"))
+            if length > 255 or not value.isprintable():
+                parser.error(f"the {what} of user {name!r} does not do: SOCKS5 takes up to 255 octets of text")
+        if not name:
+            parser.error("a user needs a name: -u NAME or -u NAME:PASSWORD")
+        logins[name] = password
+    return logins or None
+
+
+def password_for(parser: Parser, name: str) -> str:
+    if "SOCKS5SRV_PASSWORD" in os.environ:
+        return os.environ["SOCKS5SRV_PASSWORD"]
+    if not sys.stdin.isatty():
+        parser.error(f"user {name!r} has no password: set SOCKS5SRV_PASSWORD, or write -u {name}:PASSWORD")
+    try:
+        return getpass.getpass(f"Password for {name}: ")
+    except (EOFError, KeyboardInterrupt):
+        parser.error("no password was given")
+
+
+def settings(options: argparse.Namespace) -> Dict[str, Any]:
+    """The options that are attributes of the server under the same name, as far as they were given."""
+    names = ("commands", "handshake_timeout", "connect_timeout", "bind_timeout", "idle_timeout")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}

@@ -1,0 +1,230 @@
+"""
+``python -m socks5srv`` from its options to its exit code.
+
+This is the only place that touches signals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
+
+from ..outbound import Route
+from ..protocol import Address
+from ..server import Socks5Handler, Socks5Server
+from . import log
+from .banner import Tally, banner, is_loopback, listening
+from .options import complain, parse, settings
+from .selftest import self_test
+
+logger = logging.getLogger("socks5srv")
+
+
+class CannotStart(Exception):
+    """Why not, and the ways out, as complain() takes them; `code` is the exit code."""
+
+    def __init__(self, *message: str, code: int = 1) -> None:
+        super().__init__(*message)
+        self.code = code
+
+
+class ServiceServer(Socks5Server):
+    """A server that counts for the summary."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self.tally = Tally()
+        super().__init__(*arguments, **keywords)
+
+    def begin(self, handler: Socks5Handler) -> None:
+        super().begin(handler)
+        self.tally.most = max(self.tally.most, len(self.live))
+
+
+class ServiceHandler(Socks5Handler):
+    server: ServiceServer
+
+    def session_ended(self) -> None:
+        self.server.tally.add(self.session)
+        super().session_ended()
+
+
+def main(words: Optional[Sequence[str]] = None) -> int:
+    """Run the server; returns the exit code."""
+    options = parse(words)
+    if options.self_test:
+        return self_test()
+    try:
+        addresses = list(listen_addresses(options))
+        refuse_to_be_open(options, addresses)
+        set_up_log(options)
+        with listen(options, addresses) as server:
+            return serve(server, options)
+    except CannotStart as error:
+        complain(*error.args)
+        return error.code
+
+
+# --- before serving ---
+
+def listen_addresses(options: argparse.Namespace) -> Iterator[str]:
+    """The IP addresses to listen on, for addresses and names."""
+    for host in options.bind:
+        try:
+            rows = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise CannotStart(f"{host!r} is no address to listen on", "try  -b 127.0.0.1") from None
+        yield from sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
+
+
+def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None:
+    beyond = [address for address in addresses if not is_loopback(address)]
+    if beyond and not options.users:
+        raise CannotStart(
+            "refusing to be an open proxy",
+            f"Whoever can reach {beyond[0]} port {options.port} could use your connection, and",
+            "reach machines that only you can reach.  Choose one:",
+            f"  socks5srv -b {beyond[0]} -u NAME     ask for a login",
+            "  socks5srv                      this computer only",
+            code=2,
+        )
+
+
+def set_up_log(options: argparse.Namespace) -> None:
+    try:
+        log.set_up(options)
+    except OSError as error:
+        raise CannotStart(f"cannot write the log file {options.log_file}: {error.strerror}", "choose another with --log-file") from None
+
+
+def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
+    """A server that listens on all the addresses; with port 0, on the same free port of each."""
+    port = options.port
+    with explained(addresses[0], port):
+        server = ServiceServer((addresses[0], port), ServiceHandler, users=options.users)
+    try:
+        for address in addresses[1:]:
+            with explained(address, port):
+                server.add_listener((address, server.server_address[1]))
+    except BaseException:
+        server.server_close()
+        raise
+    for name, value in settings(options).items():
+        setattr(server, name, value)
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}.get(options.family, socket.AF_UNSPEC)
+    server.route = Route(family, options.source)
+    return server
+
+
+@contextlib.contextmanager
+def explained(address: str, port: int) -> Iterator[None]:
+    """Turn what bind() says into a sentence with a way out."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotStart(*explanation(error, address, port)) from None
+
+
+def explanation(error: OSError, address: str, port: int) -> Tuple[str, ...]:
+    if error.errno == errno.EADDRINUSE:
+        finder = f"netstat -ano | findstr :{port}" if os.name == "nt" else f"lsof -i :{port}"
+        return (
+            f"port {port} on {address} is already in use",
+            "another socks5srv may be running.  Take a free port with:  socks5srv 0",
+            f"or find the other program with:  {finder}",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"may not listen on port {port} (ports below 1024 need root)", "use a higher port:  socks5srv 1080"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{address} is not an address of this computer", "for this computer only:  socks5srv -b 127.0.0.1"
+    return f"cannot listen on {address} port {port}: {error.strerror or error}", "try another with -b and -p"
+
+
+# --- serving ---
+
+def serve(server: ServiceServer, options: argparse.Namespace) -> int:
+    """Serve until a signal says to stop."""
+    addresses = [listener.address for listener in server.listeners]
+    stop_on_signals(server)
+    with port_file(options.port_file, addresses[0].port):
+        greet(server, options, addresses)
+        server.serve_forever()
+    server.server_close()
+    logger.info("%s", farewell(server), extra={"event": "stop", "facts": server.tally.facts()})
+    return 0
+
+
+def greet(server: ServiceServer, options: argparse.Namespace, addresses: List[Address]) -> None:
+    facts = listening(addresses, server.users, server.commands)
+    if sys.stderr.isatty() and options.log_format == "text" and not options.quiet:
+        print(banner(addresses, server.users), file=sys.stderr, flush=True)
+        if not options.log_file:
+            return
+    logger.info(
+        "listening %s auth=%s commands=%s pid=%d", " ".join(facts["urls"]), facts["auth"], ",".join(facts["commands"]), facts["pid"],
+        extra={"event": "listening", "facts": facts},
+    )
+
+
+def farewell(server: ServiceServer) -> str:
+    """The summary; where nobody sits and reads, its first line."""
+    text = str(server.tally)
+    return text if sys.stderr.isatty() else " ".join(text.split("\n")[:2])
+
+
+def stop_on_signals(server: Socks5Server) -> None:
+    """
+    Ctrl-C and SIGTERM end serve_forever(); the second Ctrl-C ends the process.
+
+    Set even where SIGINT is ignored: a shell script ignores it for what it starts with &.
+    """
+    def stop(number: int, _frame: Any) -> None:
+        if server.stop_requested and number == signal.SIGINT:
+            os._exit(130)
+        server.shutdown()
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+
+
+@contextlib.contextmanager
+def port_file(path: Optional[str], port: int) -> Iterator[None]:
+    """While serving, a file with the port in it.  It appears whole, since scripts wait for it."""
+    if path is None:
+        yield
+        return
+    whole = not os.path.exists(path) or os.path.isfile(path)
+    try:
+        if whole:
+            write_whole(path, f"{port}\n")
+        else:                       # /dev/stdout, say
+            with open(path, "w", encoding="ascii") as stream:
+                stream.write(f"{port}\n")
+    except OSError as error:
+        raise CannotStart(f"cannot write the port file {path}: {error.strerror}", "choose another with --port-file") from None
+    try:
+        yield
+    finally:
+        if whole:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+
+def write_whole(path: str, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)))
+    try:
+        with open(descriptor, "w", encoding="ascii") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.remove(temporary)
+        raise

@@ -1,0 +1,128 @@
+"""
+What is known of one client: the record that the log, tests and metrics read.
+
+A `Session` begins when the client is accepted and is filled in as the conversation goes on;
+after `end()` it no longer changes.  It holds plain values and does nothing but put them
+into words: no sockets, no threads, no passwords.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Dict, Optional, Tuple
+
+from .protocol import Address, Command, ReplyCode
+
+COMMAND_WORDS = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}
+
+
+class Session:
+    """
+    One client, from accept() to the end of its tunnel.
+
+    `event` says how far it got: ``open`` (it is live), ``close`` (it was served, and is
+    over), ``denied`` (by a rule), ``failed`` (any other reply than success),
+    ``login_failed``, or ``bad_protocol`` (what came was not SOCKS5, or not in time).
+    """
+
+    __slots__ = (
+        "id", "client", "started", "clock", "user", "command", "destination", "peer", "bound",
+        "reply", "login_failed", "reason", "up", "down", "seconds",
+    )
+
+    def __init__(self, id: int, client: Address) -> None:
+        self.id = id
+        self.client = client
+        self.started = time.time()          # seconds since 1970, for the eye
+        self.clock = time.monotonic()       # seconds, for the length: it never jumps
+        self.user: Optional[str] = None     # who logged in, or tried to
+        self.command: Optional[Command] = None
+        self.destination: Optional[Address] = None      # as the client wrote it
+        self.peer: Optional[Address] = None             # what it was connected to
+        self.bound: Optional[Address] = None            # the proxy's end of that
+        self.reply: Optional[ReplyCode] = None          # the last one sent
+        self.login_failed = False
+        self.reason = ""                    # why it failed, or how it ended
+        self.up = 0                         # octets of payload, client to target
+        self.down = 0                       # octets of payload, target to client
+        self.seconds: Optional[float] = None            # how long it took; None while it lives
+
+    def end(self, reason: str = "") -> None:
+        """It is over; the first reason given is the one that counts."""
+        self.reason = self.reason or reason
+        self.seconds = time.monotonic() - self.clock
+
+    @property
+    def event(self) -> str:
+        if self.login_failed:
+            return "login_failed"
+        if self.reply is None:
+            return "open" if self.seconds is None else "bad_protocol"
+        if self.reply is ReplyCode.SUCCEEDED:
+            return "open" if self.seconds is None else "close"
+        return "denied" if self.reply is ReplyCode.NOT_ALLOWED else "failed"
+
+    def as_dict(self) -> Dict[str, Any]:
+        """
+        What `--log-format json` prints.  Names and meanings are stable: more may come,
+        none will go.  `up` and `down` are octets, `time` is UTC by RFC 3339.
+        """
+        return {
+            "time": rfc3339(self.started + (self.seconds or 0)),
+            "event": self.event,
+            "id": self.id,
+            "client": str(self.client),
+            "user": self.user,
+            "command": COMMAND_WORDS[self.command] if self.command else None,
+            "host": self.destination.host if self.destination else None,
+            "port": self.destination.port if self.destination else None,
+            "peer": str(self.peer) if self.peer else None,
+            "reply": self.reply,
+            "reason": self.reason,
+            "up": self.up,
+            "down": self.down,
+            "seconds": None if self.seconds is None else round(self.seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        """One line for people, its columns in a fixed order, with a hyphen for nothing."""
+        words = [f"#{self.id}", str(self.client), shown(self.user or "-"), *self.target_words()]
+        if self.event == "close":
+            words += ["ok", amount(self.up), "up", amount(self.down), "down", f"{self.seconds:.1f}s"]
+        elif self.event == "open":
+            words += ["open"]
+        else:
+            words += [self.event.replace("_", "-") + (f"({self.reply:02x})" if self.reply else "")]
+        return " ".join(words + [shown(self.reason)] * bool(self.reason))
+
+    def target_words(self) -> Tuple[str, ...]:
+        """The command and where it led; the peer only where the client did not name it."""
+        if self.command is None or self.destination is None:
+            return ("-", "-")
+        command, asked = COMMAND_WORDS[self.command], shown(str(self.destination))
+        if self.peer is None or str(self.peer) == str(self.destination):
+            return (command, asked)
+        return (command, asked, "->", str(self.peer))
+
+
+def rfc3339(seconds: float) -> str:
+    """Seconds since 1970 as UTC, to the millisecond."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
+
+
+def shown(text: str) -> str:
+    """The text with whatever could forge a line, or hide in one, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def amount(octets: int) -> str:
+    """A number of octets in the fewest digits that say enough: 79, 1.2k, 34.5M."""
+    if octets < 1000:
+        return str(octets)
+    number = float(octets)
+    for unit in "kMGT":
+        number /= 1000
+        if number < 999.95 or unit == "T":
+            break
+    return f"{number:.1f}{unit}"
