@@ -98,6 +98,7 @@ class Association:
     def start(self, relay: Relay, connection: socket.socket) -> None:
         """Hand it to the relay thread, with the TCP connection that it lives by."""
         self.relay = relay
+        connection.setblocking(False)
         self.control = Control(self, connection)
         watched: Dict[int, Watched] = {connection.fileno(): self.control, self.inner.socket.fileno(): self.inner}
         try:

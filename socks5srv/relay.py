@@ -73,12 +73,6 @@ KEEPALIVE = [
 ]
 
 
-def take_over(sock: socket.socket) -> socket.socket:
-    """A non-blocking socket that owns what `sock` owned, which is left empty."""
-    sock.setblocking(False)
-    return socket.socket(sock.family, sock.type, sock.proto, sock.detach())
-
-
 # --- waiting for many sockets ---
 
 class EpollWaiter:
@@ -519,8 +513,8 @@ class Tunnel:
     """
     A client and its target, and the two flows between them.
 
-    `client` and `target` are non-blocking and belong to the tunnel from here on.  When both
-    ways have ended, `ended(reason)` is called in the relay thread: it must not block.
+    Both sockets belong to the tunnel from here on, and it closes them.  When both ways have
+    ended, `ended()` is called in the relay thread: it must not block.
     `early` is what the client sent before the tunnel stood.  `idle_timeout`: seconds without
     an octet either way after which it is closed; None for never.
     """
@@ -545,6 +539,8 @@ class Tunnel:
     def start(self, relay: Relay) -> None:
         """Hand it to the relay thread; called in any thread, which must not touch it afterwards."""
         self.relay = relay
+        for flow in (self.up, self.down):
+            flow.source.setblocking(False)
         flows: Dict[int, Watched] = {self.up.source.fileno(): self.up, self.down.source.fileno(): self.down}
         if self.idle_timeout:
             relay.call(self.watch_idleness)

@@ -44,7 +44,7 @@ from .protocol import (
     UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
     MethodSelection, NoAcceptableMethod, Reply, ReplyCode, Request, RequestFailed, Socks5Error,
 )
-from .relay import READ, Relay, Tunnel, take_over, tune
+from .relay import READ, Relay, Tunnel, tune
 from .session import Session
 
 logger = logging.getLogger("socks5srv")         # a session at its end: INFO; at its success reply: DEBUG
@@ -52,6 +52,7 @@ wire = logging.getLogger("socks5srv.wire")      # every message, at DEBUG
 
 M = TypeVar("M", Greeting, Credentials, Request)
 
+BATCH = 0.05        # seconds
 LINGER = 1.0        # seconds that a refused client has to take its reply and hang up
 EARLY = 64 * 1024   # octets that a client may send ahead while BIND waits for its peer
 
@@ -196,7 +197,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.succeed(Address.of(target.getsockname()))
             self.relay(target)
         finally:
-            target.close()      # without effect once it is handed over
+            self.close_unless_handed_over(target)
 
     def do_BIND(self, request: Request) -> None:
         """Listen for one connection from the destination: two replies, then a tunnel."""
@@ -212,7 +213,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.succeed(peer)
             self.relay(target)
         finally:
-            target.close()
+            self.close_unless_handed_over(target)
 
     def do_UDP_ASSOCIATE(self, request: Request) -> None:
         """A relay for datagrams, which lives as long as this connection.  RFC 1928 section 7."""
@@ -223,8 +224,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         with association:       # closes it, unless it has been handed over
             relay = self.server.relay_thread()
             self.succeed(association.bound)
-            association.start(relay, take_over(self.connection))
             self.handed_over = True
+            association.start(relay, self.connection)
 
     # --- decisions ---
 
@@ -338,10 +339,13 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         sent ahead.  Count them in ``self.session.up`` and ``.down``, and return when it is over.
         """
         relay, early = self.server.relay_thread(), self.stream.take()
-        client = take_over(self.connection)
-        tunnel = Tunnel(client, take_over(target), self.session, self.finished, self.server.idle_timeout, early)
-        tunnel.start(relay)
         self.handed_over = True
+        tunnel = Tunnel(self.connection, target, self.session, self.finished, self.server.idle_timeout, early)
+        tunnel.start(relay)
+
+    def close_unless_handed_over(self, sock: socket.socket) -> None:
+        if not self.handed_over:
+            sock.close()
 
     def finished(self) -> None:
         """The session is over; called by whoever had the client last."""
@@ -452,8 +456,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.relays: List[Relay] = []
         self.udp_relays: Dict[int, str] = {}                # port -> host of our own UDP sockets
         self.listeners: List[Listener] = []
-        self.stop_requested = False
-        self.stopped = threading.Event()
+        self.stopping = threading.Event()                   # serve_forever() has to end
+        self.stopped = threading.Event()                    # and has ended
         self.stopped.set()
         self.bookkeeper: Optional[threading.Thread] = None  # in serve_forever()
         if ":" in server_address[0]:
@@ -503,14 +507,14 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         try:
             for listener in self.listeners:
                 listener.start(self.request_queue_size)
-            while not self.stop_requested:
+            while not self.stopping.is_set():
                 self.keep_books(poll_interval)
                 self.end_slow_handshakes()
                 self.service_actions()
         finally:
             for listener in self.listeners:
                 listener.stop()
-            self.stop_requested = False
+            self.stopping.clear()
             self.stopped.set()
 
     def keep_books(self, timeout: float) -> None:
@@ -522,7 +526,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                     self.report(handler)
                 handler = self.ended.get_nowait()
         except queue.Empty:
-            pass
+            # So that a burst of clients, each gone in a millisecond, does not wake us for each.
+            self.stopping.wait(BATCH)
 
     def report(self, handler: Socks5Handler) -> None:
         try:
@@ -540,7 +545,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def shutdown(self) -> None:
         """Make serve_forever() return; wait for that, unless called in its thread."""
-        self.stop_requested = True
+        self.stopping.set()
         self.ended.put(None)            # wakes it
         if threading.current_thread() is not self.bookkeeper:
             self.stopped.wait()
@@ -575,7 +580,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in OUT_OF:
                 # The client stays in the backlog, so that the next try would fail as fast.
-                self.stopped.wait(0.1)
+                self.stopping.wait(0.1)
             raise
         if os.name != "posix":
             tune(connection)
@@ -587,6 +592,17 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.process_request_thread(connection, client_address)
         else:
             self.shutdown_request(connection)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """As the base does it, but a socket that the relay thread has by now is not closed."""
+        handler = None
+        try:
+            handler = self.RequestHandlerClass(request, client_address, self)
+        except Exception:
+            self.handle_error(request, client_address)
+        finally:
+            if not (isinstance(handler, Socks5Handler) and handler.handed_over):
+                self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that is nobody's answer is a bug: ours, or of an overridden method."""

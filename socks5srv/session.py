@@ -113,6 +113,8 @@ def rfc3339(seconds: float) -> str:
 
 def shown(text: str) -> str:
     """The text with whatever could forge a line, or hide in one, escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
