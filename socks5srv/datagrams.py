@@ -220,6 +220,9 @@ class Association:
             found = [Address.numeric(host, address.port) for host in hosts]
         except (OSError, ValueError, RequestFailed):
             found = []
+        except Exception:
+            found = []
+            self.server.handle_error(None, self.handler.client_address)
         self.relay.call(lambda: self.resolved(header, found))
 
     def resolved(self, header: bytes, addresses: List[Address]) -> None:

@@ -116,7 +116,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.connection = self.request
         self.stream = ClientStream(self.connection)
         self.session = Session(self.server.next_id(), Address.of(self.client_address))
-        self.handed_over = False
+        self.in_tunnel = False          # the last reply is sent: nothing is answered any more
+        self.handed_over = False        # the sockets are the relay thread's
         self.server.begin(self)
 
     def handle(self) -> None:
@@ -129,6 +130,10 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.refuse(error)
         except OSError as error:
             self.session.end(error.strerror or str(error))
+        except Exception:           # a bug, of an overridden method for instance: handle_error() will tell
+            if self.session.command is not None:
+                self.refuse(RequestFailed(ReplyCode.GENERAL_FAILURE, "internal error"))
+            raise
 
     def finish(self) -> None:
         if not self.handed_over:
@@ -193,11 +198,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def do_CONNECT(self, request: Request) -> None:
         target = self.connect(request)
-        try:
-            self.succeed(Address.of(target.getsockname()))
-            self.relay(target)
-        finally:
-            self.close_unless_handed_over(target)
+        self.open_tunnel(target, Address.of(target.getsockname()))
 
     def do_BIND(self, request: Request) -> None:
         """Listen for one connection from the destination: two replies, then a tunnel."""
@@ -208,12 +209,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         with listener:
             self.succeed(Address.of(listener.getsockname()))    # and it listens already
             target, peer = self.await_peer(listener, expected, until)
-        try:
-            self.session.peer = peer
-            self.succeed(peer)
-            self.relay(target)
-        finally:
-            self.close_unless_handed_over(target)
+        self.session.peer = peer
+        self.open_tunnel(target, peer)
 
     def do_UDP_ASSOCIATE(self, request: Request) -> None:
         """A relay for datagrams, which lives as long as this connection.  RFC 1928 section 7."""
@@ -224,7 +221,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         with association:       # closes it, unless it has been handed over
             relay = self.server.relay_thread()
             self.succeed(association.bound)
-            self.handed_over = True
+            self.in_tunnel = self.handed_over = True
             association.start(relay, self.connection)
 
     # --- decisions ---
@@ -329,6 +326,16 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     # --- the tunnel ---
 
+    def open_tunnel(self, target: socket.socket, bound: Address) -> None:
+        """Send the last reply, and let the bytes flow."""
+        try:
+            self.succeed(bound)
+            self.in_tunnel = True
+            self.relay(target)
+        finally:
+            if not self.handed_over:
+                target.close()
+
     def relay(self, target: socket.socket) -> None:
         """
         Carry bytes between the client and `target`, until both ways have ended.
@@ -342,10 +349,6 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.handed_over = True
         tunnel = Tunnel(self.connection, target, self.session, self.finished, self.server.idle_timeout, early)
         tunnel.start(relay)
-
-    def close_unless_handed_over(self, sock: socket.socket) -> None:
-        if not self.handed_over:
-            sock.close()
 
     def finished(self) -> None:
         """The session is over; called by whoever had the client last."""
@@ -378,7 +381,10 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         logger.debug("%s", self.session, extra={"session": self.session})
 
     def refuse(self, error: Socks5Error) -> None:
-        """Answer what went wrong, and hang up so that the answer arrives."""
+        """Answer what went wrong, unless it is too late for that, and hang up so that the answer arrives."""
+        if self.in_tunnel:
+            self.session.end(str(error))
+            return
         if isinstance(error, RequestFailed):
             self.session.reply = error.code
         if isinstance(error, LoginFailed):
@@ -502,11 +508,13 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         The clients have threads of their own; this one keeps the books: it tells of sessions
         that have ended, and hangs up on handshakes that take too long.
         """
-        self.stopped.clear()
         self.bookkeeper = threading.current_thread()
+        with self.lock:
+            self.stopped.clear()
+            if not self.stopping.is_set():
+                for listener in self.listeners:
+                    listener.start(self.request_queue_size)
         try:
-            for listener in self.listeners:
-                listener.start(self.request_queue_size)
             while not self.stopping.is_set():
                 self.keep_books(poll_interval)
                 self.end_slow_handshakes()
@@ -552,8 +560,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         """Stop, close the listeners, end all conversations and tunnels, and wait for the threads."""
-        if not self.stopped.is_set():
+        with self.lock:
+            self.stopping.set()         # for a serve_forever() that is just about to begin
+            serving = not self.stopped.is_set()
+        if serving:
             self.shutdown()
+            self.stopping.set()
         for listener in self.listeners:
             listener.close()
         super().server_close()
@@ -597,7 +609,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         """As the base does it, but a socket that the relay thread has by now is not closed."""
         handler = None
         try:
-            handler = self.RequestHandlerClass(request, client_address, self)
+            handler = self.RequestHandlerClass(request, client_address, cast(Any, self))
         except Exception:
             self.handle_error(request, client_address)
         finally:

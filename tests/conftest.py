@@ -1,0 +1,413 @@
+"""
+What the tests share: servers, clients and targets, all of them real, and all on this computer.
+
+Fixtures with a verb for a name are factories: call them as often as needed, and what they
+made is closed at the end.  Whatever waits has a timeout, so a test that hangs is a test that
+fails.  At the end of every test no thread of a server, no descriptor and no logged bug may be left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import socketserver
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Type, TypeVar, Union
+
+import pytest
+from hypothesis import settings
+
+from socks5srv.protocol import (
+    Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Message, Method, MethodSelection, Reply,
+    ReplyCode, Request, read_exactly,
+)
+from socks5srv.server import Socks5Handler, Socks5Server
+from socks5srv.session import Session
+
+TIMEOUT = 10.0              # seconds after which something that was waited for does not come
+LOCALHOST = "127.0.0.1"
+
+# No database: its files have no place in the checkout.
+settings.register_profile("socks5srv", deadline=None, database=None, print_blob=True)
+settings.load_profile("socks5srv")
+
+T = TypeVar("T")
+Place = Union[Address, Tuple[Any, ...]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A socket left to the garbage collector, or a thread that died of an exception, is a failure.
+    config.addinivalue_line("filterwarnings", "error")
+
+
+def can_bind(host: str) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            sock.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not can_bind("::1"), reason="no IPv6 on this computer")
+needs_neighbour = pytest.mark.skipif(not can_bind("127.0.0.2"), reason="127.0.0.1 is the only loopback address here")
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here to count descriptors in")
+
+
+def address_of(place: Place) -> Address:
+    """An `Address` of one, or of what getsockname() says; a host that is no IP address is a name."""
+    return place if isinstance(place, Address) else Address.named(*place[:2])
+
+
+def name(host: str, port: int) -> Address:
+    """The address with ATYP 03, even if the host is an IP address."""
+    return Address(host, port, AddressType.DOMAINNAME)
+
+
+def eventually(condition: Callable[[], T]) -> T:
+    """Wait for what nothing tells of; the first true value, or an AssertionError."""
+    until = time.monotonic() + TIMEOUT
+    while time.monotonic() < until:
+        value = condition()
+        if value:
+            return value
+        threading.Event().wait(0.002)
+    raise AssertionError("it did not come about in time")
+
+
+def in_thread(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
+    """Call it in a thread; the result waits for what it returns, and raises what it raises."""
+    answers: queue.SimpleQueue[Tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((True, function(*arguments)))
+        except BaseException as error:
+            answers.put((False, error))
+
+    threading.Thread(target=run, name=f"test-{function.__name__}", daemon=True).start()
+
+    def result() -> T:
+        good, answer = answers.get(timeout=TIMEOUT)
+        if not good:
+            raise answer
+        return answer
+
+    return result
+
+
+# --- the end of every test ---
+
+def descriptors() -> List[str]:
+    """What the descriptors of this process lead to, but for the one that reads the list."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except OSError:
+            pass
+    return sorted(found)
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left() -> Iterator[None]:
+    """Autouse, so set up before and torn down after all the others."""
+    if not os.path.isdir("/proc/self/fd"):
+        yield
+        return
+    before = len(descriptors())
+    yield
+    eventually(lambda: len(descriptors()) <= before)    # a look-up's thread may still be ending
+
+
+@pytest.fixture
+def bugs() -> Iterator[List[logging.LogRecord]]:
+    """What the servers have logged as bugs.  A test that expects one clears the list."""
+    records: List[logging.LogRecord] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = records.append       # type: ignore[method-assign]
+    logger = logging.getLogger("socks5srv")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+# --- servers ---
+
+def server_threads() -> List[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("socks5srv")]
+
+
+class Served:
+    """Mixed into the servers: `told` gets the sessions that session_ended() has been called for."""
+
+    server_address: Tuple[Any, ...]
+    told: queue.SimpleQueue[Session]
+    thread: threading.Thread
+
+    def next_ended(self) -> Session:
+        return self.told.get(timeout=TIMEOUT)
+
+
+@pytest.fixture
+def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
+    """
+    Start a server in a thread: ``start_server(handler, address=, users=, **attributes)``.
+
+    At the end it is closed, and none of its threads may be left, nor a bug have been logged.
+    """
+    servers: List[Served] = []
+
+    def start(
+        handler: Type[Socks5Handler] = Socks5Handler, address: Tuple[Any, ...] = (LOCALHOST, 0),
+        server_class: Type[Socks5Server] = Socks5Server, users: Any = None, **attributes: Any,
+    ) -> Any:
+        class Telling(handler):         # type: ignore[misc, valid-type]
+            def session_ended(self) -> None:
+                try:
+                    super().session_ended()
+                finally:
+                    self.server.told.put(self.session)
+
+        server: Any = type("Serving", (Served, server_class), {})(address, Telling, users=users)
+        server.told = queue.SimpleQueue()
+        servers.append(server)
+        for key, value in attributes.items():
+            assert hasattr(server, key), f"a server has no {key}"
+            setattr(server, key, value)
+        serve(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.server_close()
+        server.thread.join(TIMEOUT)
+        assert not server.thread.is_alive()
+    for thread in server_threads():
+        if thread.name == "socks5srv-lookup":       # those are not waited for, but have to end
+            thread.join(TIMEOUT)
+    assert server_threads() == []
+    assert [record.getMessage() for record in bugs] == []
+
+
+def serve(server: Any) -> None:
+    """Have it serve in a thread; returns when it does."""
+    server.thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="test-serve")
+    server.thread.start()
+    # Till then server_close() would not know that there is something to shut down.
+    eventually(lambda: not server.stopped.is_set())
+
+
+# --- clients ---
+
+class Client:
+    """
+    The client's end of a conversation; as a `BinaryStream` it can be read from by messages.
+
+    Its methods send what they are told to, right or wrong.
+    """
+
+    def __init__(self, address: Tuple[Any, ...], source: Optional[str] = None) -> None:
+        self.socket = socket.create_connection(address[:2], TIMEOUT, (source, 0) if source else None)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def reset(self) -> None:
+        """Close it with an RST."""
+        set_reset(self.socket)
+        self.socket.close()
+
+    def send(self, *messages: Union[bytes, Message]) -> None:
+        """All in one segment, if they fit."""
+        self.socket.sendall(b"".join(map(bytes, messages)))
+
+    def drip(self, octets: bytes) -> None:
+        """Every octet in a segment of its own."""
+        for i in range(len(octets)):
+            self.socket.sendall(octets[i:i + 1])
+
+    def end(self) -> None:
+        """Nothing more will be sent."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def read(self, n: int) -> bytes:
+        return self.socket.recv(n)
+
+    def exactly(self, n: int) -> bytes:
+        return read_exactly(self, n)
+
+    def rest(self) -> bytes:
+        """All that comes until the end, be it clean or a reset."""
+        octets = b""
+        try:
+            while True:
+                more = self.socket.recv(65536)
+                if not more:
+                    return octets
+                octets += more
+        except ConnectionError:
+            return octets
+
+    def greet(self, *methods: int) -> MethodSelection:
+        self.send(Greeting(bytes(methods or (Method.NO_AUTHENTICATION_REQUIRED,))))
+        return MethodSelection.read(self)
+
+    def login(self, username: Union[str, bytes], password: Union[str, bytes]) -> CredentialsReply:
+        self.send(Credentials(*(t if isinstance(t, bytes) else t.encode() for t in (username, password))))
+        return CredentialsReply.read(self)
+
+    def request(self, command: Command, place: Place) -> Reply:
+        self.send(Request(command, address_of(place)))
+        return Reply.read(self)
+
+    def ask(self, command: Command, place: Place) -> Reply:
+        """greet() and request()."""
+        assert self.greet() == MethodSelection(Method.NO_AUTHENTICATION_REQUIRED)
+        return self.request(command, place)
+
+    def connect(self, place: Place) -> Reply:
+        """CONNECT, which has to succeed."""
+        reply = self.ask(Command.CONNECT, place)
+        assert reply.code is ReplyCode.SUCCEEDED
+        return reply
+
+
+def set_reset(sock: socket.socket) -> None:
+    """close() will send an RST instead of a FIN."""
+    from socks5srv.relay import RESET
+
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+def exchange(sock: Any, octets: bytes = b"hello") -> None:
+    """Whether the other end is an echo; `sock` is a socket or a `Client`."""
+    sock = getattr(sock, "socket", sock)
+    sock.sendall(octets)
+    received = b""
+    while len(received) < len(octets):
+        more = sock.recv(65536)
+        assert more, f"the connection ended after {received!r}"
+        received += more
+    assert received == octets
+
+
+@pytest.fixture
+def new_client() -> Iterator[Callable[..., Client]]:
+    """A `Client` that is connected: ``new_client(server)``, or ``new_client(address, source=host)``."""
+    with ExitStack() as stack:
+        yield lambda to, source=None: stack.enter_context(Client(getattr(to, "server_address", to), source))
+
+
+# --- targets ---
+
+@pytest.fixture
+def listen() -> Iterator[Callable[..., socket.socket]]:
+    """A socket that listens, with a timeout: ``listen(host)``.  Its backlog accepts by itself."""
+    with ExitStack() as stack:
+        def make(host: str = LOCALHOST, port: int = 0, backlog: int = 16) -> socket.socket:
+            sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.settimeout(TIMEOUT)
+            sock.bind((host, port))
+            sock.listen(backlog)
+            return sock
+
+        yield make
+
+
+@pytest.fixture
+def refusing() -> Iterator[Callable[..., Tuple[str, int]]]:
+    """A host and port that refuse connections, and stay so: ``refusing(host)``."""
+    with ExitStack() as stack:
+        def make(host: str = LOCALHOST) -> Tuple[str, int]:
+            sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            sock.bind((host, 0))        # and no listen()
+            return sock.getsockname()[:2]
+
+        yield make
+
+
+@pytest.fixture
+def silent() -> Iterator[Callable[..., Tuple[str, int]]]:
+    """A host and port where connections neither come about nor fail: ``silent(host)``."""
+    with ExitStack() as stack:
+        def make(host: str = LOCALHOST) -> Tuple[str, int]:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = stack.enter_context(socket.socket(family))
+            listener.bind((host, 0))
+            listener.listen(0)
+            # Nobody accepts, so the backlog is soon full, and then a SYN gets no answer.
+            for _ in range(4):
+                sock = stack.enter_context(socket.socket(family))
+                sock.setblocking(False)
+                sock.connect_ex(listener.getsockname())
+            return listener.getsockname()[:2]
+
+        yield make
+
+
+class Echo(socketserver.ThreadingTCPServer):
+    """Sends back what it receives, connection by connection, and ends when the other end does."""
+
+    request_queue_size = 1024
+    accepted: int = 0
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.settimeout(TIMEOUT)
+            try:
+                octets = self.request.recv(65536)
+                while octets:
+                    self.request.sendall(octets)
+                    octets = self.request.recv(65536)
+            except OSError:
+                pass
+
+    def __init__(self, host: str) -> None:
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, 0), self.Handler)
+        self.connections: List[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def server_close(self) -> None:
+        for connection in self.connections:     # or their threads would wait for what never comes
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        super().server_close()
+
+
+@pytest.fixture
+def start_echo() -> Iterator[Callable[..., Echo]]:
+    """An echo server in a thread: ``start_echo(host).server_address``; `connections` are those it has had."""
+    with ExitStack() as stack:
+        def start(host: str = LOCALHOST) -> Echo:
+            echo = stack.enter_context(Echo(host))
+            threading.Thread(target=echo.serve_forever, args=(0.02,), name="test-echo", daemon=True).start()
+            stack.callback(echo.shutdown)
+            return echo
+
+        yield start
+
+
+@pytest.fixture
+def echo(start_echo: Callable[..., Echo]) -> Tuple[str, int]:
+    """The address of an echo server on 127.0.0.1."""
+    return start_echo().server_address

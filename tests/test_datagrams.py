@@ -1,0 +1,538 @@
+"""
+UDP ASSOCIATE over real sockets.  RFC 1928 section 7.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from contextlib import ExitStack
+from io import BytesIO
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Sequence, Tuple
+
+import pytest
+
+from socks5srv import datagrams, relay
+from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode
+from socks5srv.server import Socks5Handler
+
+from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, needs_neighbour
+
+
+class UdpSocket:
+    """A UDP socket on this computer; `address` is its own."""
+
+    def __init__(self, host: str = LOCALHOST) -> None:
+        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.settimeout(TIMEOUT)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        self.socket.bind((host, 0))
+        self.address = Address.of(self.socket.getsockname())
+
+    def send(self, octets: bytes, to: Address) -> None:
+        self.socket.sendto(octets, (to.host, to.port))
+
+    def receive(self) -> Tuple[bytes, Address]:
+        octets, sockaddr = self.socket.recvfrom(65535)
+        return octets, Address.of(sockaddr)
+
+
+class UdpClient(UdpSocket):
+    """A client with an association: `control` is its TCP connection, `relay` where it sends to."""
+
+    def __init__(self, control: Client, host: str = LOCALHOST, asked: Address = UNSPECIFIED) -> None:
+        super().__init__(host)
+        self.control = control
+        reply = control.ask(Command.UDP_ASSOCIATE, asked)
+        assert reply.code is ReplyCode.SUCCEEDED
+        self.relay = reply.bound
+
+    def send_to(self, target: Address, data: bytes, frag: int = 0) -> None:
+        self.send(bytes(Datagram(target, data, frag)), self.relay)
+
+    def answer(self) -> Datagram:
+        octets, source = self.receive()
+        assert source == self.relay
+        return Datagram.read(BytesIO(octets))
+
+    def echo(self, target: UdpSocket, data: bytes = b"hello") -> None:
+        """Have `target` receive it and send it back; both see what they should."""
+        self.send_to(target.address, data)
+        octets, proxy = target.receive()
+        assert octets == data
+        target.send(octets, proxy)
+        assert self.answer() == Datagram(target.address, data)
+
+
+@pytest.fixture
+def new_socket() -> Iterator[Callable[..., UdpSocket]]:
+    with ExitStack() as stack:
+        def make(host: str = LOCALHOST) -> UdpSocket:
+            made = UdpSocket(host)
+            stack.enter_context(made.socket)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def associate(new_client: Any) -> Iterator[Callable[..., UdpClient]]:
+    with ExitStack() as stack:
+        def make(server: Any, host: str = LOCALHOST, asked: Address = UNSPECIFIED) -> UdpClient:
+            client = UdpClient(new_client(server), host, asked)
+            stack.enter_context(client.socket)
+            return client
+
+        yield make
+
+
+# The hosts of `Named`.  An address ends in the test's own loopback, never in the network.
+HOSTS: Dict[str, Sequence[str]] = {"here.invalid": [LOCALHOST], "both.invalid": ["::1", LOCALHOST]}
+
+
+class Named(Socks5Handler):
+    """Knows a few hosts, and counts how often it was asked; ``slow.invalid`` takes until `release` is set."""
+
+    asked: ClassVar[List[str]] = []
+    release = threading.Event()
+
+    def resolve(self, host: str) -> Sequence[str]:
+        self.asked.append(host)
+        if host == "slow.invalid":
+            assert self.release.wait(TIMEOUT)
+            return [LOCALHOST]
+        if host not in HOSTS:
+            raise socket.gaierror(socket.EAI_NONAME, "no such host")
+        return HOSTS[host]
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_asked() -> Iterator[None]:
+    Named.asked = []
+    Named.release = threading.Event()
+    yield
+    Named.release.set()
+
+
+@pytest.fixture(params=["epoll", "selectors"])
+def waiter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "selectors":
+        monkeypatch.setattr(relay, "EpollWaiter", relay.SelectorWaiter)
+
+
+# --- the way there and back ---
+
+@pytest.mark.usefixtures("waiter")
+def test_a_datagram_is_unwrapped_on_the_way_out_and_wrapped_on_the_way_back(
+        start_server: Any, associate: Any, new_socket: Any) -> None:
+    associate(start_server()).echo(new_socket())
+
+
+def test_bnd_is_concrete_and_where_the_control_connection_came_in(start_server: Any, associate: Any) -> None:
+    client = associate(start_server(address=("0.0.0.0", 0)))
+    assert client.relay.host == LOCALHOST
+    assert client.relay.port > 0
+
+
+@needs_ipv6
+def test_ipv4_ipv6_and_names_go_through_one_association(start_server: Any, associate: Any, new_socket: Any) -> None:
+    client = associate(start_server(handler=Named))
+    four, six = new_socket(), new_socket("::1")
+    for _ in range(2):
+        client.echo(four)
+        client.echo(six)
+        client.send_to(name("here.invalid", four.address.port), b"by name")
+        octets, proxy = four.receive()
+        four.send(octets, proxy)
+        # The answer names its source as it is: a number, RFC 1928 has no other.
+        assert client.answer() == Datagram(four.address, b"by name")
+    assert Named.asked == ["here.invalid"]      # remembered
+
+
+@needs_ipv6
+def test_a_client_on_ipv6_reaches_ipv4(start_server: Any, associate: Any, new_socket: Any) -> None:
+    client = associate(start_server(address=("::1", 0)), "::1")
+    assert client.relay.address_type is AddressType.IPV6
+    client.echo(new_socket())
+    client.echo(new_socket("::1"))
+
+
+@needs_ipv6
+def test_a_dual_stack_listener_gives_an_ipv4_client_an_ipv4_relay(start_server: Any, new_client: Any) -> None:
+    server = start_server(address=("::", 0))
+    control = new_client((LOCALHOST, server.server_address[1]))
+    assert control.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound[::2] == (LOCALHOST, AddressType.IPV4)
+
+
+@needs_ipv6
+def test_a_name_with_both_families_is_sent_to_the_clients_own(start_server: Any, associate: Any, new_socket: Any) -> None:
+    target = new_socket()
+    client = associate(start_server(handler=Named))
+    client.send_to(name("both.invalid", target.address.port), b"x")
+    assert target.receive()[0] == b"x"
+
+
+@pytest.mark.parametrize("asked", [
+    UNSPECIFIED, Address.numeric("::", 0), name("0", 5353), Address.numeric("10.1.2.3", 4), name("no.such.invalid", 1),
+], ids=str)
+def test_what_the_request_asks_for_does_not_matter(asked: Address, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E42: behind NAT it is wrong, PySocks writes the name ``0``, others the target's address."""
+    associate(start_server(), asked=asked).echo(new_socket())
+
+
+def test_sixty_five_thousand_octets_pass(start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E48: 65,507 is what UDP over IPv4 has room for, less ten for the header."""
+    associate(start_server()).echo(new_socket(), os.urandom(65497))
+
+
+def test_an_answer_too_long_for_its_header_is_dropped_and_harms_nobody(start_server: Any, associate: Any, new_socket: Any) -> None:
+    client, target = associate(start_server()), new_socket()
+    client.send_to(target.address, b"x")
+    _octets, proxy = target.receive()
+    target.send(os.urandom(65500), proxy)
+    client.echo(target)
+
+
+def test_an_empty_datagram_is_passed_on(start_server: Any, associate: Any, new_socket: Any) -> None:
+    associate(start_server()).echo(new_socket(), b"")
+
+
+def test_payload_is_counted_both_ways(start_server: Any, associate: Any, new_socket: Any) -> None:
+    server = start_server()
+    client = associate(server)
+    client.echo(new_socket(), b"12345")
+    client.echo(new_socket(), b"123")
+    client.control.close()
+    session = server.next_ended()
+    assert (session.event, session.up, session.down, session.reason) == ("close", 8, 8, "client closed")
+
+
+def test_a_hundred_datagrams_at_once_arrive(start_server: Any, associate: Any, new_socket: Any) -> None:
+    client, target = associate(start_server()), new_socket()
+    for number in range(100):
+        client.send_to(target.address, b"%d" % number)
+    assert [int(target.receive()[0]) for _ in range(100)] == list(range(100))
+
+
+# --- who is heard ---
+
+@needs_neighbour
+def test_another_host_is_not_heard(start_server: Any, associate: Any, new_socket: Any) -> None:
+    """R36."""
+    client, target, stranger = associate(start_server()), new_socket(), new_socket("127.0.0.2")
+    stranger.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.echo(target)
+
+
+def test_another_port_of_the_clients_host_is_not_heard_after_the_first_datagram(
+        start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E43."""
+    client, target, neighbour = associate(start_server()), new_socket(), new_socket()
+    client.echo(target)
+    neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.echo(target)
+
+
+@needs_neighbour
+def test_what_strangers_had_queued_before_the_port_was_locked_is_not_heard(
+        start_server: Any, associate: Any, new_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, go_on = threading.Event(), threading.Event()
+    ready = datagrams.Inner.ready
+
+    def ready_later(inner: datagrams.Inner, events: int) -> None:
+        stop.set()
+        assert go_on.wait(TIMEOUT)
+        ready(inner, events)
+
+    monkeypatch.setattr(datagrams.Inner, "ready", ready_later)
+    client, target, stranger = associate(start_server()), new_socket(), new_socket("127.0.0.2")
+    client.send_to(target.address, b"first")
+    assert stop.wait(TIMEOUT)
+    stranger.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.send_to(target.address, b"second")
+    go_on.set()
+    assert [target.receive()[0] for _ in range(2)] == [b"first", b"second"]
+
+
+def test_nonsense_from_the_client_does_not_lock_the_port(start_server: Any, associate: Any, new_socket: Any) -> None:
+    client, neighbour = associate(start_server()), new_socket()
+    neighbour.send(b"nonsense", client.relay)
+    client.echo(new_socket())
+
+
+@needs_neighbour
+def test_only_hosts_that_were_written_to_can_answer_but_from_any_port(
+        start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E52: a TFTP server answers from a new port."""
+    client, target, same_host, other_host = associate(start_server()), new_socket(), new_socket(), new_socket("127.0.0.2")
+    client.send_to(target.address, b"question")
+    _octets, proxy = target.receive()
+    other_host.send(b"unasked", proxy)
+    same_host.send(b"answer", proxy)
+    assert client.answer() == Datagram(same_host.address, b"answer")
+
+
+def test_associations_do_not_mix(start_server: Any, associate: Any, new_socket: Any) -> None:
+    server = start_server()
+    clients = [associate(server) for _ in range(20)]
+    target = new_socket()
+    for number, client in enumerate(clients):
+        client.send_to(target.address, b"%d" % number)
+    for _ in clients:
+        octets, proxy = target.receive()
+        target.send(octets, proxy)
+    assert [int(client.answer().data) for client in clients] == list(range(20))
+
+
+def test_a_datagram_to_a_relay_does_not_loop(start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E55: neither to one's own nor to another's."""
+    server = start_server()
+    client, other = associate(server), associate(server)
+    for victim in (client.relay, other.relay):
+        client.send_to(victim, bytes(Datagram(client.address, b"round and round")))
+    other.echo(new_socket())            # whose port was not taken
+    client.echo(new_socket())
+
+
+# --- what is dropped ---
+
+@pytest.mark.parametrize("octets", [
+    b"", b"\0", b"\0\0\0\1\x7f", b"\0\0\0\2\x7f\0\0\1\0\7data", b"\0\0\0\3", b"\0\0\0\3\xff", b"\0\0\0\3\0\0\7data",
+    b"\0\0\0\3\4a\0b.\0\7data", b"\0\0\0\4" + bytes(17), b"\0\0\0\1\0\0\0\0\0\0", b"\xff" * 40,
+    b"\0\0\0\1\x7f\0\0\1\0\0port 0", b"\0\0\0\1\xff\xff\xff\xff\0\7broadcast",
+], ids=bytes.hex)
+def test_an_odd_datagram_costs_nothing_but_itself(octets: bytes, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E47, E54."""
+    client, target = associate(start_server()), new_socket()
+    client.send(octets, client.relay)
+    client.echo(target)
+    client.send(octets, client.relay)
+    client.echo(target)
+
+
+def test_a_port_where_nobody_listens_costs_nothing_but_its_datagram(start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E49: its ICMP error shows up later."""
+    client, target = associate(start_server()), new_socket()
+    gone = new_socket()
+    gone.socket.close()
+    for _ in range(5):
+        client.send_to(gone.address, b"x")
+        client.echo(target)
+
+
+def test_a_client_that_refuses_its_answers_does_not_end_its_association(start_server: Any, associate: Any, new_socket: Any) -> None:
+    server = start_server()
+    client, target = associate(server), new_socket()
+    client.send_to(target.address, b"x")
+    _octets, proxy = target.receive()
+    port = client.socket.getsockname()[1]
+    client.socket.close()
+    for _ in range(5):
+        target.send(b"nobody home", proxy)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+        again.settimeout(TIMEOUT)
+        again.bind((LOCALHOST, port))
+        client.socket = again
+        client.send_to(target.address, b"back again")
+        octets, proxy = target.receive()
+        target.send(octets, proxy)
+        while client.answer().data != b"back again":    # the others may have been under way
+            pass
+
+
+def test_rules_are_asked_for_each_destination(start_server: Any, associate: Any, new_socket: Any) -> None:
+    good, bad = new_socket(), new_socket()
+
+    class Rules(Named):
+        def allow(self, command: Command, address: Address) -> bool:
+            assert command is Command.UDP_ASSOCIATE
+            return address.port != bad.address.port and address.host != "denied.invalid"
+
+    client = associate(start_server(handler=Rules))
+    client.send_to(bad.address, b"denied")
+    client.send_to(name("here.invalid", bad.address.port), b"denied by its address")
+    client.send_to(name("denied.invalid", good.address.port), b"denied by its name")
+    client.echo(good)
+    assert "denied.invalid" not in Named.asked
+    bad.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        bad.receive()
+
+
+# --- names ---
+
+def test_a_slow_name_holds_up_no_other_datagram(start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E50."""
+    client, target, other = associate(start_server(handler=Named)), new_socket(), new_socket()
+    for number in range(3):
+        client.send_to(name("slow.invalid", target.address.port), b"%d" % number)
+    client.echo(other)
+    Named.release.set()
+    assert [target.receive()[0] for _ in range(3)] == [b"0", b"1", b"2"]
+
+
+def test_a_name_that_does_not_exist_is_dropped_and_remembered(start_server: Any, associate: Any, new_socket: Any) -> None:
+    client, target = associate(start_server(handler=Named)), new_socket()
+    client.send_to(name("nowhere.invalid", 7), b"x")
+    eventually(lambda: Named.asked)
+    client.echo(target)
+    client.send_to(name("nowhere.invalid", 7), b"x")
+    client.echo(target)
+    assert Named.asked == ["nowhere.invalid"]
+
+
+def test_a_bug_in_a_look_up_costs_nothing_but_its_datagram(start_server: Any, associate: Any, new_socket: Any, bugs: List[Any]) -> None:
+    class Broken(Socks5Handler):
+        def resolve(self, host: str) -> Sequence[str]:
+            raise ZeroDivisionError("a bug")
+
+    client, target = associate(start_server(handler=Broken)), new_socket()
+    client.send_to(name("any.invalid", 7), b"x")
+    eventually(lambda: bugs)
+    bugs.clear()
+    client.echo(target)
+
+
+def test_a_flood_of_names_is_looked_up_a_few_at_a_time(start_server: Any, associate: Any, new_socket: Any) -> None:
+    class Slow(Named):
+        def resolve(self, host: str) -> Sequence[str]:
+            return super().resolve("slow.invalid")
+
+    client, target = associate(start_server(handler=Slow)), new_socket()
+    for number in range(100):
+        client.send_to(name(f"{number}.invalid", target.address.port), b"x")
+    client.echo(target)
+    assert len(Named.asked) <= datagrams.LOOK_UPS
+    Named.release.set()
+
+
+def test_an_answer_to_a_look_up_that_comes_after_the_end_is_dropped(start_server: Any, associate: Any) -> None:
+    server = start_server(handler=Named)
+    client = associate(server)
+    client.send_to(name("slow.invalid", 7), b"x")
+    eventually(lambda: Named.asked)
+    client.control.close()
+    assert server.next_ended().reason == "client closed"
+    Named.release.set()
+
+
+def test_what_is_known_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    client, target = associate(start_server(handler=Named)), new_socket()
+
+    def asked_again() -> bool:
+        client.send_to(name("here.invalid", target.address.port), b"x")
+        target.receive()
+        return len(Named.asked) > 2
+
+    eventually(asked_again)
+
+
+def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "REMEMBERED", 3)
+    server = start_server()
+    client = associate(server)
+    for _ in range(10):
+        client.echo(new_socket())
+    association = next(w.association for w in server.relays[0].watched.values() if isinstance(w, datagrams.Inner))
+    assert len(association.targets) <= 3
+    assert len(association.headers) <= 3
+
+
+# --- how it ends ---
+
+@pytest.mark.parametrize("how", [Client.close, Client.end, Client.reset])
+def test_it_ends_with_its_tcp_connection_and_at_once(how: Callable[[Client], None], start_server: Any, associate: Any, new_socket: Any) -> None:
+    """R28."""
+    server = start_server()
+    client = associate(server)
+    client.echo(new_socket())
+    how(client.control)
+    assert server.next_ended().event == "close"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:     # the port is free again
+        probe.bind((client.relay.host, client.relay.port))
+    assert server.udp_relays == {}
+
+
+def test_octets_on_the_tcp_connection_mean_nothing(start_server: Any, associate: Any, new_socket: Any) -> None:
+    """E51."""
+    client, target = associate(start_server()), new_socket()
+    client.echo(target)
+    client.control.send(b"are you there?" * 1000)
+    client.echo(target)
+
+
+def test_closing_the_server_ends_it(start_server: Any, associate: Any, new_socket: Any) -> None:
+    server = start_server()
+    client = associate(server)
+    client.echo(new_socket())
+    server.server_close()
+    assert client.control.rest() == b""
+    assert server.next_ended().reason == "server stopped"
+
+
+def test_it_is_refused_where_udp_is_switched_off(start_server: Any, new_client: Any) -> None:
+    server = start_server(commands=frozenset({Command.CONNECT}))
+    assert new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code is ReplyCode.COMMAND_NOT_SUPPORTED
+
+
+def test_without_a_socket_to_be_had_the_reply_is_a_failure(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
+    def none_left(_host: str) -> socket.socket:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(datagrams, "udp_socket", none_left)
+    assert new_client(start_server()).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code is ReplyCode.GENERAL_FAILURE
+
+
+# --- fragments ---
+
+LAST = Datagram.LAST_FRAGMENT
+
+
+@pytest.mark.parametrize("frag", [1, 2, 127, LAST | 1, LAST | 2, 255])
+def test_fragments_are_dropped(frag: int, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """R37."""
+    client, target = associate(start_server()), new_socket()
+    client.send_to(target.address, b"part", frag)
+    client.echo(target)
+
+
+# What is sent, as (FRAG, data, target: 0 or 1), and what arrives.
+REASSEMBLY = {
+    "two parts": ([(1, b"a", 0), (LAST | 2, b"b", 0)], b"ab"),
+    "one part": ([(LAST | 1, b"a", 0)], b"a"),
+    "four parts": ([(1, b"a", 0), (2, b"b", 0), (3, b"", 0), (LAST | 4, b"d", 0)], b"abd"),
+    "a lower number begins anew": ([(1, b"a", 0), (2, b"b", 0), (1, b"c", 0), (LAST | 2, b"d", 0)], b"cd"),
+    "a part is missing": ([(1, b"a", 0), (LAST | 3, b"c", 0)], None),
+    "the first is missing": ([(2, b"b", 0), (LAST | 3, b"c", 0)], None),
+    "twice the same": ([(1, b"a", 0), (2, b"b", 0), (2, b"b", 0), (LAST | 3, b"c", 0)], None),
+    "another target": ([(1, b"a", 1), (LAST | 2, b"b", 0)], None),
+    "too much": ([(1, b"a" * 60000, 0), (2, b"b" * 60000, 0), (LAST | 3, b"c", 0)], None),
+}
+
+
+@pytest.mark.parametrize(("sent", "arrives"), REASSEMBLY.values(), ids=REASSEMBLY)
+def test_fragments_are_put_together_when_that_is_switched_on(
+        sent: List[Tuple[int, bytes, int]], arrives: bytes, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """R38."""
+    client = associate(start_server(reassemble=True))
+    targets = new_socket(), new_socket()
+    for frag, data, which in sent:
+        client.send_to(targets[which].address, data, frag)
+    if arrives is not None:
+        assert targets[0].receive()[0] == arrives
+    client.echo(targets[0])             # and nothing else has come
+
+
+def test_fragments_wait_five_seconds_for_the_rest(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    assert datagrams.REASSEMBLY >= 5
+    monkeypatch.setattr(datagrams, "REASSEMBLY", 0.01)
+    server = start_server(reassemble=True)
+    client, target = associate(server), new_socket()
+    client.send_to(target.address, b"a", 1)
+    client.echo(target)
+    association = next(w.association for w in server.relays[0].watched.values() if isinstance(w, datagrams.Inner))
+    eventually(lambda: not association.fragments.parts)
+    client.send_to(target.address, b"b", LAST | 2)
+    client.echo(target)

@@ -1,0 +1,386 @@
+"""
+Tunnels, over real sockets: every byte, every end and every reset, both ways.
+
+Most tests run once for each way in which the relay can work: with splice, copying, with pipes
+that cannot grow, and on the plain selectors of other systems.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import resource
+import selectors
+import socket
+import threading
+from typing import Any, Callable, Iterator, List, Tuple
+
+import pytest
+
+from socks5srv import relay
+from socks5srv.protocol import ReplyCode
+
+from .conftest import TIMEOUT, Client, eventually, exchange, in_thread, set_reset
+
+MIB = 1024 * 1024
+MODES = ["splice", "copy", "short pipes", "selectors", "select"]
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force a way of relaying for the servers that are started afterwards."""
+    if request.param == "splice" and not relay.Relay.splices:
+        pytest.skip("not on this platform: no os.splice")
+    if request.param == "copy":
+        monkeypatch.setattr(relay.Relay, "splices", False)
+    if request.param == "short pipes":
+        monkeypatch.setattr(relay.Pipe, "enlarge", lambda _pipe: False)
+    if request.param in ("selectors", "select"):
+        monkeypatch.setattr(relay, "EpollWaiter", relay.SelectorWaiter)
+    if request.param == "select":
+        monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
+    return str(request.param)
+
+
+@pytest.fixture
+def tunnel(start_server: Any, new_client: Any, listen: Any) -> Callable[..., Tuple[Client, socket.socket, Any]]:
+    """Both ends of a new tunnel, and the server: ``client, target, server = tunnel(**settings)``."""
+    def make(**settings: Any) -> Tuple[Client, socket.socket, Any]:
+        server = start_server(**settings)
+        return (*tunnel_through(server, new_client, listen), server)
+
+    return make
+
+
+targets: List[socket.socket] = []
+
+
+@pytest.fixture(autouse=True)
+def _close_targets() -> Iterator[None]:
+    yield
+    while targets:
+        targets.pop().close()
+
+
+def tunnel_through(server: Any, new_client: Any, listen: Any) -> Tuple[Client, socket.socket]:
+    listener = listen()
+    client = new_client(server)
+    client.connect(listener.getsockname())
+    target, _address = listener.accept()
+    target.settimeout(TIMEOUT)
+    targets.append(target)
+    return client, target
+
+
+def send_pattern(sock: socket.socket, octets: int, seed: int) -> str:
+    """Send so many octets and end; the hash of what was sent."""
+    block = bytes((i * i + seed) % 251 for i in range(251 * 1021))
+    digest = hashlib.sha256()
+    while octets > 0:
+        piece = block[:octets]
+        sock.sendall(piece)
+        digest.update(piece)
+        octets -= len(piece)
+    sock.shutdown(socket.SHUT_WR)
+    return digest.hexdigest()
+
+
+def receive_all(sock: socket.socket) -> str:
+    """The hash of all that comes until the end."""
+    digest = hashlib.sha256()
+    while True:
+        octets = sock.recv(MIB)
+        if not octets:
+            return digest.hexdigest()
+        digest.update(octets)
+
+
+@pytest.mark.usefixtures("mode")
+def test_when_the_client_has_ended_it_still_gets_the_whole_answer(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    client.send(b"question")
+    client.end()
+    assert target.recv(100) == b"question"
+    assert target.recv(100) == b""
+    sent = in_thread(send_pattern, target, 3 * MIB, 1)
+    assert receive_all(client.socket) == sent()
+    session = server.next_ended()
+    assert (session.up, session.down, session.reason) == (8, 3 * MIB, "client closed")
+
+
+@pytest.mark.usefixtures("mode")
+def test_when_the_target_has_ended_it_still_gets_all_that_the_client_sends(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    target.sendall(b"greeting")
+    target.shutdown(socket.SHUT_WR)
+    assert client.rest() == b"greeting"
+    sent = in_thread(send_pattern, client.socket, 3 * MIB, 2)
+    assert receive_all(target) == sent()
+    session = server.next_ended()
+    assert (session.up, session.down, session.reason) == (3 * MIB, 8, "target closed")
+
+
+@pytest.mark.timeout(120)
+def test_a_hundred_mebibytes_go_each_way_at_once_unchanged(mode: str, tunnel: Any) -> None:
+    client, target, server = tunnel()
+    octets = 100 * MIB if mode in ("splice", "copy") else 20 * MIB
+    up, down = in_thread(send_pattern, client.socket, octets, 3), in_thread(send_pattern, target, octets, 4)
+    arrived_down, arrived_up = in_thread(receive_all, client.socket), in_thread(receive_all, target)
+    assert (arrived_up(), arrived_down()) == (up(), down())
+    session = server.next_ended()
+    assert (session.up, session.down) == (octets, octets)
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nothing more goes; how many octets that was."""
+    sock.setblocking(False)
+    sent = quiet = 0
+    while quiet < 20:       # the relay needs a moment to take what it can
+        try:
+            sent += sock.send(b"x" * 65536)
+            quiet = 0
+        except BlockingIOError:
+            quiet += 1
+            threading.Event().wait(0.01)
+    sock.settimeout(TIMEOUT)
+    return sent
+
+
+def drain(sock: socket.socket, octets: int) -> None:
+    while octets:
+        more = sock.recv(MIB)
+        assert more
+        octets -= len(more)
+
+
+@pytest.mark.usefixtures("mode")
+def test_two_ends_that_only_write_do_not_lock_each_other_up(tunnel: Any) -> None:
+    client, target, _server = tunnel()
+    sent = [fill(client.socket), fill(target)]
+    drain(target, sent[0])
+    drain(client.socket, sent[1])
+    exchange_both_ways(client, target)
+
+
+def exchange_both_ways(client: Client, target: socket.socket) -> None:
+    client.send(b"there")
+    assert target.recv(100) == b"there"
+    target.sendall(b"and back")
+    assert client.exactly(8) == b"and back"
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_reader_that_stops_stops_the_writer_and_nobody_else(tunnel: Any, new_client: Any, listen: Any) -> None:
+    client, target, server = tunnel()
+    stalled = fill(target)
+    assert stalled < 64 * MIB           # socket buffers, and one chunk
+    exchange_both_ways(*tunnel_through(server, new_client, listen))
+    client.send(b"the other way")       # is not stopped
+    assert target.recv(100) == b"the other way"
+    drain(client.socket, stalled)
+
+
+def ends_with_reset(sock: socket.socket) -> bool:
+    try:
+        while sock.recv(MIB):
+            pass
+    except ConnectionResetError:
+        return True
+    return False
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_reset_by_the_target_reaches_the_client_as_a_reset(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    target.sendall(b"half of an ans")
+    assert client.exactly(14) == b"half of an ans"
+    set_reset(target)
+    target.close()
+    assert ends_with_reset(client.socket)
+    assert server.next_ended().reason == os.strerror(errno.ECONNRESET)
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_reset_by_the_client_reaches_the_target_as_a_reset(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    exchange_both_ways(client, target)
+    client.reset()
+    assert ends_with_reset(target)
+    assert server.next_ended().reason == os.strerror(errno.ECONNRESET)
+
+
+@pytest.mark.parametrize("mode", ["splice", "copy"], indirect=True)
+@pytest.mark.usefixtures("mode")
+def test_a_reset_is_noticed_while_the_other_end_takes_nothing(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    fill(target)                        # so that the relay waits for the client, and not for the target
+    set_reset(target)
+    target.close()
+    assert server.next_ended().reason == os.strerror(errno.ECONNRESET)
+    assert ends_with_reset(client.socket)
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_half_closed_end_that_is_reset_ends_the_tunnel(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    client.end()
+    assert target.recv(100) == b""
+    client.reset()
+    # Having read the end, the target can meet the reset only by writing.
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        eventually(lambda: target.send(b"into the void") == 0)
+    assert server.next_ended().seconds is not None
+
+
+@pytest.mark.usefixtures("mode")
+def test_many_small_messages_are_echoed_in_order(start_server: Any, new_client: Any, echo: Any) -> None:
+    client = new_client(start_server())
+    client.connect(echo)
+    for number in range(300):
+        exchange(client, b"message %d" % number)
+
+
+def test_bulk_and_small_messages_alternate_in_one_tunnel(mode: str, start_server: Any, new_client: Any, echo: Any) -> None:
+    client = new_client(start_server())
+    client.connect(echo)
+    for size in (10, 2 * MIB, 10, 300_000, 1, 4 * MIB, 10):
+        octets = os.urandom(size)
+        sending = in_thread(client.socket.sendall, octets)
+        assert client.exactly(size) == octets, mode
+        sending()
+
+
+def test_sockets_of_a_tunnel_have_no_nagle_and_keep_alive(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    exchange_both_ways(client, target)
+    flow = next(watched for watched in server.relays[0].watched.values() if isinstance(watched, relay.Flow))
+    for sock in (flow.source, flow.sink):
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def test_a_silent_tunnel_is_closed_after_the_idle_timeout(tunnel: Any) -> None:
+    client, target, server = tunnel(idle_timeout=0.2)
+    exchange_both_ways(client, target)
+    assert ends_with_reset(client.socket)
+    session = server.next_ended()
+    assert session.reason == "idle"
+    assert 0.2 <= session.seconds < 2
+
+
+def test_a_tunnel_in_use_outlives_the_idle_timeout(tunnel: Any) -> None:
+    client, target, server = tunnel(idle_timeout=0.4)
+    for _ in range(10):
+        exchange_both_ways(client, target)
+        threading.Event().wait(0.1)     # the passing of time is what is tested
+    client.end()
+    target.close()
+    session = server.next_ended()
+    assert session.reason == "client closed"
+    assert session.seconds > 0.9
+
+
+@contextlib.contextmanager
+def descriptor_limit(least: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < least:
+        pytest.skip(f"not on this platform: at most {hard} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, least), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_six_hundred_tunnels_live_side_by_side_beyond_descriptor_1023(start_server: Any, new_client: Any, echo: Any) -> None:
+    with descriptor_limit(4096):
+        server = start_server()
+        clients = [new_client(server) for _ in range(600)]
+        for client in clients:
+            client.connect(echo)
+        for number, client in enumerate(clients):
+            client.send(b"%5d" % number)
+        assert [int(client.exactly(5)) for client in clients] == list(range(600))
+        assert max(server.relays[0].watched) > 1023
+        assert len(server.sessions) == 600
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("socks5srv")]
+        assert len(threads) < 100       # not one a tunnel
+        for client in clients:
+            client.close()
+        for _ in clients:
+            assert server.next_ended().reply is ReplyCode.SUCCEEDED
+        eventually(lambda: len(server.relays[0].watched) == 1)      # what wakes it up
+
+
+def test_where_a_selector_holds_few_sockets_more_relay_threads_start(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+    monkeypatch.setattr(relay, "EpollWaiter", relay.SelectorWaiter)
+    monkeypatch.setattr(relay.SelectorWaiter, "room", 8.0)
+    server = start_server()
+    clients = [new_client(server) for _ in range(10)]
+    for client in clients:
+        client.connect(echo)
+    for client in clients:
+        exchange(client)
+    assert len(server.relays) >= 4
+
+
+def test_a_bug_costs_one_tunnel_and_no_other(
+        monkeypatch: pytest.MonkeyPatch, tunnel: Any, new_client: Any, listen: Any, bugs: List[Any]) -> None:
+    client, target, server = tunnel()
+    exchange_both_ways(client, target)
+    other = tunnel_through(server, new_client, listen)
+    broken = next(watched.tunnel.up for watched in server.relays[0].watched.values() if isinstance(watched, relay.Flow))
+    original = relay.Flow.copy
+
+    def copy(flow: relay.Flow) -> None:
+        if flow is broken:
+            raise ZeroDivisionError("a bug")
+        original(flow)
+
+    monkeypatch.setattr(relay.Flow, "copy", copy)
+    client.send(b"x")
+    assert ends_with_reset(client.socket)
+    exchange_both_ways(*other)
+    assert server.next_ended().reason == "internal error"
+    assert [record.getMessage() for record in bugs] == ["a bug, met in the relay thread"]
+    bugs.clear()
+
+
+def test_a_bug_in_a_timer_or_a_call_does_not_end_the_thread(tunnel: Any, bugs: List[Any]) -> None:
+    client, target, server = tunnel()
+    exchange_both_ways(client, target)
+    thread = server.relays[0]
+    called = threading.Event()
+    thread.call(lambda: 1 // 0)
+    thread.call(lambda: thread.call_later(0, lambda: 1 // 0))
+    thread.call(lambda: thread.call_later(0.01, called.set))
+    assert called.wait(TIMEOUT)
+    exchange_both_ways(client, target)
+    assert len(bugs) == 2
+    bugs.clear()
+
+
+def test_pipes_go_back_to_the_pool_when_they_are_empty(tunnel: Any) -> None:
+    if not relay.Relay.splices:
+        pytest.skip("not on this platform: no os.splice")
+    client, target, server = tunnel()
+    sent = in_thread(send_pattern, target, 30 * MIB, 5)
+    assert receive_all(client.socket) == sent()
+    pipes = server.relays[0].pipes
+    assert 1 <= len(pipes.all) <= 2     # it did splice
+    eventually(lambda: len(pipes.free) == len(pipes.all))
+
+
+def test_a_tunnel_that_breaks_off_leaves_no_octets_in_the_pipes(tunnel: Any, new_client: Any, listen: Any) -> None:
+    if not relay.Relay.splices:
+        pytest.skip("not on this platform: no os.splice")
+    client, target, server = tunnel()
+    fill(target)                        # a pipe is full now
+    client.reset()
+    server.next_ended()
+    again, target = tunnel_through(server, new_client, listen)
+    sent = in_thread(send_pattern, target, 5 * MIB, 6)
+    assert receive_all(again.socket) == sent()
