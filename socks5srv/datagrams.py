@@ -138,17 +138,13 @@ class Association:
 
     def send_out(self, header: bytes, payload: memoryview) -> None:
         """A datagram of the client's: on to where its header says, if that is known."""
-        try:
-            target = self.targets[header]
-        except KeyError:
-            target = self.find(header, payload)
+        target = self.targets[header] if header in self.targets else self.find(header, payload)
         if target is not None:
             outer, sockaddr = target
             try:
-                outer.sendto(payload, sockaddr)
+                self.session.up += outer.sendto(payload, sockaddr)
             except OSError:             # too long, unroutable, no room: UDP may lose it
-                return
-            self.session.up += len(payload)
+                pass
 
     def find(self, header: bytes, payload: memoryview) -> Optional[Target]:
         """What a header not seen before stands for; None if it leads nowhere, or not yet."""
@@ -284,24 +280,43 @@ class Inner:
         self.socket = sock
         self.receive: Callable[[memoryview], int] = self.receive_from_anyone
         self.client: Optional[SockAddr] = None
+        self.length = 10                # octets, of the header that came last
 
     def abort(self, reason: str) -> None:
         self.association.abort(reason)
 
     def ready(self, events: int) -> None:
-        chunk = self.association.relay.chunk
+        chunk, targets, length = self.association.relay.chunk, self.association.targets, self.length
+        up = 0
         for _ in range(TURN):
             try:
-                octets = chunk[:self.receive(chunk)]
+                n = self.receive(chunk)
             except BlockingIOError:
                 if self.client is not None:     # all that came before the lock has been seen
                     self.receive = self.socket.recv_into
-                return
+                break
             except OSError:             # an ICMP error of an earlier answer
                 continue
-            length = header_length(octets)
-            if 0 < length <= len(octets):
-                self.association.send_out(bytes(octets[:length]), octets[length:])
+            # Most datagrams have a header like the one before.  A header tells its own
+            # length, so if these octets are a known one, they are all of it.
+            target = targets.get(bytes(chunk[:length])) if n >= length else None
+            if target is None:
+                length = self.slow(chunk[:n]) or length
+                continue
+            try:
+                up += target[0].sendto(chunk[length:n], target[1])
+            except OSError:             # as in send_out()
+                pass
+        self.association.session.up += up
+
+    def slow(self, octets: memoryview) -> int:
+        """A datagram unlike the one before; the length of its header, 0 if it has none."""
+        length = header_length(octets)
+        if not 0 < length <= len(octets):
+            return 0
+        self.length = length
+        self.association.send_out(bytes(octets[:length]), octets[length:])
+        return length
 
     def receive_from_anyone(self, chunk: memoryview) -> int:
         """
@@ -320,14 +335,6 @@ class Inner:
             self.socket.connect(sockaddr)
         return n if source == self.client else 0
 
-    def send(self, datagram: memoryview) -> bool:
-        """An answer for the client; False if it does not fit, or the client has not sent yet."""
-        try:
-            self.socket.send(datagram)
-        except OSError:
-            return False
-        return True
-
 
 class Outer:
     """The socket that all targets of one family are written to and heard on."""
@@ -343,19 +350,21 @@ class Outer:
         association = self.association
         chunk = association.relay.chunk
         room = chunk[SPACE:]
+        headers, receive, answer = association.headers, self.socket.recvfrom_into, association.inner.socket.send
+        down = 0
         for _ in range(TURN):
             try:
-                n, source = self.socket.recvfrom_into(room)
+                n, source = receive(room)
+                header = headers.get(source) or self.header(source)
+                if header:
+                    start = SPACE - len(header)
+                    chunk[start:SPACE] = header
+                    down += answer(chunk[start:SPACE + n]) - len(header)
             except BlockingIOError:
-                return
-            except OSError:             # an ICMP error of an earlier datagram
+                break
+            except OSError:             # an ICMP error of an earlier one, or too long with its header
                 continue
-            header = association.headers.get(source) or self.header(source)
-            if header:
-                start = SPACE - len(header)
-                chunk[start:SPACE] = header
-                if association.inner.send(chunk[start:SPACE + n]):
-                    association.session.down += n
+        association.session.down += down
 
     def header(self, source: Tuple[str, int]) -> bytes:
         """The header for what this source sends; empty if the client has not written to it."""

@@ -462,8 +462,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.relays: List[Relay] = []
         self.udp_relays: Dict[int, str] = {}                # port -> host of our own UDP sockets
         self.listeners: List[Listener] = []
-        self.stopping = threading.Event()                   # serve_forever() has to end
-        self.stopped = threading.Event()                    # and has ended
+        self.stopping = False                               # serve_forever() has to end
+        self.hurry: queue.SimpleQueue[None] = queue.SimpleQueue()   # wakes it from its pause
+        self.stopped = threading.Event()                    # it has ended
         self.stopped.set()
         self.bookkeeper: Optional[threading.Thread] = None  # in serve_forever()
         if ":" in server_address[0]:
@@ -509,20 +510,21 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         that have ended, and hangs up on handshakes that take too long.
         """
         self.bookkeeper = threading.current_thread()
-        with self.lock:
-            self.stopped.clear()
-            if not self.stopping.is_set():
-                for listener in self.listeners:
-                    listener.start(self.request_queue_size)
+        self.stopped.clear()
         try:
-            while not self.stopping.is_set():
+            with self.lock:
+                if not self.stopping:
+                    for listener in self.listeners:
+                        listener.start(self.request_queue_size)
+            while not self.stopping:
                 self.keep_books(poll_interval)
                 self.end_slow_handshakes()
                 self.service_actions()
+                self.pause()
         finally:
             for listener in self.listeners:
                 listener.stop()
-            self.stopping.clear()
+            self.stopping = False
             self.stopped.set()
 
     def keep_books(self, timeout: float) -> None:
@@ -534,8 +536,14 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                     self.report(handler)
                 handler = self.ended.get_nowait()
         except queue.Empty:
-            # So that a burst of clients, each gone in a millisecond, does not wake us for each.
-            self.stopping.wait(BATCH)
+            pass
+
+    def pause(self) -> None:
+        """So that a burst of clients, each gone in a millisecond, does not wake us for each."""
+        try:
+            self.hurry.get(timeout=BATCH)
+        except queue.Empty:
+            pass
 
     def report(self, handler: Socks5Handler) -> None:
         try:
@@ -552,20 +560,25 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 handler.hang_up("the handshake took too long")
 
     def shutdown(self) -> None:
-        """Make serve_forever() return; wait for that, unless called in its thread."""
-        self.stopping.set()
-        self.ended.put(None)            # wakes it
+        """
+        Make serve_forever() return; wait for that, unless called in its thread.
+
+        Signal handlers of that thread may call it: no lock is taken that it could hold.
+        """
+        self.stopping = True
+        self.ended.put(None)
+        self.hurry.put(None)
         if threading.current_thread() is not self.bookkeeper:
             self.stopped.wait()
 
     def server_close(self) -> None:
         """Stop, close the listeners, end all conversations and tunnels, and wait for the threads."""
         with self.lock:
-            self.stopping.set()         # for a serve_forever() that is just about to begin
+            self.stopping = True        # for a serve_forever() that is just about to begin
             serving = not self.stopped.is_set()
         if serving:
             self.shutdown()
-            self.stopping.set()
+            self.stopping = True
         for listener in self.listeners:
             listener.close()
         super().server_close()
@@ -592,7 +605,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in OUT_OF:
                 # The client stays in the backlog, so that the next try would fail as fast.
-                self.stopping.wait(0.1)
+                self.stopped.wait(0.1)
             raise
         if os.name != "posix":
             tune(connection)

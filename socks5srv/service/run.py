@@ -186,7 +186,7 @@ def stop_on_signals(server: Socks5Server) -> None:
     Set even where SIGINT is ignored: a shell script ignores it for what it starts with &.
     """
     def stop(number: int, _frame: Any) -> None:
-        if server.stopping.is_set() and number == signal.SIGINT:
+        if server.stopping and number == signal.SIGINT:
             os._exit(130)
         server.shutdown()
 
