@@ -192,7 +192,7 @@ class Message:
 # --- addresses: the part that Request, Reply and Datagram have in common ---
 
 # Host names as they are used: letters, digits, hyphen, underscore, dots; beyond ASCII
-# anything, for the resolver's IDNA to judge.  Not a NUL, where C libraries would cut the name
+# whatever can be printed, for the resolver's IDNA to judge.  Not a NUL, where C libraries would cut the name
 # in two; not a control character, which would forge log lines; not %, which in fe80::1%eth0
 # picks an interface of this computer.
 NAME = re.compile(r"[A-Za-z0-9._\-\u00a1-\U0010ffff]+")
@@ -310,7 +310,7 @@ def read_name(octets: bytes) -> str:
         name = octets.decode()
     except UnicodeDecodeError as error:
         raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that is no text: {octets!r}") from error
-    if NAME.fullmatch(name) or is_ipv6(name):
+    if (NAME.fullmatch(name) and name.isprintable()) or is_ipv6(name):
         return name
     raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that cannot exist: {name!r}")
 

@@ -17,7 +17,7 @@ from ..session import COMMAND_WORDS, Session, amount, shown
 
 def banner(addresses: List[Address], users: Optional[Mapping[str, str]]) -> str:
     """The lines to paste, for a server that listens on these addresses."""
-    login = f"login required ({len(users)} user{'s' * (len(users) != 1)})" if users else "no password"
+    login = f"login required ({counted(len(users), 'user')})" if users else "no password"
     whom = "this computer only" if all(is_loopback(address.host) for address in addresses) else "other computers, too"
     reachable = reachable_address(addresses[0])
     name = "NAME:PASSWORD@" if users else ""
@@ -69,6 +69,10 @@ def reachable_address(address: Address) -> Address:
         return Address.numeric("127.0.0.1", address.port)
 
 
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 class Tally:
     """What has happened since the start, for the summary."""
 
@@ -109,7 +113,8 @@ class Tally:
         seconds = int(time.monotonic() - self.started)
         length = f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
         lines = [
-            f"stopped after {length}: {total} connections ({ok} ok, {total - ok} not) from {len(self.clients)} clients,",
+            f"stopped after {length}: {counted(total, 'connection')} ({ok} ok, {total - ok} not)"
+            f" from {counted(len(self.clients), 'client')},",
             f"{amount(self.up)} up, {amount(self.down)} down, at most {self.most} at once",
         ]
         for title, counter in (("most traffic", self.octets), ("not ok", self.failures)):

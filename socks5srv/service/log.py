@@ -17,6 +17,7 @@ import time
 from typing import Any, Dict, TextIO
 
 from ..session import Session, rfc3339
+from .options import complain
 
 COLORS = {"failed": "31", "login_failed": "31", "bad_protocol": "31", "denied": "33", "open": "2"}
 
@@ -43,7 +44,7 @@ class JsonFormatter(logging.Formatter):
     """One object a line.  Its names are documented in the README, and stable."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(self.facts(record), ensure_ascii=False)
+        return json.dumps(self.facts(record))
 
     def facts(self, record: logging.LogRecord) -> Dict[str, Any]:
         session = getattr(record, "session", None)
@@ -59,20 +60,31 @@ class JsonFormatter(logging.Formatter):
         return facts
 
 
+class Screen(logging.StreamHandler):  # type: ignore[type-arg]
+    """A log that cannot be written (the reader has gone, the disk is full) is no reason to stop serving."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.told and self.stream is not sys.stderr:
+            self.told = True
+            complain(f"the log cannot be written: {sys.exc_info()[1]}", "serving goes on without it")
+
+
+class File(Screen, logging.FileHandler):
+    """The same in a file."""
+
+
 def set_up(options: argparse.Namespace) -> None:
     """Send the log where the options say.  OSError if the file cannot be opened."""
-    handler: logging.Handler
-    if options.log_file:
-        handler = logging.FileHandler(options.log_file, encoding="utf-8")
-    else:
-        handler = logging.StreamHandler(sys.stderr)
+    handler = File(options.log_file, encoding="utf-8") if options.log_file else Screen(sys.stderr)
     in_color = wants_color(options.color, sys.stderr) and not options.log_file
     handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter(in_color))
     logger = logging.getLogger("socks5srv")
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.ERROR if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
-    logging.getLogger("socks5srv.wire").setLevel(logging.DEBUG if options.verbose > 1 else logging.INFO)
+    logging.getLogger("socks5srv.wire").setLevel(logging.DEBUG if options.verbose > 1 and not options.quiet else logging.ERROR)
 
 
 def wants_color(when: str, stream: TextIO) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import ipaddress
+import itertools
 import os
 import shlex
 import sys
@@ -43,7 +44,9 @@ class Parser(argparse.ArgumentParser):
     """One that reads ``@FILE`` as a shell would: several words a line, quotes, comments."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
-        return shlex.split(arg_line, comments=True)
+        words = shlex.split(arg_line)
+        # Not shlex's own comments, which begin also within a word: a password may have a #.
+        return list(itertools.takewhile(lambda word: word[0:1] != "#", words))
 
     def error(self, message: str) -> NoReturn:
         complain(message, f"see  {self.prog} --help")
@@ -178,10 +181,8 @@ def users(parser: Parser, given: Sequence[str]) -> Optional[Dict[str, str]]:
             password = password_for(parser, name)
         for what, value in (("name", name), ("password", password)):
             length = len(value.encode("utf-8", "surrogateescape"))
-            if length > 255 or not value.isprintable():
-                parser.error(f"the {what} of user {name!r} does not do: SOCKS5 takes up to 255 octets of text")
-        if not name:
-            parser.error("a user needs a name: -u NAME or -u NAME:PASSWORD")
+            if not 1 <= length <= 255 or not value.isprintable():
+                parser.error(f"the {what} of user {name!r} does not do: SOCKS5 takes 1 to 255 octets of text")
         logins[name] = password
     return logins or None
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
-from ..outbound import Route
+from ..outbound import Route, is_own_address
 from ..protocol import Address
 from ..server import Socks5Handler, Socks5Server
 from . import log
@@ -58,12 +58,15 @@ class ServiceHandler(Socks5Handler):
 
 def main(words: Optional[Sequence[str]] = None) -> int:
     """Run the server; returns the exit code."""
+    if sys.stderr is None:      # started with it closed
+        sys.stderr = open(os.devnull, "w")      # noqa: SIM115
     options = parse(words)
     if options.self_test:
         return self_test()
     try:
-        addresses = list(listen_addresses(options))
+        addresses = listen_addresses(options)
         refuse_to_be_open(options, addresses)
+        check_source(options)
         set_up_log(options)
         with listen(options, addresses) as server:
             return serve(server, options)
@@ -74,14 +77,16 @@ def main(words: Optional[Sequence[str]] = None) -> int:
 
 # --- before serving ---
 
-def listen_addresses(options: argparse.Namespace) -> Iterator[str]:
+def listen_addresses(options: argparse.Namespace) -> List[str]:
     """The IP addresses to listen on, for addresses and names."""
+    found: List[str] = []
     for host in options.bind:
         try:
             rows = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise CannotStart(f"{host!r} is no address to listen on", "try  -b 127.0.0.1") from None
-        yield from sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
+        found += sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
+    return list(dict.fromkeys(found))
 
 
 def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None:
@@ -95,6 +100,11 @@ def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None
             "  socks5srv                      this computer only",
             code=2,
         )
+
+
+def check_source(options: argparse.Namespace) -> None:
+    if options.source is not None and not is_own_address(options.source):
+        raise CannotStart(f"--source {options.source} is not an address of this computer", "leave it out to have one chosen")
 
 
 def set_up_log(options: argparse.Namespace) -> None:
@@ -185,9 +195,12 @@ def stop_on_signals(server: Socks5Server) -> None:
 
     Set even where SIGINT is ignored: a shell script ignores it for what it starts with &.
     """
+    asked: List[int] = []
+
     def stop(number: int, _frame: Any) -> None:
-        if server.stopping and number == signal.SIGINT:
+        if asked and number == signal.SIGINT:
             os._exit(130)
+        asked.append(number)
         server.shutdown()
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):

@@ -41,15 +41,15 @@ def ask(proxy: Tuple[str, int], command: Command, destination: Address) -> Tuple
     """A connection on which `command` has succeeded, its stream, and the reply's address."""
     client = socket.create_connection(proxy, TIMEOUT)
     stream = cast(BinaryIO, client.makefile("rb", buffering=0))
-    client.sendall(bytes(Greeting(octets(Method.NO_AUTHENTICATION_REQUIRED))))
-    selection = MethodSelection.read(stream)
-    expect(selection.method, Method.NO_AUTHENTICATION_REQUIRED)
-    client.sendall(bytes(Request(command, destination)))
-    return client, stream, read_reply(stream)
-
-
-def octets(*codes: int) -> bytes:
-    return bytes(codes)
+    try:
+        client.sendall(bytes(Greeting(bytes([Method.NO_AUTHENTICATION_REQUIRED]))))
+        expect(MethodSelection.read(stream).method, Method.NO_AUTHENTICATION_REQUIRED)
+        client.sendall(bytes(Request(command, destination)))
+        return client, stream, read_reply(stream)
+    except BaseException:
+        stream.close()
+        client.close()
+        raise
 
 
 def read_reply(stream: BinaryIO) -> Address:
