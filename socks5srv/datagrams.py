@@ -26,17 +26,18 @@ in a thread of its own, while other datagrams go on.
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from io import BytesIO
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
 
 from . import outbound
 from .protocol import Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
 from .relay import READ, Relay, Watched
+from .session import Session
 
-if TYPE_CHECKING:
-    from .server import Socks5Handler
+logger = logging.getLogger("socks5srv")
 
 TURN = 64               # datagrams moved in one turn, so that a flood leaves room for the others
 SPACE = 22              # octets in front of what is received: the longest header of an answer
@@ -61,30 +62,41 @@ def header_length(octets: memoryview) -> int:
     return 7 + octets[4] if atyp == AddressType.DOMAINNAME else 0
 
 
+class Conversation(Protocol):
+    """What an association asks of the conversation that it comes from: server.py's handler."""
+
+    session: Session
+
+    def allow(self, command: Command, address: Address) -> bool: ...
+    def may_reach(self, command: Command, address: Address) -> bool: ...
+    def resolve(self, host: str) -> Sequence[str]: ...
+    def finished(self) -> None: ...
+
+
 class Association:
     """
-    One client's UDP relay.  `bound` is where the client has to send to.
+    One client's UDP relay.  `bound` is where the client has to send to: on `host`, this
+    computer's address as the client sees it.
 
     Made in the conversation's thread, which tells the client; after start() it belongs to the
     relay thread.  OSError if there is no socket to be had.
     """
 
-    def __init__(self, handler: Socks5Handler, host: str) -> None:
-        self.handler = handler
-        self.server = handler.server
-        self.session = handler.session
+    def __init__(self, conversation: Conversation, host: str, route: outbound.Route, reassemble: bool = False) -> None:
+        self.conversation = conversation
+        self.session = conversation.session
+        self.route = route
         self.client_host = self.session.client.host
         self.inner = Inner(self, udp_socket(host))
         self.outer: Dict[int, Outer] = {}                   # by address family
         self.control: Optional[Control] = None
         self.bound = Address.of(self.inner.socket.getsockname())
-        self.server.udp_relays[self.bound.port] = self.bound.host
         # What has been found out, each to be thrown away at any time:
         self.targets: Dict[bytes, Optional[Target]] = {}    # by header; None: leads nowhere
         self.headers: Dict[SockAddr, bytes] = {}            # by source
         self.contacted: Set[str] = set()                    # hosts that may answer
         self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
-        self.fragments: Optional[Fragments] = Fragments() if self.server.reassemble else None
+        self.fragments: Optional[Fragments] = Fragments() if reassemble else None
 
     relay: Relay
 
@@ -93,7 +105,7 @@ class Association:
 
     def __exit__(self, *_exception: object) -> None:
         if self.control is None:
-            self.close_sockets()
+            self.inner.socket.close()
 
     def start(self, relay: Relay, connection: socket.socket) -> None:
         """Hand it to the relay thread, with the TCP connection that it lives by."""
@@ -128,13 +140,8 @@ class Association:
             if owner is not None:
                 self.relay.unwatch(owner.socket.fileno())
                 owner.socket.close()
-        self.close_sockets()
         self.session.end(reason)
-        self.handler.finished()
-
-    def close_sockets(self) -> None:
-        self.server.udp_relays.pop(self.bound.port, None)
-        self.inner.socket.close()
+        self.conversation.finished()
 
     def send_out(self, header: bytes, payload: memoryview) -> None:
         """A datagram of the client's: on to where its header says, if that is known."""
@@ -170,7 +177,7 @@ class Association:
     def open_towards(self, addresses: Sequence[Address]) -> Optional[Target]:
         """The first of the addresses that is allowed and can be sent to."""
         for address in addresses:
-            if not self.handler.may_reach(Command.UDP_ASSOCIATE, address):
+            if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
                 continue
             try:
                 outer = self.outer_socket(address)
@@ -184,7 +191,7 @@ class Association:
         """The socket for all targets of this family."""
         family = outbound.family_of(address)
         if family not in self.outer:
-            sock = self.server.route.socket(address, socket.SOCK_DGRAM)
+            sock = self.route.socket(address, socket.SOCK_DGRAM)
             enlarge(sock)
             if sock.getsockname()[1] == 0:      # a port is needed before it can be waited for
                 sock.bind(("", 0))
@@ -201,7 +208,7 @@ class Association:
             if sum(map(len, self.looking_up.values())) < QUEUED:
                 waiting.append(payload)
             return
-        if len(self.looking_up) >= LOOK_UPS or not self.handler.allow(Command.UDP_ASSOCIATE, address):
+        if len(self.looking_up) >= LOOK_UPS or not self.conversation.allow(Command.UDP_ASSOCIATE, address):
             return
         self.looking_up[header] = [payload]
         try:
@@ -212,13 +219,13 @@ class Association:
     def resolve(self, header: bytes, address: Address) -> None:
         """In a thread of its own: ask, and bring the answer to the relay thread."""
         try:
-            hosts = self.handler.resolve(address.host)
+            hosts = self.conversation.resolve(address.host)
             found = [Address.numeric(host, address.port) for host in hosts]
         except (OSError, ValueError, RequestFailed):
             found = []
         except Exception:
             found = []
-            self.server.handle_error(None, self.handler.client_address)
+            logger.exception("a bug, met while looking up %s", address)
         self.relay.call(lambda: self.resolved(header, found))
 
     def resolved(self, header: bytes, addresses: List[Address]) -> None:

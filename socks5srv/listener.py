@@ -48,7 +48,7 @@ class Listener:
 
     def start(self, backlog: int) -> None:
         """Begin to accept; may follow a stop()."""
-        self.socket.listen(backlog)     # again, as stop() may have undone it
+        self.socket.listen(backlog)
         self.stopping = False
         self.add_thread()
 
@@ -84,7 +84,7 @@ class Listener:
             self.leave()
             return
         nobody_waits = self.leave() == 0
-        if self.stopping:           # this was no client, but interrupt()
+        if self.stopping:           # this was no client, but stop()
             connection.close()
             return
         if nobody_waits:
@@ -109,19 +109,16 @@ class Listener:
             return True
 
     def stop(self) -> None:
-        """Accept no more.  Conversations go on; threads that have none end."""
-        self.stopping = True
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)      # Linux: every accept() fails at once
-        except OSError:
-            self.interrupt()
+        """
+        Accept no more.  Conversations go on; threads that have none end.
 
-    def interrupt(self) -> None:
-        """Elsewhere threads in accept() have to be called out of it, one by one."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address.host, self.address.host)
+        No system call takes a thread out of accept() on every platform; a client does.
+        """
+        self.stopping = True
+        dialled = self.address.dialled
         for _ in range(self.waiting):
             try:
-                socket.create_connection((host, self.address.port), timeout=1).close()
+                socket.create_connection((dialled.host, dialled.port), timeout=1).close()
             except OSError:         # then nobody is waiting any more
                 return
 
@@ -132,4 +129,9 @@ class Listener:
                 thread.join(timeout)
 
     def close(self) -> None:
+        try:
+            # On Linux this makes accept() fail, should stop() have had no descriptors to call with.
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
         self.socket.close()

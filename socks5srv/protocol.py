@@ -281,6 +281,12 @@ class Address(NamedTuple):
         """All zeros, or the name ``0`` (as PySocks writes it): the client cannot tell yet."""
         return self.host in ("0.0.0.0", "::", "0")
 
+    @property
+    def dialled(self) -> Address:
+        """Where the system goes if asked for this: all zeros stand for the computer itself."""
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host)
+        return self if loopback is None else self.numeric(loopback, self.port)
+
     def octets(self) -> bytes:
         """The host as DST.ADDR or BND.ADDR has it."""
         if self.address_type is AddressType.IPV4:

@@ -34,7 +34,7 @@ import socket
 import socketserver
 import threading
 import time
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar, cast
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple, Type, TypeVar, cast
 
 from . import outbound
 from .datagrams import Association
@@ -197,7 +197,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         do(request)
 
     def do_CONNECT(self, request: Request) -> None:
-        target = self.connect(request)
+        with outbound.reporting(request.destination):
+            target = self.connect(request)
         self.open_tunnel(target, Address.of(target.getsockname()))
 
     def do_BIND(self, request: Request) -> None:
@@ -217,9 +218,11 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         # DST.ADDR, where the client will send from, is not looked at: behind NAT it is wrong,
         # and many write zeros or nonsense.  The connection's own peer is the better witness.
         with outbound.reporting("UDP relay"):
-            association = Association(self, Address.of(self.connection.getsockname()).host)
+            here = Address.of(self.connection.getsockname()).host
+            association = Association(self, here, self.server.route, self.server.reassemble)
         with association:       # closes it, unless it has been handed over
             relay = self.server.relay_thread()
+            self.server.udp_relays.add(association.bound)
             self.succeed(association.bound)
             self.in_tunnel = self.handed_over = True
             association.start(relay, self.connection)
@@ -460,7 +463,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.handshakes: Dict[int, Socks5Handler] = {}      # of those, whose request is to come; oldest first
         self.ended: queue.SimpleQueue[Optional[Socks5Handler]] = queue.SimpleQueue()
         self.relays: List[Relay] = []
-        self.udp_relays: Dict[int, str] = {}                # port -> host of our own UDP sockets
+        self.udp_relays: Set[Address] = set()               # where clients send their datagrams to
         self.listeners: List[Listener] = []
         self.stopping = False                               # serve_forever() has to end
         self.hurry: queue.SimpleQueue[None] = queue.SimpleQueue()   # wakes it from its pause
@@ -510,12 +513,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         that have ended, and hangs up on handshakes that take too long.
         """
         self.bookkeeper = threading.current_thread()
-        self.stopped.clear()
         try:
             with self.lock:
                 if not self.stopping:
                     for listener in self.listeners:
                         listener.start(self.request_queue_size)
+                self.stopped.clear()
             while not self.stopping:
                 self.keep_books(poll_interval)
                 self.end_slow_handshakes()
@@ -651,6 +654,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.live.pop(handler.session.id, None)
             self.handshakes.pop(handler.session.id, None)
+            if handler.session.bound is not None:
+                self.udp_relays.discard(handler.session.bound)
         self.ended.put(handler)
 
     @property
@@ -673,16 +678,14 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def is_own(self, command: Command, address: Address) -> bool:
         """Whether this is one of our own sockets, where the server would talk to itself."""
+        address = address.dialled
         if command is Command.UDP_ASSOCIATE:
-            return address.port in self.udp_relays and outbound.is_own_address(address.host)
-        for listener in self.listeners:
-            own = listener.address
-            if own.port == address.port and (
-                own.host == address.host
-                or ((own.is_unspecified or address.is_unspecified) and outbound.is_own_address(address.host))
-            ):
-                return True
-        return False
+            return address in self.udp_relays
+        return any(
+            own.port == address.port
+            and (own.host == address.host or (own.is_unspecified and outbound.is_own_address(address.host)))
+            for own in (listener.address for listener in self.listeners)
+        )
 
 
 # What a server can be out of when a client comes: descriptors, memory, buffers.

@@ -21,7 +21,7 @@ class Session:
     One client, from accept() to the end of its tunnel.
 
     `event` says how far it got: ``open`` (it is live), ``close`` (it was served, and is
-    over), ``denied`` (by a rule), ``failed`` (any other reply than success),
+    over), ``denied`` (by a rule), ``failed`` (any other reply, or the client left first),
     ``login_failed``, or ``bad_protocol`` (what came was not SOCKS5, or not in time).
     """
 
@@ -56,10 +56,12 @@ class Session:
     def event(self) -> str:
         if self.login_failed:
             return "login_failed"
-        if self.reply is None:
-            return "open" if self.seconds is None else "bad_protocol"
+        if self.seconds is None:
+            return "open"
+        if self.command is None and self.reply is None:
+            return "bad_protocol"
         if self.reply is ReplyCode.SUCCEEDED:
-            return "open" if self.seconds is None else "close"
+            return "close"
         return "denied" if self.reply is ReplyCode.NOT_ALLOWED else "failed"
 
     def as_dict(self) -> Dict[str, Any]:

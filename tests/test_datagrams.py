@@ -452,7 +452,7 @@ def test_it_ends_with_its_tcp_connection_and_at_once(how: Callable[[Client], Non
     assert server.next_ended().event == "close"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:     # the port is free again
         probe.bind((client.relay.host, client.relay.port))
-    assert server.udp_relays == {}
+    assert not server.udp_relays
 
 
 def test_octets_on_the_tcp_connection_mean_nothing(start_server: Any, associate: Any, new_socket: Any) -> None:
