@@ -52,7 +52,8 @@ wire = logging.getLogger("socks5srv.wire")      # every message, at DEBUG
 
 M = TypeVar("M", Greeting, Credentials, Request)
 
-BATCH = 0.05        # seconds
+BATCH = 0.05        # seconds between two looks at the sessions that have ended
+RETRY = 0.1         # seconds until we try again to accept, being out of something
 LINGER = 1.0        # seconds that a refused client has to take its reply and hang up
 EARLY = 64 * 1024   # octets that a client may send ahead while BIND waits for its peer
 
@@ -303,7 +304,9 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.wait_for_peer(listener, until)
             try:
                 target, sockaddr = listener.accept()
-            except OSError:             # gone again before we could accept
+            except OSError as error:    # gone again before we could accept, or
+                if error.errno in OUT_OF:
+                    outbound.wait({}, self.connection, time.monotonic() + RETRY)
                 continue
             peer = Address.of(sockaddr)
             if (not hosts or peer.host in hosts) and self.allow(Command.BIND, peer):
@@ -379,7 +382,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.connection.sendall(bytes(message))
 
     def succeed(self, bound: Address) -> None:
-        self.session.reply, self.session.bound = ReplyCode.SUCCEEDED, bound
+        self.session.reply = ReplyCode.SUCCEEDED
+        self.session.bound = self.session.bound or bound    # BIND's second reply has the peer instead
         self.send(Reply(ReplyCode.SUCCEEDED, bound))
         logger.debug("%s", self.session, extra={"session": self.session})
 
@@ -608,7 +612,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in OUT_OF:
                 # The client stays in the backlog, so that the next try would fail as fast.
-                self.stopped.wait(0.1)
+                self.stopped.wait(RETRY)
             raise
         if os.name != "posix":
             tune(connection)

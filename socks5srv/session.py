@@ -88,7 +88,8 @@ class Session:
 
     def __str__(self) -> str:
         """One line for people, its columns in a fixed order, with a hyphen for nothing."""
-        words = [f"#{self.id}", str(self.client), shown(self.user or "-"), *self.target_words()]
+        user = shown(self.user or "-").replace(" ", "\\x20")      # which would forge a column
+        words = [f"#{self.id}", str(self.client), user, *self.target_words()]
         if self.event == "close":
             words += ["ok", amount(self.up), "up", amount(self.down), "down", f"{self.seconds:.1f}s"]
         elif self.event == "open":
