@@ -177,9 +177,9 @@ class Association:
     def open_towards(self, addresses: Sequence[Address]) -> Optional[Target]:
         """The first of the addresses that is allowed and can be sent to."""
         for address in addresses:
-            if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
-                continue
             try:
+                if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
+                    continue
                 outer = self.outer_socket(address)
             except (OSError, RequestFailed):
                 continue

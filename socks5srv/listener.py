@@ -54,24 +54,17 @@ class Listener:
 
     def add_thread(self) -> None:
         """One more in accept().  RuntimeError if the system has no more threads to give."""
+        thread = threading.Thread(target=self.run, name="socks5srv-conversation", daemon=True)
         with self.lock:
-            self.waiting += 1
-            thread = threading.Thread(target=self.run, name="socks5srv-conversation", daemon=True)
-            self.threads.add(thread)
-        try:
             thread.start()
-        except RuntimeError:
-            with self.lock:
-                self.waiting -= 1
-                self.threads.discard(thread)
-            raise
+            self.waiting += 1
+            self.threads.add(thread)
 
     def run(self) -> None:
         try:
-            while not self.stopping:
+            self.serve_one()
+            while self.rejoin():
                 self.serve_one()
-                if not self.rejoin():
-                    return
         finally:
             with self.lock:
                 self.threads.discard(threading.current_thread())
@@ -114,9 +107,11 @@ class Listener:
 
         No system call takes a thread out of accept() on every platform; a client does.
         """
-        self.stopping = True
+        with self.lock:
+            self.stopping = True
+            waiting = self.waiting
         dialled = self.address.dialled
-        for _ in range(self.waiting):
+        for _ in range(waiting):
             try:
                 socket.create_connection((dialled.host, dialled.port), timeout=1).close()
             except OSError:         # then nobody is waiting any more
@@ -124,7 +119,9 @@ class Listener:
 
     def join(self, timeout: float) -> None:
         """Wait for the threads to end, so many seconds for each at most."""
-        for thread in list(self.threads):
+        with self.lock:
+            threads = list(self.threads)
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout)
 

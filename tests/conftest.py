@@ -146,6 +146,7 @@ class Served:
     """Mixed into the servers: `told` gets the sessions that session_ended() has been called for."""
 
     server_address: Tuple[Any, ...]
+    addresses: List[Tuple[Any, ...]]
     told: queue.SimpleQueue[Session]
     thread: threading.Thread
 
@@ -156,15 +157,17 @@ class Served:
 @pytest.fixture
 def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     """
-    Start a server in a thread: ``start_server(handler, address=, users=, **attributes)``.
+    Start a server in a thread: ``start_server(handler, address, more, users=, **attributes)``.
 
+    With `more` addresses it has more listeners; `addresses` are those of all of them.
     At the end it is closed, and none of its threads may be left, nor a bug have been logged.
     """
     servers: List[Served] = []
 
     def start(
         handler: Type[Socks5Handler] = Socks5Handler, address: Tuple[Any, ...] = (LOCALHOST, 0),
-        server_class: Type[Socks5Server] = Socks5Server, users: Any = None, **attributes: Any,
+        *more: Tuple[Any, ...], server_class: Type[Socks5Server] = Socks5Server, users: Any = None, poll_interval: float = 0.05,
+        **attributes: Any,
     ) -> Any:
         class Telling(handler):         # type: ignore[misc, valid-type]
             def session_ended(self) -> None:
@@ -179,7 +182,8 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
         for key, value in attributes.items():
             assert hasattr(server, key), f"a server has no {key}"
             setattr(server, key, value)
-        serve(server)
+        server.addresses = [server.server_address, *map(server.add_listener, more)]
+        serve(server, poll_interval)
         return server
 
     yield start
@@ -194,12 +198,18 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     assert [record.getMessage() for record in bugs] == []
 
 
-def serve(server: Any) -> None:
+def serve(server: Any, poll_interval: float = 0.05) -> None:
     """Have it serve in a thread; returns when it does."""
-    server.thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="test-serve")
+    server.thread = threading.Thread(target=server.serve_forever, args=(poll_interval,), name="test-serve")
     server.thread.start()
-    # Till then server_close() would not know that there is something to shut down.
+    # Till then there may be nobody to connect to, and nothing for server_close() to shut down.
     eventually(lambda: not server.stopped.is_set())
+    eventually(lambda: all(listener.waiting and not listener.stopping for listener in server.listeners))
+
+
+def handler_with(**methods: Any) -> Type[Socks5Handler]:
+    """A handler class with these methods overridden, or with these attributes."""
+    return type("Handler", (Socks5Handler,), methods)
 
 
 # --- clients ---
@@ -331,9 +341,9 @@ def listen() -> Iterator[Callable[..., socket.socket]]:
 def refusing() -> Iterator[Callable[..., Tuple[str, int]]]:
     """A host and port that refuse connections, and stay so: ``refusing(host)``."""
     with ExitStack() as stack:
-        def make(host: str = LOCALHOST) -> Tuple[str, int]:
+        def make(host: str = LOCALHOST, port: int = 0) -> Tuple[str, int]:
             sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-            sock.bind((host, 0))        # and no listen()
+            sock.bind((host, port))     # and no listen()
             return sock.getsockname()[:2]
 
         yield make
@@ -343,10 +353,10 @@ def refusing() -> Iterator[Callable[..., Tuple[str, int]]]:
 def silent() -> Iterator[Callable[..., Tuple[str, int]]]:
     """A host and port where connections neither come about nor fail: ``silent(host)``."""
     with ExitStack() as stack:
-        def make(host: str = LOCALHOST) -> Tuple[str, int]:
+        def make(host: str = LOCALHOST, port: int = 0) -> Tuple[str, int]:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listener = stack.enter_context(socket.socket(family))
-            listener.bind((host, 0))
+            listener.bind((host, port))
             listener.listen(0)
             # Nobody accepts, so the backlog is soon full, and then a SYN gets no answer.
             for _ in range(4):

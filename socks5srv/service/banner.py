@@ -27,21 +27,31 @@ def banner(addresses: List[Address], users: Optional[Mapping[str, str]]) -> str:
         *(f"listening on     {address}" for address in addresses if len(addresses) > 1),
         f"proxy address:   {url}",
         "",
-        f"  try it     curl -x {url} https://example.com/",
+        f"  try it     curl -x {url} example.com",
         f"  a shell    export ALL_PROXY={url}",
         '  python     pip install "requests[socks]"  and then, with P the address above,',
         '             requests.get(url, proxies={"http": P, "https": P})',
-        f"  firefox    Settings > Network Settings > Manual: SOCKS Host {reachable.host},",
-        f"             Port {reachable.port}, SOCKS v5, Proxy DNS when using SOCKS v5;",
-        "             leave HTTP Proxy and HTTPS Proxy empty",
-        f"  chrome     chrome --proxy-server=socks5://{reachable}" if not users else
-        "  chrome     cannot send a SOCKS5 password",
+        *(WITH_A_LOGIN if users else browsers(reachable)),
         "",
         "Ctrl-C stops.  socks5srv --help shows more.",
     ]
-    if users:
-        lines.insert(-1, "SOCKS5 sends the password unencrypted: use it where nobody listens in.")
     return "\n".join(lines)
+
+
+WITH_A_LOGIN = [
+    "  browsers   Firefox and Chrome have no place to type a SOCKS5 password",
+    "",
+    "SOCKS5 sends the password unencrypted: use it where nobody listens in.",
+]
+
+
+def browsers(address: Address) -> List[str]:
+    return [
+        "  firefox    Settings > Network Settings > Manual:",
+        f"             SOCKS Host {address.host}, Port {address.port}, SOCKS v5,",
+        "             Proxy DNS when using SOCKS v5; HTTP and HTTPS Proxy empty",
+        f"  chrome     chrome --proxy-server=socks5://{address}",
+    ]
 
 
 def listening(addresses: List[Address], users: Optional[Mapping[str, str]], commands: Any) -> Dict[str, Any]:

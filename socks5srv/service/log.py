@@ -25,12 +25,13 @@ COLORS = {"failed": "31", "login_failed": "31", "bad_protocol": "31", "denied": 
 class TextFormatter(logging.Formatter):
     """``09:05:05 #1 127.0.0.1:51958 ...``, in color where it is wanted.  The form may change."""
 
-    def __init__(self, color: bool) -> None:
+    def __init__(self, color: bool, clock: str = "%H:%M:%S") -> None:
         super().__init__()
         self.color = color
+        self.clock = clock
 
     def format(self, record: logging.LogRecord) -> str:
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        clock = time.strftime(self.clock, time.localtime(record.created))
         level = "" if record.levelno == logging.INFO or hasattr(record, "session") else record.levelname + " "
         line = f"{clock} {level}{record.getMessage()}"
         if record.exc_info:
@@ -79,7 +80,8 @@ def set_up(options: argparse.Namespace) -> None:
     """Send the log where the options say.  OSError if the file cannot be opened."""
     handler = File(options.log_file, encoding="utf-8") if options.log_file else Screen(sys.stderr)
     in_color = wants_color(options.color, sys.stderr) and not options.log_file
-    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter(in_color))
+    clock = "%Y-%m-%d %H:%M:%S" if options.log_file else "%H:%M:%S"    # a screen is of today
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else TextFormatter(in_color, clock))
     logger = logging.getLogger("socks5srv")
     logger.handlers[:] = [handler]
     logger.propagate = False

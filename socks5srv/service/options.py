@@ -62,6 +62,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="socks5srv", usage="socks5srv [options] [PORT | ADDRESS:PORT]", description=DESCRIPTION, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@", add_help=False,
+        allow_abbrev=False,     # or a new option could break a script that abbreviates
     )
     parser.set_defaults(parser=parser)
 

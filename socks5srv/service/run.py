@@ -86,6 +86,8 @@ def listen_addresses(options: argparse.Namespace) -> List[str]:
         except (OSError, UnicodeError):
             raise CannotStart(f"{host!r} is no address to listen on", "try  -b 127.0.0.1") from None
         found += sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
+    if "::" in found and socket.has_dualstack_ipv6():
+        found = [address for address in found if address != "0.0.0.0"]      # which is served by it
     return list(dict.fromkeys(found))
 
 

@@ -1,0 +1,259 @@
+"""
+The first and the last words: what to paste where, and what has happened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, Callable, List, Optional, Tuple
+
+import pytest
+from tests.conftest import Client, exchange
+
+from socks5srv import __version__
+from socks5srv.protocol import Address, Command, ReplyCode
+from socks5srv.service import banner as module
+from socks5srv.service.banner import Tally, banner, is_loopback, listening, reachable_address
+from socks5srv.session import Session
+
+Place = Tuple[Any, ...]
+
+ONE = {"anna": "sesame"}
+TWO = {"anna": "sesame", "ben": "4711"}
+
+WIDTH = 80      # columns of a terminal as it has always been
+
+
+def addresses(*hosts: str, port: int = 1080) -> List[Address]:
+    return [Address.numeric(host, port) for host in hosts]
+
+
+# --- the banner ---
+
+def test_the_first_lines_say_who_is_served_and_where() -> None:
+    lines = banner(addresses("127.0.0.1"), None).split("\n")
+    assert lines[0] == f"socks5srv {__version__}  serving this computer only, no password"
+    assert lines[1] == "proxy address:   socks5h://127.0.0.1:1080"
+
+
+@pytest.mark.parametrize("line", [
+    "curl -x socks5h://127.0.0.1:1080 example.com",
+    "export ALL_PROXY=socks5h://127.0.0.1:1080",
+    'pip install "requests[socks]"',
+    'requests.get(url, proxies={"http": P, "https": P})',
+    "chrome --proxy-server=socks5://127.0.0.1:1080",
+    "SOCKS Host 127.0.0.1, Port 1080, SOCKS v5",
+    "Proxy DNS when using SOCKS v5",
+    "HTTP and HTTPS Proxy empty",
+    "Ctrl-C stops.",
+])
+def test_it_has_the_lines_to_paste(line: str) -> None:
+    assert line in banner(addresses("127.0.0.1"), None)
+
+
+def test_with_users_it_says_how_many_and_warns_and_shows_no_password() -> None:
+    text = banner(addresses("127.0.0.1"), TWO)
+    assert "login required (2 users)" in text
+    assert "(1 user)" in banner(addresses("127.0.0.1"), ONE)
+    assert "socks5h://NAME:PASSWORD@127.0.0.1:1080" in text
+    assert "SOCKS5 sends the password unencrypted" in text
+    assert "Firefox and Chrome have no place to type a SOCKS5 password" in text
+    assert "SOCKS Host" not in text
+    assert "chrome --proxy-server" not in text
+    for secret in ("anna", "sesame", "4711"):
+        assert secret not in text
+
+
+def test_beyond_loopback_it_says_so() -> None:
+    assert "serving other computers, too" in banner(addresses("127.0.0.1", "192.168.1.20"), ONE)
+    assert "serving this computer only" in banner(addresses("127.0.0.1", "::1", "127.0.0.2"), None)
+
+
+def test_several_addresses_are_all_listed_and_the_first_is_the_one_to_paste() -> None:
+    text = banner(addresses("127.0.0.1", "::1"), None)
+    assert "listening on     127.0.0.1:1080\nlistening on     [::1]:1080\nproxy address:   socks5h://127.0.0.1:1080\n" in text
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_wildcard_is_no_address_to_paste(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.outbound, "local_address_towards", lambda *_arguments: "192.168.1.20")
+    assert reachable_address(Address.numeric(host, 1080)) == Address.numeric("192.168.1.20", 1080)
+    assert "curl -x socks5h://NAME:PASSWORD@192.168.1.20:1080 " in banner(addresses(host), ONE)
+
+
+def test_without_a_network_a_wildcard_is_reached_by_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_arguments: Any) -> str:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(module.outbound, "local_address_towards", unreachable)
+    assert reachable_address(Address.numeric("0.0.0.0", 1080)) == Address.numeric("127.0.0.1", 1080)
+
+
+@pytest.mark.parametrize(("host", "loopback"), [
+    ("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("192.168.1.20", False),
+])
+def test_what_is_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+@pytest.mark.parametrize("users", [None, ONE])
+@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.1", "::1"), ("::1",)])
+def test_the_banner_of_a_loopback_server_fits_the_terminal(hosts: Any, users: Any) -> None:
+    lines = banner(addresses(*hosts), users).split("\n")
+    assert max(map(len, lines)) <= WIDTH
+    assert len(lines) <= 18
+
+
+@pytest.mark.parametrize(("host", "port", "users"), [
+    ("192.168.100.200", 10800, ONE), ("127.0.0.1", 10800, ONE), ("2001:db8::192:168:100:200", 10800, None),
+])
+def test_the_banner_of_any_server_fits_the_terminal(host: str, port: int, users: Any) -> None:
+    assert max(map(len, banner(addresses(host, port=port), users).split("\n"))) <= WIDTH
+
+
+@pytest.mark.parametrize(("users", "auth"), [(None, "none"), (ONE, "password")])
+def test_programs_are_told_the_same(users: Any, auth: str) -> None:
+    assert listening(addresses("127.0.0.1", "::1"), users, frozenset([Command.UDP_ASSOCIATE, Command.CONNECT])) == {
+        "urls": ["socks5h://127.0.0.1:1080", "socks5h://[::1]:1080"], "auth": auth, "commands": ["connect", "udp"], "pid": os.getpid(),
+    }
+
+
+# --- on the screen ---
+
+def test_at_a_terminal_the_banner_is_shown_and_at_the_end_the_summary(
+    at_terminal: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
+) -> None:
+    terminal = at_terminal("0")
+    text = terminal.wait_for("Ctrl-C stops.")
+    found = re.search(r"proxy address:   socks5h://127\.0\.0\.1:(\d+)\n", text)
+    assert found
+    port = int(found.group(1))
+    assert text.startswith(banner(addresses("127.0.0.1", port=port), None))
+    assert max(map(len, text.split("\n"))) <= WIDTH
+    with new_client(("127.0.0.1", port)) as client:
+        client.connect(echo)
+        exchange(client)
+    terminal.wait_for("client closed\n")
+    terminal.type("\x03")
+    code, text = terminal.end()
+    assert code == 0
+    after = text[text.index("^C"):]
+    assert re.search(r"stopped after \ds: 1 connection \(1 ok, 0 not\) from 1 client,", after)
+    assert f"  most traffic  127.0.0.1:{echo[1]}  10\n" in after
+    assert "listening" not in text
+    assert "Traceback" not in text
+
+
+def test_without_a_terminal_one_line_is_enough(start: Callable[..., Any]) -> None:
+    service = start()
+    line = service.wait_for("listening")
+    assert re.fullmatch(
+        rf"\d\d:\d\d:\d\d listening socks5h://127\.0\.0\.1:{service.port} auth=none commands=connect,bind,udp pid={service.process.pid}", line,
+    )
+    assert service.stderr == line + "\n"
+
+
+def test_at_a_terminal_quiet_is_quiet(at_terminal: Callable[..., Any]) -> None:
+    terminal = at_terminal("-q", "0", "--port-file", "/dev/stdout")
+    terminal.wait_for("\n")
+    terminal.type("\x03")
+    code, text = terminal.end()
+    assert code == 0
+    assert re.fullmatch(r"\d+\n(\^C)?", text)
+
+
+# --- the summary ---
+
+def session(
+    id: int, client: str = "192.0.2.1", host: Optional[str] = "example.com", reply: Optional[ReplyCode] = ReplyCode.SUCCEEDED,
+    up: int = 0, down: int = 0, login_failed: bool = False,
+) -> Session:
+    session = Session(id, Address.numeric(client, 40000 + id))
+    if host is not None:
+        session.command, session.destination = Command.CONNECT, Address.named(host, 80)
+    session.reply, session.login_failed, session.up, session.down = reply, login_failed, up, down
+    session.end()
+    return session
+
+
+@pytest.fixture
+def tally() -> Tally:
+    tally = Tally()
+    for ended in (
+        session(1, host="a.example", up=1_000, down=20_000),
+        session(2, host="a.example", down=4_000),
+        session(3, host="b.example", client="192.0.2.2", down=7_000_000),
+        session(4, host="c.example", down=3),
+        session(5, host="d.example", down=4),
+        session(6, host="nosuch.example", reply=ReplyCode.HOST_UNREACHABLE),
+        session(7, host="nosuch.example", reply=ReplyCode.HOST_UNREACHABLE),
+        session(8, host="mail.example", reply=ReplyCode.NOT_ALLOWED),
+        session(9, host=None, reply=None, login_failed=True),
+        session(10, host=None, reply=None),
+    ):
+        tally.add(ended)
+    tally.most = 3
+    return tally
+
+
+def test_the_summary_counts_connections_clients_and_octets(tally: Tally) -> None:
+    first, second = str(tally).split("\n")[:2]
+    assert first == "stopped after 0s: 10 connections (5 ok, 5 not) from 2 clients,"
+    assert second == "1.0k up, 7.0M down, at most 3 at once"
+
+
+def test_the_summary_lists_the_three_busiest_targets_and_the_three_most_frequent_failures(tally: Tally) -> None:
+    assert str(tally).split("\n")[2:] == [
+        "  most traffic  b.example:80  7.0M",
+        "                a.example:80  25.0k",
+        "                d.example:80  4",
+        "  not ok        nosuch.example:80 failed (04)  2 x",
+        "                mail.example:80 denied (02)  1 x",
+        "                - login failed  1 x",
+    ]
+
+
+def test_the_summary_of_nothing_is_short() -> None:
+    assert str(Tally()).split("\n") == [
+        "stopped after 0s: 0 connections (0 ok, 0 not) from 0 clients,", "0 up, 0 down, at most 0 at once",
+    ]
+
+
+def test_the_summary_of_one_is_in_the_singular() -> None:
+    tally = Tally()
+    tally.add(session(1))
+    assert "1 connection (1 ok, 0 not) from 1 client," in str(tally)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59, "59s"), (60, "1m 00s"), (12 * 60 + 4, "12m 04s")])
+def test_the_summary_says_how_long_it_was(seconds: int, text: str, tally: Tally) -> None:
+    tally.started -= seconds
+    assert str(tally).startswith(f"stopped after {text}: ")
+
+
+def test_the_summary_for_programs_has_the_same_numbers(tally: Tally) -> None:
+    facts = tally.facts()
+    assert facts.pop("seconds") >= 0
+    assert facts == {
+        "sessions": 10, "events": {"close": 5, "failed": 2, "denied": 1, "login_failed": 1, "bad_protocol": 1},
+        "clients": 2, "targets": 4, "up": 1_000, "down": 7_024_007, "most_at_once": 3,
+    }
+
+
+def test_a_hostile_name_is_escaped_in_the_summary() -> None:
+    tally = Tally()
+    tally.add(session(1, host="a\x1b[2J\nb"))
+    tally.add(session(2, host="c\x1b[2J\nd", reply=ReplyCode.NOT_ALLOWED))
+    assert all(line.isprintable() for line in str(tally).split("\n"))
+    assert r"a\x1b[2J\nb:80" in str(tally)
+
+
+def test_what_is_remembered_for_the_summary_does_not_grow_without_end() -> None:
+    tally = Tally()
+    tally.add(session(1, host="busy.example", down=1_000_000))
+    for id in range(2, 12_000):
+        tally.add(session(id, host=f"host{id}.example", down=1, reply=ReplyCode.SUCCEEDED))
+    assert len(tally.octets) <= 10_000
+    assert "busy.example:80  1.0M" in str(tally)
+    assert tally.facts()["sessions"] == 11_999

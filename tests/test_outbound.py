@@ -1,0 +1,499 @@
+"""Going out: errors and their codes, waiting, look-ups, and the race of the addresses."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from socks5srv import outbound
+from socks5srv.outbound import STAGGER, ClientGone, Race, Route, failure, in_time, interleave, most_telling
+from socks5srv.protocol import Address, AddressType, Command, Reply, ReplyCode, RequestFailed
+from socks5srv.relay import READ, WRITE
+
+from .conftest import (
+    LOCALHOST, TIMEOUT, address_of, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, set_reset,
+)
+
+# In 127.0.0.0/8, so it does not leave this computer, and as a broadcast address no TCP for Linux.
+UNREACHABLE = "127.255.255.255"
+
+
+def soon(seconds=0.3):
+    return time.monotonic() + seconds
+
+
+@pytest.fixture
+def pair(listen):
+    """A client, and the server's end of its connection."""
+    listener = listen()
+    with socket.create_connection(listener.getsockname(), TIMEOUT) as client:
+        connection, _ = listener.accept()
+        with connection:
+            yield client, connection
+
+
+@pytest.fixture
+def connection(pair):
+    """The server's end of a client's connection that stays as it is."""
+    return pair[1]
+
+
+@pytest.fixture(params=["poll", "select"])
+def waiter(request, monkeypatch):
+    """Both ways of waiting: the second is that of Windows."""
+    if request.param == "select":
+        monkeypatch.delattr(select, "poll")
+    return request.param
+
+
+# --- M: errors to codes ---
+
+TABLE_M = {
+    ReplyCode.CONNECTION_REFUSED: "ECONNREFUSED ECONNRESET EPIPE ECONNABORTED",
+    ReplyCode.NETWORK_UNREACHABLE: "ENETUNREACH ENETDOWN ENONET",
+    ReplyCode.HOST_UNREACHABLE: "EHOSTUNREACH EHOSTDOWN EAI_NONAME EAI_NODATA EAI_AGAIN EAI_FAIL",
+    ReplyCode.TTL_EXPIRED: "ETIMEDOUT",
+    ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED: "EAFNOSUPPORT EPROTONOSUPPORT EAI_ADDRFAMILY EAI_FAMILY",
+    ReplyCode.NOT_ALLOWED: "EACCES EPERM",
+    ReplyCode.GENERAL_FAILURE: "EADDRNOTAVAIL EINVAL EMFILE ENFILE ENOBUFS ENOMEM EAGAIN",
+}
+
+
+@pytest.mark.parametrize(("error", "code"), [(error, code) for code, names in TABLE_M.items() for error in names.split()])
+def test_errors_of_the_system_and_the_resolver_have_their_codes(error, code):
+    """Table M"""
+    module, cls = (socket, socket.gaierror) if error.startswith("EAI") else (errno, OSError)
+    if not hasattr(module, error):
+        pytest.skip(f"no {error} here")
+    failed = failure(cls(getattr(module, error), "as it says"), "example.com:80")
+    assert failed.code is code
+    assert str(failed) == "example.com:80: as it says"
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (socket.timeout("timed out"), ReplyCode.TTL_EXPIRED),
+    (UnicodeError("label too long"), ReplyCode.HOST_UNREACHABLE),
+    (UnicodeEncodeError("idna", "\xff", 0, 1, "bad"), ReplyCode.HOST_UNREACHABLE),
+    (ValueError("embedded null byte"), ReplyCode.HOST_UNREACHABLE),
+    (OSError("no number at all"), ReplyCode.GENERAL_FAILURE),
+    (RequestFailed(ReplyCode.NOT_ALLOWED, "so it is"), ReplyCode.NOT_ALLOWED),
+], ids=repr)
+def test_errors_without_a_number_have_codes_too(error, code):
+    """Table M, E15"""
+    failed = failure(error, "it")
+    assert failed.code is code
+    assert str(error).partition(":")[0] in str(failed)
+
+
+def test_a_bug_is_no_failure_of_the_target():
+    with pytest.raises(KeyError):
+        failure(KeyError("bug"), "it")
+    with pytest.raises(KeyError), outbound.reporting("it"):
+        raise KeyError("bug")
+
+
+@pytest.mark.parametrize("error", [ClientGone("gone"), RequestFailed(ReplyCode.TTL_EXPIRED)], ids=repr)
+def test_what_is_an_answer_already_or_needs_none_is_not_reported_again(error):
+    with pytest.raises(type(error)) as caught, outbound.reporting("it"):
+        raise error
+    assert caught.value is error
+
+
+def test_errors_are_reported_with_their_cause():
+    cause = ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+    with pytest.raises(RequestFailed, match=r"it: refused") as caught, outbound.reporting("it"):
+        raise cause
+    assert caught.value.__cause__ is cause
+
+
+@pytest.mark.parametrize(("codes", "telling"), [
+    ([1], 1), ([6, 1], 6), ([1, 6, 3], 3), ([3, 4, 6], 4), ([4, 5, 3], 5), ([5, 8, 2], 5), ([1, 8], 8), ([2, 8, 1], 2),
+])
+def test_of_several_failures_the_most_telling_is_reported(codes, telling):
+    failures = [RequestFailed(ReplyCode(code), f"{code}") for code in codes]
+    assert most_telling(failures) is failures[codes.index(telling)]
+
+
+def test_of_two_like_failures_the_first_is_reported():
+    failures = [RequestFailed(ReplyCode.CONNECTION_REFUSED, text) for text in ("first", "second")]
+    assert most_telling(failures) is failures[0]
+
+
+# --- waiting ---
+
+@pytest.mark.usefixtures("waiter")
+def test_waiting_tells_what_is_ready(connection):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fd = ours.fileno()
+        assert outbound.wait({fd: READ}, connection, soon(0.05)) == {}
+        assert list(outbound.wait({fd: WRITE}, connection, soon(TIMEOUT))) == [fd]
+        theirs.send(b"!")
+        assert list(outbound.wait({fd: READ}, connection, soon(TIMEOUT))) == [fd]
+        assert list(outbound.wait({fd: READ}, connection, time.monotonic() - 1)) == [fd], "a deadline passed is a look"
+
+
+@pytest.mark.usefixtures("waiter")
+def test_waiting_ends_at_the_deadline(connection):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        began = time.monotonic()
+        assert outbound.wait({ours.fileno(): READ}, connection, soon(0.25)) == {}
+        assert 0.24 < time.monotonic() - began < 1
+
+
+@pytest.mark.usefixtures("waiter")
+def test_a_client_that_has_sent_ahead_or_ended_its_half_is_waited_with(pair):
+    client, connection = pair
+    client.sendall(b"early data")
+    client.shutdown(socket.SHUT_WR)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert outbound.wait({ours.fileno(): READ}, connection, soon(0.1)) == {}
+    assert connection.recv(100) == b"early data"
+
+
+@pytest.mark.usefixtures("waiter")
+def test_the_client_itself_can_be_waited_for(pair):
+    client, connection = pair
+    assert outbound.wait({connection.fileno(): READ}, connection, soon(0.05)) == {}
+    client.shutdown(socket.SHUT_WR)
+    assert list(outbound.wait({connection.fileno(): READ}, connection, soon(TIMEOUT))) == [connection.fileno()]
+
+
+def wait_long(connection):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        return outbound.wait({ours.fileno(): READ}, connection, soon(TIMEOUT))
+
+
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="select() does not tell of a reset")
+def test_a_client_that_resets_its_connection_ends_the_waiting(pair):
+    client, connection = pair
+    waiting = in_thread(wait_long, connection)
+    set_reset(client)
+    client.close()
+    with pytest.raises(ClientGone):
+        waiting()
+
+
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="select() does not tell of a hang-up")
+def test_hanging_up_on_the_client_ends_the_waiting(connection):
+    """As the server does when it stops."""
+    waiting = in_thread(wait_long, connection)
+    connection.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(ClientGone):
+        waiting()
+
+
+def test_where_there_is_only_select_closing_the_connection_ends_the_waiting(connection, monkeypatch):
+    monkeypatch.delattr(select, "poll")
+    waiting = in_thread(wait_long, connection)
+    connection.close()
+    with pytest.raises(ClientGone):
+        waiting()
+
+
+# --- names ---
+
+@pytest.mark.parametrize(("host", "asked"), [
+    ("localhost", b"localhost"), ("a..b", b"a..b"), ("a" * 64, b"a" * 64), ("127.1", b"127.1"), ("bücher.example", b"xn--bcher-kva.example"),
+    ("日本.example", b"xn--wgv71a.example"), ("::1", b"::1"),
+])
+def test_the_resolver_is_asked_with_octets(monkeypatch, host, asked):
+    """E15: a str would go through Python's IDNA codec, which takes offence at a..b and long labels."""
+    def getaddrinfo(*arguments):
+        assert arguments == (asked, None, socket.AF_INET6, socket.SOCK_STREAM)
+        return [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert outbound.look_up(host, socket.AF_INET6) == ["::1", "127.0.0.1"]
+
+
+@pytest.mark.parametrize("host", ["ä..b", "ä" * 64, "ä." + "b" * 64, "\u2028"], ids=ascii)
+def test_a_name_that_idna_cannot_spell_is_a_unicode_error(host):
+    with pytest.raises(UnicodeError):
+        outbound.look_up(host)
+
+
+@pytest.mark.parametrize("host", ["127.1", "0x7f.1", "2130706433"])
+def test_the_resolver_reads_numbers_as_the_c_library_does(host):
+    """E17: which is why rules have to see its answer."""
+    assert outbound.look_up(host, socket.AF_INET) == [LOCALHOST]
+
+
+@pytest.mark.usefixtures("waiter")
+def test_a_look_up_in_time_has_its_answer_or_its_error(connection):
+    assert in_time(lambda host: [host], "127.0.0.1", connection, soon(TIMEOUT)) == ["127.0.0.1"]
+
+    def fail(host):
+        raise socket.gaierror(socket.EAI_NONAME, host)
+
+    with pytest.raises(socket.gaierror, match=r"x\.invalid"):
+        in_time(fail, "x.invalid", connection, soon(TIMEOUT))
+
+
+@pytest.fixture
+def hanging():
+    """A look-up that hangs until the test is over; `asked` is set once it does."""
+    release = threading.Event()
+
+    def look_up(_host):
+        look_up.asked.set()
+        release.wait(TIMEOUT)
+        return ["127.0.0.1"]
+
+    look_up.asked = threading.Event()
+    yield look_up
+    release.set()
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "socks5srv-lookup"])
+
+
+@pytest.mark.usefixtures("waiter")
+def test_a_look_up_that_takes_too_long_is_given_up(connection, hanging):
+    """E5, and the deadline of CONNECT: nothing can cancel getaddrinfo()."""
+    began = time.monotonic()
+    with pytest.raises(RequestFailed, match="took too long") as caught:
+        in_time(hanging, "x.invalid", connection, soon(0.1))
+    assert caught.value.code is ReplyCode.HOST_UNREACHABLE
+    assert time.monotonic() - began < 1
+
+
+def test_a_look_up_is_given_up_when_the_client_goes(pair, hanging):
+    client, connection = pair
+    waiting = in_thread(in_time, hanging, "x.invalid", connection, soon(TIMEOUT))
+    assert hanging.asked.wait(TIMEOUT)
+    set_reset(client)
+    client.close()
+    with pytest.raises(ClientGone):
+        waiting()
+
+
+def test_without_a_thread_to_be_had_a_look_up_is_a_failure(monkeypatch, connection):
+    """M: the thread limit."""
+    def start(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(OSError, match="thread") as caught:
+        in_time(outbound.look_up, "localhost", connection, soon(TIMEOUT))
+    assert failure(caught.value, "it").code is ReplyCode.GENERAL_FAILURE
+
+
+V4 = [Address(f"127.0.0.{n}", 80, AddressType.IPV4) for n in range(4)]
+V6 = [Address(f"2001:db8::{n}", 80, AddressType.IPV6) for n in range(1, 4)]
+
+
+@pytest.mark.parametrize(("addresses", "order"), [
+    ([], []),
+    (V4, V4),
+    (V6[:2] + V4[:2], [V6[0], V4[0], V6[1], V4[1]]),
+    (V4[:1] + V6, [V4[0], *V6]),
+    (V4[:3] + V6[:1], [V4[0], V6[0], V4[1], V4[2]]),
+    ([V4[0], V4[0], V6[0], V4[0], V6[0]], [V4[0], V6[0]]),
+])
+def test_the_families_take_turns_beginning_with_the_first(addresses, order):
+    """RFC 8305 section 4"""
+    assert interleave(iter(addresses)) == order
+
+
+# --- connecting ---
+
+def connect(addresses, connection, until=None, route=None):
+    return outbound.connect([address_of(place) for place in addresses], route or Route(), connection, until or soon(TIMEOUT))
+
+
+@pytest.mark.usefixtures("waiter")
+def test_the_connection_is_one_to_an_address_that_answers(listen, refusing, connection):
+    target = listen()
+    sock, address = connect([target.getsockname()], connection)
+    with sock:
+        assert address == address_of(target.getsockname())
+        assert sock.getpeername() == target.getsockname()
+        assert not sock.getblocking()
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)      # E31
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)      # E34
+    with pytest.raises(RequestFailed) as caught:
+        connect([refusing()], connection)
+    assert caught.value.code is ReplyCode.CONNECTION_REFUSED
+
+
+@needs_neighbour
+@pytest.mark.usefixtures("waiter")
+def test_an_address_that_refuses_costs_the_next_one_no_time(listen, refusing, connection):
+    target = listen()
+    port = target.getsockname()[1]
+    began = time.monotonic()
+    sock, address = connect([refusing("127.0.0.2", port), (LOCALHOST, port)], connection)
+    with sock:
+        assert address.host == LOCALHOST
+        assert time.monotonic() - began < STAGGER / 2
+
+
+@needs_neighbour
+@pytest.mark.usefixtures("waiter")
+@pytest.mark.parametrize("dead", ["127.0.0.2", pytest.param("::1", marks=needs_ipv6)])
+def test_an_address_that_is_dead_costs_the_next_one_less_than_half_a_second(listen, silent, connection, dead):
+    """RFC 8305: it goes on beside it after 250 ms."""
+    target = listen()
+    port = target.getsockname()[1]
+    began = time.monotonic()
+    sock, address = connect([silent(dead, port), (LOCALHOST, port)], connection)
+    with sock:
+        assert address.host == LOCALHOST
+        assert STAGGER <= time.monotonic() - began < 2 * STAGGER
+
+
+@needs_neighbour
+def test_an_address_has_its_time_before_the_next_one_starts(monkeypatch, silent, refusing, listen):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(outbound, "time", clock)
+    slow = [address_of(silent(host)) for host in ("127.0.0.1", "127.0.0.2", "127.0.0.3")]
+    race = Race([*slow, address_of(refusing()), address_of(listen().getsockname())], Route())
+    try:
+        running = []
+        for now in (100, 100 + STAGGER - 0.01, 100 + STAGGER, 100 + 2 * STAGGER - 0.01, 100 + 2 * STAGGER):
+            clock.now = now
+            assert race.start_next() is None
+            running.append([address for _sock, address in race.running.values()])
+        assert running == [slow[:1], slow[:1], slow[:2], slow[:2], slow]
+        assert race.next_start == 100 + 3 * STAGGER
+        assert len(race.waiting) == 2
+    finally:
+        race.close()
+    assert all(sock.fileno() == -1 for sock, _address in race.running.values())
+
+
+@needs_neighbour
+@pytest.mark.usefixtures("waiter")
+@pytest.mark.parametrize(("places", "code"), [
+    (["silent"], ReplyCode.TTL_EXPIRED),
+    (["silent", "silent"], ReplyCode.TTL_EXPIRED),
+    (["refusing", "silent"], ReplyCode.CONNECTION_REFUSED),
+    (["silent", "refusing"], ReplyCode.CONNECTION_REFUSED),
+    (["unreachable"], ReplyCode.NETWORK_UNREACHABLE),
+    (["unreachable", "silent"], ReplyCode.NETWORK_UNREACHABLE),
+    (["unreachable", "refusing", "unreachable"], ReplyCode.CONNECTION_REFUSED),
+    (["port 0"], ReplyCode.CONNECTION_REFUSED),
+])
+def test_when_all_addresses_fail_the_most_telling_failure_is_reported(silent, refusing, connection, places, code):
+    makers = {"silent": silent, "refusing": refusing, "unreachable": lambda: (UNREACHABLE, 80), "port 0": lambda: (LOCALHOST, 0)}
+    began = time.monotonic()
+    with pytest.raises(RequestFailed) as caught:
+        connect([makers[place]() for place in places], connection, soon(0.3))
+    assert caught.value.code is code
+    assert time.monotonic() - began < (0.6 if "silent" in places else 0.2)
+
+
+def test_a_deadline_before_the_second_address_has_started_is_kept(silent, listen, connection):
+    with pytest.raises(RequestFailed) as caught:
+        connect([silent(), listen().getsockname()], connection, soon(0.05))
+    assert caught.value.code is ReplyCode.TTL_EXPIRED
+
+
+def test_connecting_ends_when_the_client_resets(pair, silent):
+    client, connection = pair
+    connecting = in_thread(connect, [silent()], connection)
+    set_reset(client)
+    client.close()
+    with pytest.raises(ClientGone):
+        connecting()
+
+
+# --- routes ---
+
+@needs_ipv6
+@pytest.mark.parametrize(("family", "host", "other"), [(socket.AF_INET, LOCALHOST, "::1"), (socket.AF_INET6, "::1", LOCALHOST)])
+def test_a_route_of_one_family_leads_to_no_other(listen, connection, family, host, other):
+    target = listen(host).getsockname()
+    sock, address = connect([(other, target[1]), target], connection, route=Route(family))
+    with sock:
+        assert address.host == host
+    with pytest.raises(RequestFailed, match="family") as caught:
+        connect([(other, target[1])], connection, route=Route(family))
+    assert caught.value.code is ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED
+
+
+@needs_neighbour
+def test_a_route_goes_out_from_its_source(listen, connection):
+    target = listen()
+    sock, _address = connect([target.getsockname()], connection, route=Route(source="127.0.0.2"))
+    with sock:
+        assert sock.getsockname()[0] == "127.0.0.2"
+        peer, sockaddr = target.accept()
+        with peer:
+            assert sockaddr[0] == "127.0.0.2"
+
+
+@needs_ipv6
+@needs_neighbour
+def test_a_source_of_the_other_family_is_no_source(listen, connection):
+    target = listen("::1")
+    sock, _address = connect([target.getsockname()], connection, route=Route(source="127.0.0.2"))
+    with sock:
+        assert sock.getsockname()[0] == "::1"
+
+
+def test_a_source_that_is_not_of_this_computer_is_a_failure_of_ours(listen, connection):
+    """M: EADDRNOTAVAIL is local trouble."""
+    with pytest.raises(RequestFailed) as caught:
+        connect([listen().getsockname()], connection, route=Route(source="192.0.2.1"))
+    assert caught.value.code is ReplyCode.GENERAL_FAILURE
+
+
+# --- being connected to ---
+
+@pytest.mark.parametrize(("host", "own"), [
+    (LOCALHOST, True), ("0.0.0.0", True), pytest.param("::1", True, marks=needs_ipv6), pytest.param("::", True, marks=needs_ipv6),
+    pytest.param("127.0.0.2", True, marks=needs_neighbour), ("192.0.2.1", False), ("2001:db8::1", False),
+])
+def test_own_addresses_are_those_that_can_be_bound(host, own):
+    assert outbound.is_own_address(host) is own
+
+
+@pytest.mark.parametrize(("place", "route", "own"), [
+    ((LOCALHOST, 0), Route(), LOCALHOST),
+    pytest.param(("::1", 80), Route(), "::1", marks=needs_ipv6),
+    pytest.param((LOCALHOST, 80), Route(source="127.0.0.2"), "127.0.0.2", marks=needs_neighbour),
+])
+def test_the_local_address_is_the_one_that_packets_leave_from(place, route, own):
+    assert outbound.local_address_towards(address_of(place), route) == own
+
+
+@pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
+def test_listening_is_on_a_free_port_of_this_address_and_never_blocks(host):
+    with outbound.listen(host) as listener, outbound.listen(host) as other:
+        assert listener.getsockname()[0] == host
+        assert listener.getsockname()[1] != other.getsockname()[1]
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    with pytest.raises(OSError, match=str(errno.EADDRNOTAVAIL)):
+        outbound.listen("192.0.2.1")
+
+
+# --- without poll(), from end to end ---
+
+@pytest.mark.usefixtures("waiter")
+def test_connect_and_bind_work_with_either_way_of_waiting(start_server, new_client, echo, refusing, silent):
+    server = start_server(connect_timeout=0.3, bind_timeout=TIMEOUT)
+    client = new_client(server)
+    client.connect(name("localhost", echo[1]))      # a look-up, and a race of two families
+    exchange(client)
+    assert new_client(server).ask(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
+    assert new_client(server).ask(Command.CONNECT, silent()).code is ReplyCode.TTL_EXPIRED
+
+    client = new_client(server)
+    first = client.ask(Command.BIND, ("0.0.0.0", 0))
+    client.send(b"early")
+    with socket.create_connection((first.bound.host, first.bound.port), TIMEOUT) as peer:
+        peer.settimeout(TIMEOUT)
+        assert Reply.read(client).bound == address_of(peer.getsockname())
+        assert peer.recv(100) == b"early"
+        peer.sendall(b"answer")
+        assert client.exactly(6) == b"answer"
