@@ -164,7 +164,7 @@ class Association:
             return None
         literal = datagram.address.literal
         if literal is not None:
-            return self.remember(header, self.open_towards([literal]))
+            return self.remember(header, self.open_towards([literal.dialled]))
         self.look_up(header, datagram.address, bytes(payload))
         return None
 
@@ -220,7 +220,7 @@ class Association:
         """In a thread of its own: ask, and bring the answer to the relay thread."""
         try:
             hosts = self.conversation.resolve(address.host)
-            found = [Address.numeric(host, address.port) for host in hosts]
+            found = [Address.numeric(host, address.port).dialled for host in hosts]
         except (OSError, ValueError, RequestFailed):
             found = []
         except Exception:

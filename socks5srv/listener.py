@@ -126,6 +126,9 @@ class Listener:
                 thread.join(timeout)
 
     def close(self) -> None:
+        if self.socket.fileno() < 0:
+            return
+        logger.debug("no longer listening on %s", self.address)     # which is known from here on: stop() may ask
         try:
             # On Linux this makes accept() fail, should stop() have had no descriptors to call with.
             self.socket.shutdown(socket.SHUT_RDWR)

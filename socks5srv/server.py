@@ -260,12 +260,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         destination = request.destination
         literal = destination.literal
         if literal is not None:
-            found = [literal]
+            found = [literal.dialled]
         else:
             self.check(self.allow(request.command, destination), destination)
             with outbound.reporting(destination):
                 hosts = outbound.in_time(self.resolve, destination.host, self.connection, until)
-            found = outbound.interleave(Address.numeric(host, destination.port) for host in hosts)
+            found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
             if not found:
                 raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{destination.host} has no address")
         allowed = [address for address in found if self.may_reach(request.command, address)]
@@ -309,11 +309,15 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                     outbound.wait({}, self.connection, time.monotonic() + RETRY)
                 continue
             peer = Address.of(sockaddr)
-            if (not hosts or peer.host in hosts) and self.allow(Command.BIND, peer):
-                target.setblocking(False)
+            welcome = False
+            try:
+                welcome = (not hosts or peer.host in hosts) and self.allow(Command.BIND, peer)
+            finally:
+                if not welcome:         # a stranger; the one we wait for may still come
+                    target.close()
+            if welcome:
                 tune(target)
                 return target, peer
-            target.close()              # a stranger; the one we wait for may still come
 
     def wait_for_peer(self, listener: socket.socket, until: float) -> None:
         """Wait until somebody calls, while the client may send ahead, or leave."""
@@ -529,10 +533,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 self.service_actions()
                 self.pause()
         finally:
-            for listener in self.listeners:
-                listener.stop()
             self.stopping = False
-            self.stopped.set()
+            try:
+                for listener in self.listeners:
+                    listener.stop()
+            finally:
+                self.stopped.set()
 
     def keep_books(self, timeout: float) -> None:
         """Tell of all sessions that have ended; wait so many seconds for the first."""
@@ -682,7 +688,6 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def is_own(self, command: Command, address: Address) -> bool:
         """Whether this is one of our own sockets, where the server would talk to itself."""
-        address = address.dialled
         if command is Command.UDP_ASSOCIATE:
             return address in self.udp_relays
         return any(

@@ -200,7 +200,7 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
 
 def serve(server: Any, poll_interval: float = 0.05) -> None:
     """Have it serve in a thread; returns when it does."""
-    server.thread = threading.Thread(target=server.serve_forever, args=(poll_interval,), name="test-serve")
+    server.thread = threading.Thread(target=server.serve_forever, args=(poll_interval,), name="test-serve", daemon=True)
     server.thread.start()
     # Till then there may be nobody to connect to, and nothing for server_close() to shut down.
     eventually(lambda: not server.stopped.is_set())

@@ -380,7 +380,8 @@ def test_a_bug_in_a_rule_about_the_caller_leaves_nothing_open(start_server, new_
     assert client.rest() == bytes(Reply(ReplyCode.GENERAL_FAILURE))
     assert peer.rest() == b""
     assert_closed(first.bound)
-    assert len(bugs) == 1
+    client.close()
+    eventually(lambda: len(bugs) == 1)
     bugs.clear()
 
 

@@ -1150,6 +1150,19 @@ def slow_server(start_server, echo, silent, refusing):
     release.set()
 
 
+def test_a_stop_takes_less_than_a_tenth_of_a_second(start_server, new_client, echo):
+    """The best of three: other programs are running, too."""
+    def stop():
+        server = start_server()
+        for _ in range(20):
+            new_client(server).connect(echo)
+        began = time.monotonic()
+        server.server_close()
+        return time.monotonic() - began
+
+    assert min(stop() for _ in range(3)) < 0.1
+
+
 def assert_stops_at_once(server, clients):
     began = time.monotonic()
     server.server_close()
@@ -1158,7 +1171,7 @@ def assert_stops_at_once(server, clients):
     assert [thread.name for thread in server_threads() if thread.name != "socks5srv-lookup"] == []
     server.thread.join(TIMEOUT)
     assert not server.thread.is_alive()
-    assert took < 0.1
+    assert took < 0.5       # it takes a few milliseconds, on a computer with nothing else to do
     for client in clients:
         client.rest()
     assert sorted(server.told.get_nowait().id for _ in clients) == list(range(1, len(clients) + 1))
