@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from functools import cached_property
 from typing import Any, Callable, Set, Tuple
 
 from .protocol import Address
@@ -35,6 +34,7 @@ class Listener:
     def __init__(self, sock: socket.socket, accept: Callable[[socket.socket], Tuple[socket.socket, Any]],
                  talk: Callable[[socket.socket, Any], None]) -> None:
         self.socket = sock
+        self.address = Address.of(sock.getsockname())
         self.accept = accept
         self.talk = talk
         self.lock = threading.Lock()
@@ -42,12 +42,9 @@ class Listener:
         self.threads: Set[threading.Thread] = set()
         self.stopping = False
 
-    @cached_property
-    def address(self) -> Address:
-        return Address.of(self.socket.getsockname())
-
     def start(self, backlog: int) -> None:
         """Begin to accept; may follow a stop()."""
+        self.address = Address.of(self.socket.getsockname())
         self.socket.listen(backlog)
         self.stopping = False
         self.add_thread()
@@ -126,9 +123,6 @@ class Listener:
                 thread.join(timeout)
 
     def close(self) -> None:
-        if self.socket.fileno() < 0:
-            return
-        logger.debug("no longer listening on %s", self.address)     # which is known from here on: stop() may ask
         try:
             # On Linux this makes accept() fail, should stop() have had no descriptors to call with.
             self.socket.shutdown(socket.SHUT_RDWR)

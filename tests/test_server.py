@@ -782,6 +782,7 @@ def test_a_bug_in_a_hook_is_logged_and_costs_one_client(start_server, new_client
         if attempt == "good":
             assert answer.endswith(b"data")
             assert session.event == "close"
+    eventually(lambda: bugs)        # it is logged when everything else has been done
     assert len(bugs) == 1
     assert "KeyError: 'a bug'" in logging.Formatter().format(bugs[0])
     bugs.clear()
@@ -1142,12 +1143,18 @@ EXPECTED_COMMANDS = {begin_connect: Command.CONNECT, begin_look_up: Command.CONN
 
 
 @pytest.fixture
-def slow_server(start_server, echo, silent, refusing):
+def start_slow_server(start_server, echo, silent, refusing):
     """A server whose look-ups hang until the test is over, and places to go to."""
     release = threading.Event()
-    server = start_server(handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and []), users=USERS, poll_interval=30)
-    yield server, {"echo": echo, "silent": silent(), "refusing": refusing()}
+    handler = handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [])
+    places = {"echo": echo, "silent": silent(), "refusing": refusing()}
+    yield lambda: (start_server(handler, users=USERS, poll_interval=30), places)
     release.set()
+
+
+@pytest.fixture
+def slow_server(start_slow_server):
+    return start_slow_server()
 
 
 def test_a_stop_takes_less_than_a_tenth_of_a_second(start_server, new_client, echo):
@@ -1176,6 +1183,7 @@ def assert_stops_at_once(server, clients):
         client.rest()
     assert sorted(server.told.get_nowait().id for _ in clients) == list(range(1, len(clients) + 1))
     assert server.sessions == []
+    return took
 
 
 @pytest.mark.parametrize("begin", BEGINNINGS, ids=lambda begin: begin.__name__[6:])
@@ -1190,14 +1198,18 @@ def test_a_server_stops_at_once_whatever_its_clients_are_at(slow_server, new_cli
     assert_stops_at_once(server, clients)
 
 
-def test_a_server_stops_at_once_with_all_of_this_going_on(slow_server, new_client):
-    server, places = slow_server
-    clients = []
-    for begin in BEGINNINGS * 3:
-        clients.append(new_client(server))
-        begin(clients[-1], places)
-    eventually(lambda: len(server.sessions) == len(clients))
-    assert_stops_at_once(server, clients)
+def test_a_server_stops_within_a_tenth_of_a_second_with_all_of_this_going_on(start_slow_server, new_client):
+    def stop_one():
+        server, places = start_slow_server()
+        clients = []
+        for begin in BEGINNINGS * 3:
+            clients.append(new_client(server))
+            begin(clients[-1], places)
+        eventually(lambda: len(server.sessions) == len(clients))
+        return assert_stops_at_once(server, clients)
+
+    # The computer may be busy with something else once, or twice.
+    assert any(stop_one() < 0.1 for _ in range(5))
 
 
 @needs_proc
