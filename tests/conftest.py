@@ -8,6 +8,7 @@ fails.  At the end of every test no thread of a server, no descriptor and no log
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -66,6 +67,23 @@ def address_of(place: Place) -> Address:
 def name(host: str, port: int) -> Address:
     """The address with ATYP 03, even if the host is an IP address."""
     return Address(host, port, AddressType.DOMAINNAME)
+
+
+def on_one_port(*makers: Callable[[int], Any]) -> List[Any]:
+    """
+    What they make on one and the same port of different addresses; each is called with a port.
+
+    At one of the addresses somebody else may have the port; then it is tried with another.
+    """
+    for _ in range(100):
+        made = [makers[0](0)]
+        place = getattr(made[0], "server_address", None) or (made[0] if isinstance(made[0], tuple) else made[0].getsockname())
+        try:
+            return made + [make(place[1]) for make in makers[1:]]
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise AssertionError("no port that is free at all of the addresses")
 
 
 def eventually(condition: Callable[[], T]) -> T:
@@ -385,10 +403,10 @@ class Echo(socketserver.ThreadingTCPServer):
             except OSError:
                 pass
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, port: int) -> None:
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, 0), self.Handler)
+        super().__init__((host, port), self.Handler)
         self.connections: List[socket.socket] = []
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -408,8 +426,8 @@ class Echo(socketserver.ThreadingTCPServer):
 def start_echo() -> Iterator[Callable[..., Echo]]:
     """An echo server in a thread: ``start_echo(host).server_address``; `connections` are those it has had."""
     with ExitStack() as stack:
-        def start(host: str = LOCALHOST) -> Echo:
-            echo = stack.enter_context(Echo(host))
+        def start(host: str = LOCALHOST, port: int = 0) -> Echo:
+            echo = stack.enter_context(Echo(host, port))
             threading.Thread(target=echo.serve_forever, args=(0.02,), name="test-echo", daemon=True).start()
             stack.callback(echo.shutdown)
             return echo

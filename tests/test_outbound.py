@@ -7,6 +7,7 @@ import select
 import socket
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from socks5srv.protocol import Address, AddressType, Command, Reply, ReplyCode, 
 from socks5srv.relay import READ, WRITE
 
 from .conftest import (
-    LOCALHOST, TIMEOUT, address_of, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, set_reset,
+    LOCALHOST, TIMEOUT, address_of, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, on_one_port, set_reset,
 )
 
 # In 127.0.0.0/8, so it does not leave this computer, and as a broadcast address no TCP for Linux.
@@ -327,10 +328,9 @@ def test_the_connection_is_one_to_an_address_that_answers(listen, refusing, conn
 @needs_neighbour
 @pytest.mark.usefixtures("waiter")
 def test_an_address_that_refuses_costs_the_next_one_no_time(listen, refusing, connection):
-    target = listen()
-    port = target.getsockname()[1]
+    target, dead = on_one_port(partial(listen, LOCALHOST), partial(refusing, "127.0.0.2"))
     began = time.monotonic()
-    sock, address = connect([refusing("127.0.0.2", port), (LOCALHOST, port)], connection)
+    sock, address = connect([dead, target.getsockname()], connection)
     with sock:
         assert address.host == LOCALHOST
         assert time.monotonic() - began < STAGGER / 2
@@ -341,10 +341,9 @@ def test_an_address_that_refuses_costs_the_next_one_no_time(listen, refusing, co
 @pytest.mark.parametrize("dead", ["127.0.0.2", pytest.param("::1", marks=needs_ipv6)])
 def test_an_address_that_is_dead_costs_the_next_one_less_than_half_a_second(listen, silent, connection, dead):
     """RFC 8305: it goes on beside it after 250 ms."""
-    target = listen()
-    port = target.getsockname()[1]
+    target, dead_place = on_one_port(partial(listen, LOCALHOST), partial(silent, dead))
     began = time.monotonic()
-    sock, address = connect([silent(dead, port), (LOCALHOST, port)], connection)
+    sock, address = connect([dead_place, target.getsockname()], connection)
     with sock:
         assert address.host == LOCALHOST
         assert STAGGER <= time.monotonic() - began < 2 * STAGGER

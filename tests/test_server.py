@@ -16,6 +16,7 @@ import select
 import socket
 import threading
 import time
+from functools import partial
 from ipaddress import ip_address
 
 import pytest
@@ -30,7 +31,7 @@ from socks5srv.server import Socks5Handler, Socks5Server
 
 from .conftest import (
     LOCALHOST, TIMEOUT, Client, address_of, descriptors, eventually, exchange, handler_with, in_thread, name, needs_ipv6,
-    needs_neighbour, needs_proc, serve, server_threads,
+    needs_neighbour, needs_proc, on_one_port, serve, server_threads,
 )
 
 HELLO = Greeting(bytes([Method.NO_AUTHENTICATION_REQUIRED]))
@@ -498,8 +499,7 @@ def test_nor_to_any_other_of_its_listeners(start_server, new_client):
 
 @needs_neighbour
 def test_the_same_port_of_another_address_is_not_the_server(start_server, new_client, listen):
-    server = start_server()
-    listener = listen("127.0.0.2", server.server_address[1])
+    server, listener = on_one_port(lambda port: start_server(address=(LOCALHOST, port)), partial(listen, "127.0.0.2"))
     new_client(server).connect(listener.getsockname())
 
 
@@ -509,9 +509,8 @@ def test_the_same_port_of_another_address_is_not_the_server(start_server, new_cl
 @pytest.mark.parametrize("dead", ["silent", "refusing"])
 def test_a_name_with_a_dead_address_is_reached_by_the_next(start_server, new_client, start_echo, dead, silent, refusing):
     """RFC 8305"""
-    echo = start_echo()
+    echo, _ = on_one_port(partial(start_echo, LOCALHOST), partial({"silent": silent, "refusing": refusing}[dead], "127.0.0.2"))
     port = echo.server_address[1]
-    {"silent": silent, "refusing": refusing}[dead]("127.0.0.2", port)
     server = start_server(resolving({"two.invalid": ["127.0.0.2", LOCALHOST]}))
     client = new_client(server)
     began = time.monotonic()
@@ -524,8 +523,7 @@ def test_a_name_with_a_dead_address_is_reached_by_the_next(start_server, new_cli
 @needs_neighbour
 def test_when_no_address_of_a_name_works_the_most_telling_code_is_sent(start_server, new_client, silent, refusing):
     """Table M: several addresses."""
-    port = refusing()[1]
-    silent("127.0.0.2", port)
+    (_, port), _ = on_one_port(partial(refusing, LOCALHOST), partial(silent, "127.0.0.2"))
     server = start_server(resolving({"two.invalid": ["127.0.0.2", "127.255.255.255", LOCALHOST]}), connect_timeout=0.6)
     assert_refused(new_client(server), ReplyCode.CONNECTION_REFUSED, to(name("two.invalid", port)))
 
@@ -635,8 +633,8 @@ def asking(denied):
 ])
 def test_allow_is_asked_about_the_name_and_then_about_each_address(start_server, new_client, listen, denied, reached):
     """R16, E17: what is judged and what is dialled are the same addresses."""
-    port = listen().getsockname()[1]
-    others = [listen("127.0.0.2", port), listen("::1", port)]
+    listeners = on_one_port(*(partial(listen, host) for host in (LOCALHOST, "127.0.0.2", "::1")))
+    port = listeners[0].getsockname()[1]
     handler = asking(denied)
     server = start_server(handler)
     client = new_client(server)
@@ -651,7 +649,7 @@ def test_allow_is_asked_about_the_name_and_then_about_each_address(start_server,
     if reached is None:
         assert_refused(client, ReplyCode.NOT_ALLOWED)
         assert server.next_ended().event == "denied"
-        assert all(map(nobody_called, others))
+        assert all(map(nobody_called, listeners))
     else:
         assert Reply.read(client).code is ReplyCode.SUCCEEDED
         assert server.sessions[0].peer.host == reached
