@@ -67,8 +67,7 @@ class Conversation(Protocol):
 
     session: Session
 
-    def allow(self, command: Command, address: Address) -> bool: ...
-    def may_reach(self, command: Command, address: Address) -> bool: ...
+    def may_reach(self, command: Command, address: Address, name: Optional[str] = None) -> bool: ...
     def resolve(self, host: str) -> Sequence[str]: ...
     def finished(self) -> None: ...
 
@@ -120,6 +119,10 @@ class Association:
         else:
             relay.call(self.forget)
 
+    def abort_soon(self, reason: str) -> None:
+        """abort(), called in any thread."""
+        self.relay.call(lambda: self.abort(reason))
+
     # --- all of what follows runs in the relay thread ---
 
     def forget(self) -> None:
@@ -164,7 +167,7 @@ class Association:
             return None
         literal = datagram.address.literal
         if literal is not None:
-            return self.remember(header, self.open_towards([literal.dialled]))
+            return self.remember(header, self.open_towards([literal.dialled], None))
         self.look_up(header, datagram.address, bytes(payload))
         return None
 
@@ -174,11 +177,11 @@ class Association:
         self.targets[header] = target
         return target
 
-    def open_towards(self, addresses: Sequence[Address]) -> Optional[Target]:
+    def open_towards(self, addresses: Sequence[Address], name: Optional[str]) -> Optional[Target]:
         """The first of the addresses that is allowed and can be sent to."""
         for address in addresses:
             try:
-                if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
+                if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address, name):
                     continue
                 outer = self.outer_socket(address)
             except (OSError, RequestFailed):
@@ -208,7 +211,7 @@ class Association:
             if sum(map(len, self.looking_up.values())) < QUEUED:
                 waiting.append(payload)
             return
-        if len(self.looking_up) >= LOOK_UPS or not self.conversation.allow(Command.UDP_ASSOCIATE, address):
+        if len(self.looking_up) >= LOOK_UPS or not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
             return
         self.looking_up[header] = [payload]
         try:
@@ -226,9 +229,9 @@ class Association:
         except Exception:
             found = []
             logger.exception("a bug, met while looking up %s", address)
-        self.relay.call(lambda: self.resolved(header, found))
+        self.relay.call(lambda: self.resolved(header, found, address.host))
 
-    def resolved(self, header: bytes, addresses: List[Address]) -> None:
+    def resolved(self, header: bytes, addresses: List[Address], name: str) -> None:
         """
         The answer has come: send what has waited for it.
 
@@ -239,7 +242,7 @@ class Association:
         if self.ended:
             return
         addresses.sort(key=lambda address: address.address_type is not self.bound.address_type)
-        self.remember(header, self.open_towards(addresses))
+        self.remember(header, self.open_towards(addresses, name))
         for payload in waiting:
             self.send_out(header, memoryview(payload))
 

@@ -351,7 +351,7 @@ class Greeting(Message):
     def read(cls, stream: BinaryStream) -> Greeting:
         ver, nmethods = read_exactly(stream, 2)
         if ver != VER:
-            raise ProtocolError(f"VER is {ver:02x}, not 05: {other_protocol(ver)}")
+            raise ProtocolError(f"VER of the greeting is {ver:02x}, not 05")
         return cls(read_exactly(stream, nmethods))
 
     def fields(self) -> List[Field]:
@@ -360,17 +360,6 @@ class Greeting(Message):
             Field("NMETHODS", octet(len(self.methods)), str(len(self.methods))),
             Field("METHODS", self.methods, ",".join(map(method_name, self.methods))),
         ]
-
-
-def other_protocol(first: int) -> str:
-    """What a client speaks that begins with this octet."""
-    if first == 4:
-        return "this is SOCKS4"
-    if first == 0x16:
-        return "this is TLS"
-    if chr(first) in "GHPCOD":      # GET HEAD POST/PUT/PATCH CONNECT OPTIONS DELETE
-        return "this is HTTP"
-    return "this is not SOCKS"
 
 
 def method_name(code: int) -> str:

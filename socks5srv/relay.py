@@ -561,6 +561,10 @@ class Tunnel:
             return
         self.relay.call_later(self.idle_timeout / 4, self.watch_idleness)
 
+    def abort_soon(self, reason: str) -> None:
+        """abort(), called in any thread."""
+        self.relay.call(lambda: self.abort(reason))
+
     def close(self) -> None:
         """Both ways have ended."""
         self.end("target closed" if self.first_end is self.down else "client closed")

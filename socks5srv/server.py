@@ -25,7 +25,6 @@ Not here: the octets (protocol.py), and how to reach a target (outbound.py).
 from __future__ import annotations
 
 import errno
-import hmac
 import itertools
 import logging
 import os
@@ -34,18 +33,26 @@ import socket
 import socketserver
 import threading
 import time
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Set, Tuple, Type, TypeVar, cast
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from ipaddress import ip_address
+from typing import (
+    Any, Callable, Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
+)
 
-from . import outbound
+from . import outbound, strangers
 from .datagrams import Association
 from .listener import Listener
 from .outbound import ClientGone, Route
 from .protocol import (
-    UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
-    MethodSelection, NoAcceptableMethod, Reply, ReplyCode, Request, RequestFailed, Socks5Error,
+    UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
+    MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed, Socks5Error,
 )
 from .relay import READ, Relay, Tunnel, tune
+from .rules import Network, Rule, Rules, is_local
 from .session import Session
+from .users import Guessing, Users, UsersFile
 
 logger = logging.getLogger("socks5srv")         # a session at its end: INFO; at its success reply: DEBUG
 wire = logging.getLogger("socks5srv.wire")      # every message, at DEBUG
@@ -53,6 +60,7 @@ wire = logging.getLogger("socks5srv.wire")      # every message, at DEBUG
 M = TypeVar("M", Greeting, Credentials, Request)
 
 BATCH = 0.05        # seconds between two looks at the sessions that have ended
+TELL_AGAIN = 60.0   # seconds until the same trouble is told again
 RETRY = 0.1         # seconds until we try again to accept, being out of something
 LINGER = 1.0        # seconds that a refused client has to take its reply and hang up
 EARLY = 64 * 1024   # octets that a client may send ahead while BIND waits for its peer
@@ -118,7 +126,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.stream = ClientStream(self.connection)
         self.session = Session(self.server.next_id(), Address.of(self.client_address))
         self.in_tunnel = False          # the last reply is sent: nothing is answered any more
-        self.handed_over = False        # the sockets are the relay thread's
+        self.handed_over = False        # the sockets are the relay thread's, in what is
+        self.carried: Union[Tunnel, Association, None] = None
         self.server.begin(self)
 
     def handle(self) -> None:
@@ -145,23 +154,43 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def negotiate(self) -> str:
         """Agree on a method and carry it out.  The user's name; empty for nobody in particular."""
+        self.turn_strangers_away()
         greeting = self.receive(Greeting)
         method = self.select_method(greeting.methods)
         if method is Method.NO_ACCEPTABLE_METHODS:
-            offered = ", ".join(f"{code:02x}" for code in greeting.methods) or "none"
-            raise NoAcceptableMethod(f"no usable login method among those offered ({offered})")
+            raise NoAcceptableMethod(
+                "the client insists on a login, and there are no users"
+                if self.wanted_method() is Method.NO_AUTHENTICATION_REQUIRED
+                else "the client offers no password (browsers cannot; --allow-from serves them without)"
+            )
         self.send(MethodSelection(method))
         authenticate: Callable[[], str] = getattr(self, f"auth_{method.name}")
         return authenticate()
 
     def select_method(self, offered: Sequence[int]) -> Method:
         """Choose among the methods that the client offers, or NO_ACCEPTABLE_METHODS."""
-        wanted = Method.USERNAME_PASSWORD if self.login_required() else Method.NO_AUTHENTICATION_REQUIRED
+        wanted = self.wanted_method()
         return wanted if wanted in offered else Method.NO_ACCEPTABLE_METHODS
 
-    def login_required(self) -> bool:
-        """Whether to ask for a password: there are users, or a subclass that knows some."""
-        return self.server.users is not None or type(self).authenticate is not Socks5Handler.authenticate
+    def wanted_method(self) -> Method:
+        """With a password if there are users, or a subclass that knows some; not for trusted networks."""
+        if self.server.trusts(self.session.client):
+            return Method.NO_AUTHENTICATION_REQUIRED
+        if self.server.users is not None or type(self).authenticate is not Socks5Handler.authenticate:
+            return Method.USERNAME_PASSWORD
+        return Method.NO_AUTHENTICATION_REQUIRED
+
+    def turn_strangers_away(self) -> None:
+        """Tell a client that does not speak SOCKS5 what it has found."""
+        if not self.stream.buffer and not self.stream.fill():
+            raise ProtocolError("the client closed without a word")
+        if self.stream.buffer[0] == VER:
+            return
+        if self.stream.buffer[0] in strangers.HTTP:
+            while b"\n" not in self.stream.buffer and len(self.stream.buffer) < strangers.MOST and self.stream.fill():
+                pass
+        here = Address.of(self.connection.getsockname())
+        raise strangers.recognise(self.stream.buffer, here, pac=self.server.beyond_loopback or self.is_here)
 
     def auth_NO_AUTHENTICATION_REQUIRED(self) -> str:
         return ""
@@ -173,19 +202,24 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             username, password = credentials.username.decode(), credentials.password.decode()
         except UnicodeDecodeError as error:
             raise LoginFailed("a login that is no UTF-8", repr(credentials.username)) from error
-        if not self.authenticate(username, password):
+        if not self.authenticate_unhurried(username, password):
             raise LoginFailed("wrong name or password", username)
         self.send(CredentialsReply(CredentialsReply.SUCCESS))
         return username
 
     def authenticate(self, username: str, password: str) -> bool:
         """Whether this is a user.  The default asks the server's `users`."""
-        users = self.server.users or {}
-        known = users.get(username, "")
-        # In constant time, and the same for unknown names: else the time taken tells how much
-        # of a guess was right.
-        right = hmac.compare_digest(known.encode(), password.encode())
-        return right and username in users
+        return self.server.users is not None and self.server.users.check(username, password)
+
+    def authenticate_unhurried(self, username: str, password: str) -> bool:
+        """authenticate(), for which a client that has failed too often has to wait."""
+        guessing, host = self.server.guessing, self.session.client.host
+        seconds = guessing.wait(host)
+        if seconds:
+            outbound.wait({}, self.connection, time.monotonic() + seconds)
+        right = self.authenticate(username, password)
+        (guessing.succeeded if right else guessing.failed)(host)
+        return right
 
     # --- commands: RFC 1928 sections 4 and 6 ---
 
@@ -226,6 +260,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.server.udp_relays.add(association.bound)
             self.succeed(association.bound)
             self.in_tunnel = self.handed_over = True
+            self.carried = association
             association.start(relay, self.connection)
 
     # --- decisions ---
@@ -262,30 +297,57 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if literal is not None:
             found = [literal.dialled]
         else:
-            self.check(self.allow(request.command, destination), destination)
+            self.check(request.command, destination)
             with outbound.reporting(destination):
                 hosts = outbound.in_time(self.resolve, destination.host, self.connection, until)
             found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
             if not found:
                 raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{destination.host} has no address")
-        allowed = [address for address in found if self.may_reach(request.command, address)]
-        self.check(bool(allowed), destination)
+        name = None if literal else destination.host
+        refusals = {address: self.refusal(request.command, address, name) for address in found}
+        allowed = [address for address in found if not refusals[address]]
+        if not allowed:
+            raise RequestFailed(ReplyCode.NOT_ALLOWED, refusals[found[0]])
         return allowed
 
-    def may_reach(self, command: Command, address: Address) -> bool:
-        """`allow()`, and never this server itself: it would call itself until all descriptors are gone."""
-        return self.allow(command, address) and not self.server.is_own(command, address)
+    def check(self, command: Command, address: Address) -> None:
+        reason = self.refusal(command, address)
+        if reason:
+            raise RequestFailed(ReplyCode.NOT_ALLOWED, reason)
 
-    def check(self, allowed: bool, address: Address) -> None:
-        if not allowed:
-            raise RequestFailed(ReplyCode.NOT_ALLOWED, f"{address} is not allowed")
+    def may_reach(self, command: Command, address: Address, name: Optional[str] = None) -> bool:
+        return not self.refusal(command, address, name)
+
+    def refusal(self, command: Command, address: Address, name: Optional[str] = None) -> str:
+        """
+        Why `address`, which `name` has led to, may not be reached; empty if it may.
+
+        Asked with a name as the address before that is looked up, too.
+        """
+        rules = self.server.rules
+        if address.address_type is AddressType.DOMAINNAME:
+            rule = rules.decide_by_name(address)
+        elif self.server.is_own(command, address):      # it would call itself until all descriptors are gone
+            return f"{address} is this server itself"
+        else:
+            rule = rules.decide(address, name)
+            if not (self.is_here or self.server.allow_local_targets) and self.server.is_local(address):
+                return f"{address} is for this computer only"
+        if rule is not None and not rule.allows:
+            return f"rule: {rule.text}"
+        return "" if self.allow(command, address) else f"{address} is not allowed"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the client is a program on this computer."""
+        return self.server.is_here(self.session.client.host)
 
     # --- BIND ---
 
     def expected_peers(self, request: Request, until: float) -> List[Address]:
         """Who may call back; empty for anyone."""
         if request.destination.is_unspecified:
-            self.check(self.allow(request.command, UNSPECIFIED), request.destination)
+            self.check(request.command, UNSPECIFIED)
             return []
         return self.addresses(request, until)
 
@@ -311,7 +373,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             peer = Address.of(sockaddr)
             welcome = False
             try:
-                welcome = (not hosts or peer.host in hosts) and self.allow(Command.BIND, peer)
+                welcome = (not hosts or peer.host in hosts) and self.may_reach(Command.BIND, peer)
             finally:
                 if not welcome:         # a stranger; the one we wait for may still come
                     target.close()
@@ -357,8 +419,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         relay, early = self.server.relay_thread(), self.stream.take()
         self.handed_over = True
-        tunnel = Tunnel(self.connection, target, self.session, self.finished, self.server.idle_timeout, early)
-        tunnel.start(relay)
+        self.carried = Tunnel(self.connection, target, self.session, self.finished, self.server.idle_timeout, early)
+        self.carried.start(relay)
 
     def finished(self) -> None:
         """The session is over; called by whoever had the client last."""
@@ -368,10 +430,11 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         The client has been served, or has not: `self.session` is complete.
 
-        The default logs its line.  Called once for every client, in the thread that runs
+        The default logs its line, but a stranger's only once a minute.  Called once for every client, in the thread that runs
         serve_forever(): no tunnel waits for it, but the other sessions' log lines do.
         """
-        logger.info("%s", self.session, extra={"session": self.session})
+        if self.session.event != "bad_protocol" or self.server.is_news(f"{self.session.client.host} {self.session.reason}"):
+            logger.info("%s", self.session, extra={"session": self.session})
 
     # --- plumbing: the two choke points, and the end ---
 
@@ -423,7 +486,10 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 return
 
     def hang_up(self, reason: str) -> None:
-        """Called in another thread: make whatever this conversation waits for fail now."""
+        """Called in another thread: end the tunnel, or make whatever this conversation waits for fail now."""
+        if self.carried is not None:
+            self.carried.abort_soon(reason)
+            return
         self.session.reason = self.session.reason or reason
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -437,7 +503,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     """
     A SOCKS5 server: ``Socks5Server(("127.0.0.1", 1080)).serve_forever()``.
 
-    `users` maps names to passwords; None asks nobody, and an empty mapping lets nobody in.
+    `users` maps names to passwords, or is a `UsersFile`; None asks nobody, and an empty
+    mapping lets nobody in.  `rules` are lines like ``"deny *.ads.example"``: see rules.py.
     The constructor binds and listens: with port 0, `server_address` has the port found.
 
     For the caller: serve_forever(), shutdown(), server_close(), add_listener(), `sessions`.
@@ -448,6 +515,11 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     """
 
     commands: FrozenSet[Command] = frozenset(Command)   # the others get reply 07
+    allow_from: Sequence[Network] = ()  # clients that need no login; without users, the only ones
+    allow_local_targets = False         # let other computers reach what only this one should: see rules.py
+    max_clients: Optional[int] = None   # None: as many as the descriptors allow
+    max_per_client: Optional[int] = None    # of those, from one address
+    max_handshakes = 512                # clients that have not asked for anything yet; the oldest makes room
     handshake_timeout: float = 30       # seconds from accept() until the request is complete
     connect_timeout: float = 10         # seconds for the look-up and all addresses together
     bind_timeout: float = 120           # seconds that BIND waits for its peer; FTP servers take a while
@@ -463,12 +535,16 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, server_address: Tuple[Any, ...] = ("127.0.0.1", 1080),
                  RequestHandlerClass: Type[Socks5Handler] = Socks5Handler, bind_and_activate: bool = True,
-                 *, users: Optional[Mapping[str, str]] = None) -> None:
-        self.users = users
+                 *, users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = ()) -> None:
+        self.users = Users(users) if isinstance(users, Mapping) else users
+        self.rules = Rules.parse(rules)
+        self.guessing = Guessing()
+        self.news: Dict[str, float] = {}                    # when what kind of trouble was told last
         self.ids = itertools.count(1)
         self.lock = threading.Lock()
         self.live: Dict[int, Socks5Handler] = {}            # by session id, until the session ends
         self.handshakes: Dict[int, Socks5Handler] = {}      # of those, whose request is to come; oldest first
+        self.hosts: Counter[str] = Counter()                # of the live: how many from which host
         self.ended: queue.SimpleQueue[Optional[Socks5Handler]] = queue.SimpleQueue()
         self.relays: List[Relay] = []
         self.udp_relays: Set[Address] = set()               # where clients send their datagrams to
@@ -572,6 +648,21 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                     return
                 handler.hang_up("the handshake took too long")
 
+    def service_actions(self) -> None:
+        """Called twice a second: look whether the users have changed, and end the sessions of those that are gone."""
+        gone = self.users.refresh() if self.users is not None else set()
+        if gone:
+            with self.lock:
+                live = [handler for handler in self.live.values() if handler.session.user in gone]
+            for handler in live:
+                handler.hang_up("the user has been removed")
+
+    def read_users_again(self) -> None:
+        """Have the users file read soon; signal handlers may call it."""
+        if isinstance(self.users, UsersFile):
+            self.users.seen = ()
+            self.ended.put(None)
+
     def shutdown(self) -> None:
         """
         Make serve_forever() return; wait for that, unless called in its thread.
@@ -618,6 +709,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in OUT_OF:
                 # The client stays in the backlog, so that the next try would fail as fast.
+                self.warn("short", "%s: new clients have to wait; fewer at a time (--max-clients) or ulimit -n help", error.strerror)
                 self.stopped.wait(RETRY)
             raise
         if os.name != "posix":
@@ -630,6 +722,44 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.process_request_thread(connection, client_address)
         else:
             self.shutdown_request(connection)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether to talk to this client at all."""
+        client = Address.of(client_address)
+        if self.allow_from and self.users is None and not self.trusts(client):
+            self.warn("strange " + client.host, "%s is not in a network that is allowed to come", client.host)
+            return False
+        if len(self.live) >= self.most_clients:
+            self.warn("full", "%d clients are being served, and more do not fit: see --max-clients", len(self.live))
+            return False
+        if self.max_per_client is not None and self.hosts[client.host] >= self.max_per_client:
+            self.warn("full " + client.host, "%s has %d connections, and may have no more", client.host, self.max_per_client)
+            return False
+        return True
+
+    @cached_property
+    def most_clients(self) -> float:
+        """`max_clients`, or as many as the descriptors allow: two for each, and some for pipes, logs and listeners."""
+        if self.max_clients is not None:
+            return self.max_clients
+        limit = descriptor_limit()
+        return max(1, (limit - 32 - min(64, limit / 4)) / 2)
+
+    def warn(self, kind: str, message: str, *details: object) -> None:
+        """Log it, once a minute for each kind of trouble."""
+        if self.is_news(kind):
+            logger.warning(message, *details)
+
+    def is_news(self, kind: str) -> bool:
+        """Whether this has not been asked in the last minute."""
+        now = time.monotonic()
+        with self.lock:
+            if now - self.news.get(kind, -TELL_AGAIN) < TELL_AGAIN:
+                return False
+            if len(self.news) > 1000:
+                self.news.clear()
+            self.news[kind] = now
+            return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """As the base does it, but a socket that the relay thread has by now is not closed."""
@@ -655,6 +785,11 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.live[handler.session.id] = handler
             self.handshakes[handler.session.id] = handler
+            self.hosts[handler.session.client.host] += 1
+            oldest = next(iter(self.handshakes.values())) if len(self.handshakes) > self.max_handshakes else None
+        if oldest is not None:
+            self.handshake_done(oldest)
+            oldest.hang_up("too many clients were slower to ask than this one")
 
     def handshake_done(self, handler: Socks5Handler) -> None:
         with self.lock:
@@ -663,6 +798,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def finished(self, handler: Socks5Handler) -> None:
         with self.lock:
             self.live.pop(handler.session.id, None)
+            host = handler.session.client.host
+            self.hosts[host] -= 1
+            if self.hosts[host] <= 0:
+                del self.hosts[host]
             self.handshakes.pop(handler.session.id, None)
             if handler.session.bound is not None:
                 self.udp_relays.discard(handler.session.bound)
@@ -686,6 +825,22 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.relays.append(relay)
             return relay
 
+    def trusts(self, client: Address) -> bool:
+        """Whether this client is in a network that needs no login."""
+        return bool(self.allow_from) and any(ip_address(client.host) in network for network in self.allow_from)
+
+    def is_here(self, host: str) -> bool:
+        """Whether this is an address of this computer."""
+        return ip_address(host).is_loopback or outbound.is_own_address(host)
+
+    def is_local(self, address: Address) -> bool:
+        """Whether only this computer should reach this: its own addresses among them."""
+        return is_local(address) or self.is_here(address.dialled.host)
+
+    @cached_property
+    def beyond_loopback(self) -> bool:
+        return not all(ip_address(listener.address.host).is_loopback for listener in self.listeners)
+
     def is_own(self, command: Command, address: Address) -> bool:
         """Whether this is one of our own sockets, where the server would talk to itself."""
         if command is Command.UDP_ASSOCIATE:
@@ -699,3 +854,13 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
 # What a server can be out of when a client comes: descriptors, memory, buffers.
 OUT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+
+
+def descriptor_limit() -> float:
+    """How many descriptors this process may have."""
+    try:
+        import resource
+    except ImportError:             # Windows has no such limit
+        return float("inf")
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return float("inf") if soft == resource.RLIM_INFINITY else soft

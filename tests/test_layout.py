@@ -21,11 +21,14 @@ SERVICE = sorted((PACKAGE / "service").glob("*.py"))
 CORE = {
     "protocol": set(),
     "session": {"protocol"},
+    "users": set(),
+    "rules": {"protocol"},
+    "strangers": {"protocol"},
     "listener": {"protocol"},
     "relay": {"session"},
     "outbound": {"protocol", "relay"},
     "datagrams": {"protocol", "session", "relay", "outbound"},
-    "server": {"protocol", "session", "listener", "relay", "outbound", "datagrams"},
+    "server": {"protocol", "session", "users", "rules", "strangers", "listener", "relay", "outbound", "datagrams"},
 }
 FRONT = {"__init__", "__main__"}
 A_PROGRAMS_BUSINESS = {"argparse", "signal", "getpass", "sys", "subprocess", "atexit", "json"}

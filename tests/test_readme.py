@@ -70,8 +70,10 @@ def test_there_are_two_commands_and_the_second_one_can_be_found_by_a_program() -
     )
 
 
-def test_every_server_command_is_one_that_the_parser_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_server_command_is_one_that_the_parser_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOCKS5SRV_PASSWORD", "sesame")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users").touch(0o600)
     commands = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ python3 -m socks5srv")]
     assert len(commands) >= 2
     for command in commands:
@@ -120,7 +122,7 @@ def test_the_script_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     (snippet,) = blocks("python", section("In your script"))
     names: Dict[str, Any] = {}
     exec(compile(snippet.replace("1080", "0"), "README.rst", "exec"), names)
-    assert [(server.RequestHandlerClass, server.users) for server in served] == [(names["Office"], {"anna": "sesame"})]
+    assert [(server.RequestHandlerClass, server.users.passwords) for server in served] == [(names["Office"], {"anna": "sesame"})]
 
 
 def test_all_snippets_are_python_38() -> None:

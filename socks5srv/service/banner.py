@@ -8,19 +8,19 @@ import ipaddress
 import os
 import time
 from collections import Counter
-from typing import Any, Counter as CounterType, Dict, List, Mapping, Optional, Set
+from typing import Any, Counter as CounterType, Dict, List, Optional, Set, Sized
 
 from .. import __version__, outbound
 from ..protocol import Address
 from ..session import COMMAND_WORDS, Session, amount, shown
 
 
-def banner(addresses: List[Address], users: Optional[Mapping[str, str]]) -> str:
+def banner(addresses: List[Address], users: Optional[Sized]) -> str:
     """The lines to paste, for a server that listens on these addresses."""
-    login = f"login required ({counted(len(users), 'user')})" if users else "no password"
+    login = f"login required ({counted(len(users), 'user')})" if users is not None else "no password"
     whom = "this computer only" if all(is_loopback(address.host) for address in addresses) else "other computers, too"
     reachable = reachable_address(addresses[0])
-    name = "NAME:PASSWORD@" if users else ""
+    name = "NAME:PASSWORD@" if users is not None else ""
     url = f"socks5h://{name}{reachable}"
     lines = [
         f"socks5srv {__version__}  serving {whom}, {login}",
@@ -31,7 +31,7 @@ def banner(addresses: List[Address], users: Optional[Mapping[str, str]]) -> str:
         f"  a shell    export ALL_PROXY={url}",
         '  python     pip install "requests[socks]"  and then, with P the address above,',
         '             requests.get(url, proxies={"http": P, "https": P})',
-        *(WITH_A_LOGIN if users else browsers(reachable)),
+        *(WITH_A_LOGIN if users is not None else browsers(reachable)),
         "",
         "Ctrl-C stops.  socks5srv --help shows more.",
     ]
@@ -54,11 +54,11 @@ def browsers(address: Address) -> List[str]:
     ]
 
 
-def listening(addresses: List[Address], users: Optional[Mapping[str, str]], commands: Any) -> Dict[str, Any]:
+def listening(addresses: List[Address], users: Optional[Sized], commands: Any) -> Dict[str, Any]:
     """The same for programs: what the line "listening" says."""
     return {
         "urls": [f"socks5h://{address}" for address in addresses],
-        "auth": "password" if users else "none",
+        "auth": "password" if users is not None else "none",
         "commands": [COMMAND_WORDS[command] for command in sorted(commands)],
         "pid": os.getpid(),
     }

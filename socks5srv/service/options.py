@@ -14,11 +14,13 @@ import itertools
 import os
 import shlex
 import sys
-from typing import Any, Dict, FrozenSet, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, List, NoReturn, Optional, Sequence, Tuple, Union
 
 from .. import __version__
 from ..protocol import Command
+from ..rules import BadRule, Network, Rule
 from ..session import COMMAND_WORDS
+from ..users import BadUsersFile, UsersFile, hash_password
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 1080
 
@@ -38,6 +40,17 @@ examples:
 SOCKS5SRV_OPTIONS in the environment holds further options, read before these.
 Exit codes: 0 stopped, 1 cannot start or serve, 2 usage, 130 second Ctrl-C.
 """
+
+
+class AppendRule(argparse.Action):
+    """``--allow TARGET`` and ``--deny TARGET`` go into one list, in their order."""
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, option: Optional[str] = None) -> None:
+        try:
+            rule = Rule.parse(f"{str(option).lstrip('-')} {value}")
+        except BadRule as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(options, self.dest, [*getattr(options, self.dest), rule])
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,7 +89,17 @@ def build_parser() -> Parser:
     who.add_argument("-u", "--user", action="append", default=[], metavar="NAME[:PASSWORD]",
                      help="ask clients for this login; may be repeated. Without :PASSWORD it is taken from SOCKS5SRV_PASSWORD, or asked for")
 
+    who.add_argument("--users-file", metavar="FILE", help="logins, one NAME:HASH a line; read again when it changes")
+    who.add_argument("--hash-password", action="store_true", help="ask for a password, print its HASH, and exit")
+    who.add_argument("--allow-from", action="append", default=[], type=network, metavar="NETWORK",
+                     help="serve clients in NETWORK, such as 192.168.1.0/24, without a login; may be repeated")
+    who.add_argument("--allow-open-proxy", action="store_true", help="serve other computers although nobody has to log in")
+
     what = parser.add_argument_group("what it may do")
+    what.add_argument("--allow", dest="rules", action=AppendRule, default=[], metavar="TARGET",
+                      help="HOST, *.DOMAIN or NETWORK/BITS, each with :PORT or :PORT-PORT, or :PORT alone; may be repeated. With --deny, the first match wins")
+    what.add_argument("--deny", dest="rules", action=AppendRule, metavar="TARGET", help="refuse such targets (reply 02)")
+    what.add_argument("--allow-local-targets", action="store_true", help="let other computers reach this computer's own addresses")
     what.add_argument("--commands", type=command_list, default=frozenset(Command), metavar="LIST",
                       help="of connect,bind,udp (default: all three)")
 
@@ -85,6 +108,10 @@ def build_parser() -> Parser:
     family.add_argument("-4", dest="family", action="store_const", const=4, help="use IPv4 only")
     family.add_argument("-6", dest="family", action="store_const", const=6, help="use IPv6 only")
     out.add_argument("--source", type=ip_address, metavar="ADDRESS", help="go out from this address")
+
+    many = parser.add_argument_group("how many")
+    many.add_argument("--max-clients", type=count, metavar="N", help="at most so many clients at a time (default: what the descriptors allow)")
+    many.add_argument("--max-per-client", type=count, metavar="N", help="of those from one address (default: no limit)")
 
     limits = parser.add_argument_group("how long it waits, in seconds")
     for name, default, meaning in (
@@ -122,7 +149,7 @@ def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error("the port is given twice, as PORT and as -p")
     options.port = next(number for number in (port, options.port, DEFAULT_PORT) if number is not None)
     options.bind = ([host] if host else []) + options.bind or [DEFAULT_ADDRESS]
-    options.users = users(parser, options.user)
+    options.users = users(parser, options)
     return options
 
 
@@ -155,6 +182,20 @@ def ip_address(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is no IP address") from None
 
 
+def network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        hint = f"; {ipaddress.ip_network(text, strict=False)} would be one" if "host bits" in str(error) else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is no network{hint}") from None
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     try:
         number = float(text)
@@ -173,8 +214,20 @@ def command_list(text: str) -> FrozenSet[Command]:
     return frozenset(words[word] for word in text.split(","))
 
 
-def users(parser: Parser, given: Sequence[str]) -> Optional[Dict[str, str]]:
-    """The logins by name; None if nobody has to log in."""
+def users(parser: Parser, options: argparse.Namespace) -> Union[UsersFile, Dict[str, str], None]:
+    """Who may log in; None if nobody has to."""
+    if options.users_file is None:
+        return logins_of(parser, options.user) or None
+    if options.user:
+        parser.error("-u and --users-file exclude each other: put all logins into the file")
+    try:
+        return UsersFile(options.users_file)
+    except BadUsersFile as error:
+        parser.error(str(error))
+
+
+def logins_of(parser: Parser, given: Sequence[str]) -> Dict[str, str]:
+    """The passwords of -u, by name."""
     logins: Dict[str, str] = {}
     for text in given:
         name, colon, password = text.partition(":")
@@ -185,7 +238,7 @@ def users(parser: Parser, given: Sequence[str]) -> Optional[Dict[str, str]]:
             if not 1 <= length <= 255 or not value.isprintable():
                 parser.error(f"the {what} of user {name!r} does not do: SOCKS5 takes 1 to 255 octets of text")
         logins[name] = password
-    return logins or None
+    return logins
 
 
 def password_for(parser: Parser, name: str) -> str:
@@ -199,7 +252,22 @@ def password_for(parser: Parser, name: str) -> str:
         parser.error("no password was given")
 
 
+def print_hash() -> int:
+    """``--hash-password``: ask twice, print once."""
+    try:
+        password = getpass.getpass("Password: ")
+        again = getpass.getpass("The same again: ")
+    except (EOFError, KeyboardInterrupt):
+        complain("no password was given")
+        return 2
+    if password != again or not 1 <= len(password.encode("utf-8", "surrogateescape")) <= 255:
+        complain("the two are not the same" if password != again else "a password has 1 to 255 octets", "try again")
+        return 2
+    print(hash_password(password))
+    return 0
+
+
 def settings(options: argparse.Namespace) -> Dict[str, Any]:
     """The options that are attributes of the server under the same name, as far as they were given."""
-    names = ("commands", "handshake_timeout", "connect_timeout", "bind_timeout", "idle_timeout")
+    names = ("commands", "allow_from", "allow_local_targets", "max_clients", "max_per_client", "handshake_timeout", "connect_timeout", "bind_timeout", "idle_timeout")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}

@@ -22,7 +22,7 @@ from ..protocol import Address
 from ..server import Socks5Handler, Socks5Server
 from . import log
 from .banner import Tally, banner, is_loopback, listening
-from .options import complain, parse, settings
+from .options import complain, parse, print_hash, settings
 from .selftest import self_test
 
 logger = logging.getLogger("socks5srv")
@@ -63,11 +63,14 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     options = parse(words)
     if options.self_test:
         return self_test()
+    if options.hash_password:
+        return print_hash()
     try:
         addresses = listen_addresses(options)
         refuse_to_be_open(options, addresses)
         check_source(options)
         set_up_log(options)
+        raise_descriptor_limit()
         with listen(options, addresses) as server:
             return serve(server, options)
     except CannotStart as error:
@@ -93,13 +96,16 @@ def listen_addresses(options: argparse.Namespace) -> List[str]:
 
 def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None:
     beyond = [address for address in addresses if not is_loopback(address)]
-    if beyond and not options.users:
+    if beyond and options.users is None and not options.allow_from and not options.allow_open_proxy:
+        port = f" port {options.port}" if options.port else ""
         raise CannotStart(
             "refusing to be an open proxy",
-            f"Whoever can reach {beyond[0]} port {options.port} could use your connection, and",
+            f"Whoever can reach {beyond[0]}{port} could use your connection, and",
             "reach machines that only you can reach.  Choose one:",
-            f"  socks5srv -b {beyond[0]} -u NAME     ask for a login",
-            "  socks5srv                      this computer only",
+            f"  socks5srv -b {beyond[0]} -u NAME                      ask for a login",
+            f"  socks5srv -b {beyond[0]} --allow-from 192.168.1.0/24  only these computers",
+            f"  socks5srv -b {beyond[0]} --allow-open-proxy           everybody, on purpose",
+            "  socks5srv                                      this computer only",
             code=2,
         )
 
@@ -107,6 +113,19 @@ def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None
 def check_source(options: argparse.Namespace) -> None:
     if options.source is not None and not is_own_address(options.source):
         raise CannotStart(f"--source {options.source} is not an address of this computer", "leave it out to have one chosen")
+
+
+def raise_descriptor_limit() -> None:
+    """As far as the system lets us: each client takes two."""
+    try:
+        import resource
+    except ImportError:             # Windows has no such limit
+        return
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:      # macOS calls it unlimited, and means 10240
+        logger.debug("the limit of descriptors stays: %s", error)
 
 
 def set_up_log(options: argparse.Namespace) -> None:
@@ -120,7 +139,7 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     """A server that listens on all the addresses; with port 0, on the same free port of each."""
     port = options.port
     with explained(addresses[0], port):
-        server = ServiceServer((addresses[0], port), ServiceHandler, users=options.users)
+        server = ServiceServer((addresses[0], port), ServiceHandler, users=options.users, rules=options.rules)
     try:
         for address in addresses[1:]:
             with explained(address, port):
@@ -165,6 +184,7 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     """Serve until a signal says to stop."""
     addresses = [listener.address for listener in server.listeners]
     stop_on_signals(server)
+    read_users_on_hangup(server)
     with port_file(options.port_file, addresses[0].port):
         greet(server, options, addresses)
         server.serve_forever()
@@ -208,6 +228,15 @@ def stop_on_signals(server: Socks5Server) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), stop)
+
+
+def read_users_on_hangup(server: Socks5Server) -> None:
+    """SIGHUP: look at the users file, changed or not."""
+    def read_again(_number: int, _frame: Any) -> None:
+        server.read_users_again()
+
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, read_again)
 
 
 @contextlib.contextmanager

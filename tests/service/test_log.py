@@ -87,7 +87,7 @@ def test_a_client_that_speaks_something_else_is_told_of_in_words(start: Callable
     with new_client(service) as client:
         client.send(b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n")
         client.rest()
-    assert "bad-protocol VER is 47, not 05: this is HTTP" in service.wait_for("#1")
+    assert "bad-protocol this is HTTP: use socks5h://" in service.wait_for("#1")
 
 
 def test_verbose_tells_also_when_a_client_is_connected(start: Callable[..., Any], new_client: Callable[..., Client], echo: Place) -> None:

@@ -1,0 +1,176 @@
+"""
+What may be reached: an ordered list of allow and deny, of which the first match decides.
+
+A rule is an action and a TARGET, spelled the same on the command line, in a file and in
+Python:
+
+    deny *.ads.example              a domain, and all below it
+    allow example.com:443           a host, on one port
+    deny 10.0.0.0/8                 a network
+    deny :25                        whatever it is, on one port
+    allow [2001:db8::]/32:80-90     IPv6 takes brackets where a port follows
+
+The one idea: the list is asked once for each address that would be dialled, with that address
+*and* the name that led to it.  So rules on names and rules on networks meet in the order in
+which they stand, and nothing can hide behind a name, or behind another spelling of an address
+(127.1, ::ffff:127.0.0.1): what is judged is what will be dialled.
+
+This file opens nothing and resolves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Iterable, List, NamedTuple, Optional, Tuple, Union
+
+from .protocol import Address
+
+IPAddress = Union[IPv4Address, IPv6Address]
+Network = Union[IPv4Network, IPv6Network]
+
+ALL_PORTS = range(65536)
+NUMERIC = re.compile(r"[0-9.]+|0[xX][0-9a-fA-F]+")      # what resolvers take for an address, too: 127.1
+METADATA = IPv6Address("fd00:ec2::254")                 # of clouds; the IPv4 one is link-local
+NAT64 = ip_network("64:ff9b::/96")
+
+
+class BadRule(ValueError):
+    """A rule that cannot be read; the text says what was expected."""
+
+
+class Rule(NamedTuple):
+    """One line of the list.  At most one of `name` and `network` is given."""
+
+    allows: bool
+    name: Optional[str]             # in lower case; with "*." in front all below it, too
+    network: Optional[Network]
+    ports: range
+    text: str                       # as it was written
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Read ``allow TARGET`` or ``deny TARGET``; BadRule if it is neither."""
+        action, _, target = text.strip().partition(" ")
+        if action not in ("allow", "deny") or not target.strip():
+            raise BadRule(f"{text!r} is no rule: allow TARGET or deny TARGET is")
+        host, ports = split_target(target.strip())
+        name, network = (None, None) if host in ("", "*") else parse_host(host)
+        return cls(action == "allow", name, network, ports, text.strip())
+
+    def matches(self, address: Address, name: Optional[str]) -> bool:
+        """Whether it speaks of this IP address, which `name` has led to, or of this name."""
+        if address.port not in self.ports:
+            return False
+        if self.network is not None:
+            return any(ip in self.network for ip in meanings(address, every=not self.allows))
+        return self.name is None or (name is not None and self.names(normal(name)))
+
+    def names(self, name: str) -> bool:
+        assert self.name is not None
+        if self.name.startswith("*."):
+            return name == self.name[2:] or name.endswith(self.name[1:])
+        return name == self.name
+
+
+class Rules(List[Rule]):
+    """The list."""
+
+    @classmethod
+    def parse(cls, lines: Iterable[Union[str, Rule]]) -> Rules:
+        return cls(line if isinstance(line, Rule) else Rule.parse(line) for line in lines)
+
+    def decide(self, address: Address, name: Optional[str] = None) -> Optional[Rule]:
+        """The first rule that matches an IP address and the name that led to it; None if none does."""
+        return next((rule for rule in self if rule.matches(address, name)), None)
+
+    def decide_by_name(self, address: Address) -> Optional[Rule]:
+        """The rule that decides for all addresses that this name can have; None if that depends on them."""
+        for rule in self:
+            if address.port not in rule.ports:
+                continue
+            if rule.network is not None:
+                return None         # it may or may not match: first the name has to be looked up
+            if rule.name is None or rule.names(normal(address.host)):
+                return rule
+        return None
+
+
+# --- reading a target ---
+
+def split_target(text: str) -> Tuple[str, range]:
+    """The host (empty for any) and the ports of a target."""
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket:
+            raise BadRule(f"{text!r} lacks its closing bracket")
+        bits, colon, ports = rest.partition(":")
+        return host + bits, parse_ports(text, ports) if colon else ALL_PORTS
+    if text.count(":") > 1:         # IPv6 without brackets has no port
+        return text, ALL_PORTS
+    host, colon, ports = text.partition(":")
+    return host, parse_ports(text, ports) if colon else ALL_PORTS
+
+
+def parse_ports(text: str, ports: str) -> range:
+    first, dash, last = ports.partition("-")
+    numbers = (first, last) if dash else (first, first)
+    if not all(number.isascii() and number.isdigit() and int(number) < 65536 for number in numbers):
+        raise BadRule(f"{text!r} has no port after its colon: PORT or PORT-PORT, from 0 to 65535")
+    found = range(int(numbers[0]), int(numbers[1]) + 1)
+    if not found:
+        raise BadRule(f"{text!r} has its ports the wrong way round: the lower one comes first")
+    return found
+
+
+def parse_host(host: str) -> Tuple[Optional[str], Optional[Network]]:
+    """A name or a network, and None for the other."""
+    try:
+        return None, ip_network(host)
+    except ValueError as error:
+        if "has host bits set" in str(error):
+            raise BadRule(f"{host!r} is no network: {ip_network(host, strict=False)} would be one") from None
+    bare = host[2:] if host.startswith("*.") else host
+    if NUMERIC.fullmatch(bare) or "/" in bare or ":" in bare:
+        raise BadRule(f"{host!r} is no address: write it out, as in 127.0.0.1 or 10.0.0.0/8")
+    if not bare or "*" in bare or not bare.isprintable() or " " in bare:
+        raise BadRule(f"{host!r} is no host: NAME, *.DOMAIN, an IP address or NETWORK/BITS is")
+    return normal(host), None
+
+
+def normal(name: str) -> str:
+    """A name as it is compared: in ASCII and lower case, without the dot at its end."""
+    name = name.rstrip(".").lower()
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode()
+        except UnicodeError:        # no such name can be looked up
+            pass
+    return name
+
+
+# --- what an address means ---
+
+def meanings(address: Address, every: bool) -> List[IPAddress]:
+    """
+    The address itself, and with `every` also the IPv4 address within it.
+
+    6to4 and NAT64 carry one to a gateway: what is denied is denied on that way, too, but what
+    is allowed is not.
+    """
+    ip = ip_address(address.dialled.host)
+    inner = embedded(ip) if every else None
+    return [ip] if inner is None else [ip, inner]
+
+
+def embedded(ip: IPAddress) -> Optional[IPv4Address]:
+    if not isinstance(ip, IPv6Address):
+        return None
+    if ip in NAT64:
+        return IPv4Address(ip.packed[12:])
+    return ip.sixtofour
+
+
+def is_local(address: Address) -> bool:
+    """Loopback, link-local (cloud metadata among them): what only this computer should reach."""
+    return any(ip.is_loopback or ip.is_link_local or ip == METADATA for ip in meanings(address, every=True))

@@ -1,0 +1,80 @@
+"""
+What to tell a client that does not speak SOCKS5.
+
+Browsers set to "HTTP proxy", SOCKS4 programs and TLS scanners all find the port.  They are
+told apart by their first octet, and answered in their own language where that helps the
+person behind them: HTTP with a page that says what to set, SOCKS4 with its own refusal.
+
+A browser may also ask for ``/proxy.pac``, the file that sets it up by itself.
+"""
+
+from __future__ import annotations
+
+from typing import List, Optional
+
+from .protocol import Address, Field, Message, ProtocolError
+
+HTTP = b"GHPCOD"        # GET HEAD POST/PUT/PATCH CONNECT OPTIONS DELETE
+MOST = 4096             # octets of an HTTP request that are read: its first line is in them
+
+PAGE = """\
+This is a SOCKS5 proxy, not an HTTP proxy.
+
+In a browser, set SOCKS Host (version 5) to {address}, and leave HTTP Proxy empty;
+or set the address for automatic configuration to http://{address}/proxy.pac
+Elsewhere write socks5h://{address} instead of http://{address}
+"""
+
+PAC = """\
+function FindProxyForURL(url, host) {{
+  if (isPlainHostName(host) || host === "127.0.0.1" || host === "[::1]") return "DIRECT";
+  return "SOCKS5 {address}; SOCKS {address}";
+}}
+"""
+
+
+class Note(Message):
+    """An answer that is no SOCKS5 message: these octets, as they are."""
+
+    def __init__(self, name: str, octets: bytes) -> None:
+        self.name = name
+        self.octets = octets
+
+    def fields(self) -> List[Field]:
+        return [Field(self.name, self.octets, f"{len(self.octets)} octets")]
+
+
+class Stranger(ProtocolError):
+    """A client that speaks something else."""
+
+    def __init__(self, reason: str, answer: Optional[Message] = None) -> None:
+        super().__init__(reason)
+        self.note = answer
+
+    @property
+    def answer(self) -> Optional[Message]:
+        return self.note
+
+
+def recognise(octets: bytes, here: Address, pac: bool) -> Stranger:
+    """
+    Who begins like this.
+
+    `octets` is at least one; of HTTP the first line, as far as it has come.  `here` is
+    the address that the client has found us by; with `pac` it may have the PAC file.
+    """
+    if octets[0] == 4:
+        return Stranger("this is SOCKS4: set the client to SOCKS5", Note("SOCKS4", bytes((0, 91, 0, 0, 0, 0, 0, 0))))
+    if octets[0] in HTTP:
+        if pac and octets.startswith((b"GET /proxy.pac ", b"GET /proxy.pac?")):
+            return Stranger("the PAC file, for a browser", page("200 OK", "application/x-ns-proxy-autoconfig", PAC, here))
+        return Stranger(f"this is HTTP: use socks5h://{here}", page("501 Not Implemented", "text/plain; charset=utf-8", PAGE, here))
+    if octets[0] == 0x16:
+        return Stranger("this is TLS: the proxy's address begins with socks5h://, not https://")
+    return Stranger(f"this is not SOCKS: it begins with {octets[:3].hex(' ')}")
+
+
+def page(status: str, kind: str, text: str, here: Address) -> Note:
+    body = text.format(address=here).encode()
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return Note("HTTP", head.encode() + body)

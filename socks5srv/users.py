@@ -1,0 +1,257 @@
+"""
+Who may log in: names and passwords, and how guessing is slowed down.
+
+Three ideas.  *Right and wrong take the same time*, for known names and unknown ones, so that
+a stopwatch learns nothing.  *A hash is slow, so a login that was right is remembered*, as a
+keyed digest in memory: a SOCKS client logs in anew for every connection, and a page opens
+dozens.  And *whoever guesses has to wait*, longer each time but never for good, or anyone
+could lock out the owner of a name.
+
+A users file has a line ``NAME:HASH`` for each user, and comments after a ``#`` at the start of
+a line.  It is read again when it changes; a version that cannot be read changes nothing.
+
+This file sees no network: server.py asks it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import logging
+import os
+import stat
+import threading
+import time
+from collections import OrderedDict
+from typing import Dict, Mapping, NamedTuple, Set, Tuple
+
+logger = logging.getLogger("socks5srv")
+
+SCRYPT = (2 ** 14, 8, 1)        # n, r, p: 16 MiB and some 50 ms, which a guesser pays for each guess
+PBKDF2 = 600_000                # rounds, where there is no scrypt; some 150 ms
+SALT = 16                       # octets
+AT_ONCE = min(4, os.cpu_count() or 1)   # hashes computed at a time: 16 MiB each, and cores are few
+
+FREE_TRIES = 5                  # failures of one address before its next ones wait
+LONGEST_WAIT = 8.0              # seconds
+FORGIVEN = 15 * 60.0            # seconds without a failure after which an address is forgotten
+REMEMBERED = 10_000             # addresses
+
+
+class BadUsersFile(ValueError):
+    """The users file cannot be used; the text says where, and what was expected."""
+
+
+class Users:
+    """Names and passwords, from a mapping.  `check()` is called in any thread."""
+
+    def __init__(self, passwords: Mapping[str, str]) -> None:
+        self.passwords = passwords
+
+    def __len__(self) -> int:
+        return len(self.passwords)
+
+    def check(self, username: str, password: str) -> bool:
+        """Whether this is a user and the password is right."""
+        known = self.passwords.get(username, "")
+        right = hmac.compare_digest(known.encode(), password.encode())
+        return right and username in self.passwords
+
+    def refresh(self) -> Set[str]:
+        """The users that are none any more since the last call, or have another password."""
+        return set()
+
+
+class UsersFile(Users):
+    """
+    Names and hashes, from a file.
+
+    BadUsersFile if it cannot be read at first.  Later versions that cannot be read are logged,
+    and the users stay what they were.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        self.computing = threading.BoundedSemaphore(AT_ONCE)
+        self.key = os.urandom(32)
+        self.seen = self.signature()
+        self.hashes = read_users(path)
+        self.verified: Dict[str, bytes] = {}    # a keyed digest of the right password, by name
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def check(self, username: str, password: str) -> bool:
+        digest = hmac.new(self.key, password.encode(), "sha256").digest()
+        known = self.hashes.get(username)
+        if hmac.compare_digest(self.verified.get(username, b""), digest):
+            return True
+        with self.computing:
+            right = verify(password, known or self.nobody())
+        if right and known is not None:
+            with self.lock:
+                if self.hashes.get(username) == known:      # and has not been changed meanwhile
+                    self.verified[username] = digest
+            return True
+        return False
+
+    def nobody(self) -> str:
+        """A hash to compare an unknown user's password with, which takes as long as the others."""
+        example = next(iter(self.hashes.values()), None) or hash_password("")
+        return str(Hash.parse(example)._replace(digest=os.urandom(32)))
+
+    def refresh(self) -> Set[str]:
+        """Read the file again if it has changed."""
+        signature = self.signature()
+        if signature == self.seen:
+            return set()
+        self.seen = signature
+        return self.reload()
+
+    def reload(self) -> Set[str]:
+        """Read the file again; the users that are none any more, or have another password."""
+        try:
+            hashes = read_users(self.path)
+        except BadUsersFile as error:
+            logger.error("the users stay as they were: %s", error)
+            return set()
+        with self.lock:
+            gone = {name for name, hash in self.hashes.items() if hashes.get(name) != hash}
+            self.hashes = hashes
+            for name in gone:
+                self.verified.pop(name, None)
+        logger.info("%d users read from %s", len(hashes), self.path)
+        return gone
+
+    def signature(self) -> Tuple[int, ...]:
+        """What changes when the file does."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return ()
+        return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def read_users(path: str) -> Dict[str, str]:
+    """The hashes in a users file, by name; BadUsersFile if there is anything wrong with it."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            status = os.fstat(stream.fileno())
+            lines = stream.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadUsersFile(f"users file {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
+    if os.name == "posix" and status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise BadUsersFile(f"users file {path} is readable by everyone: chmod o-rw {path}")
+    users: Dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#"):
+            name, hash = read_line(line.strip(), f"{path}:{number}")
+            if name in users:
+                raise BadUsersFile(f"{path}:{number}: user {name!r} is there twice")
+            users[name] = hash
+    return users
+
+
+def read_line(line: str, where: str) -> Tuple[str, str]:
+    name, colon, hash = line.partition(":")
+    if not colon or not 1 <= len(name.encode()) <= 255:
+        raise BadUsersFile(f"{where}: expected NAME:HASH, with a HASH from --hash-password")
+    try:
+        Hash.parse(hash)
+    except ValueError as error:
+        raise BadUsersFile(f"{where}: {error}") from None
+    return name, hash
+
+
+# --- hashes ---
+
+class Hash(NamedTuple):
+    """``scrypt$N$R$P$SALT$DIGEST`` or ``pbkdf2_sha256$ROUNDS$SALT$DIGEST``, the last two in base64."""
+
+    method: str
+    cost: Tuple[int, ...]
+    salt: bytes
+    digest: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> Hash:
+        method, *cost, salt, digest = text.split("$") if text.count("$") >= 3 else [text, "", ""]
+        if (method, len(cost)) not in (("scrypt", 3), ("pbkdf2_sha256", 1)):
+            raise ValueError("expected a HASH from --hash-password: scrypt$... or pbkdf2_sha256$...")
+        try:
+            numbers = tuple(map(int, cost))
+            found = cls(method, numbers, base64.b64decode(salt, validate=True), base64.b64decode(digest, validate=True))
+        except ValueError:
+            raise ValueError("this HASH is damaged; make it anew with --hash-password") from None
+        if not found.affordable:
+            raise ValueError("this HASH takes too little or too much to compute; make it anew with --hash-password")
+        return found
+
+    @property
+    def affordable(self) -> bool:
+        """Whether it can be computed here, and is worth it."""
+        if not self.salt or not 16 <= len(self.digest) <= 64:
+            return False
+        if self.method == "pbkdf2_sha256":
+            return 1000 <= self.cost[0] <= 10_000_000
+        n, r, p = self.cost
+        return n > 1 and n & (n - 1) == 0 and r > 0 and p > 0 and 128 * n * r * p <= 256 * 1024 * 1024
+
+    def of(self, password: str) -> bytes:
+        """The digest of another password, at the same cost and with the same salt."""
+        octets, length = password.encode(), len(self.digest)
+        if self.method == "scrypt":
+            n, r, p = self.cost
+            return hashlib.scrypt(octets, salt=self.salt, n=n, r=r, p=p, dklen=length, maxmem=512 * 1024 * 1024)
+        return hashlib.pbkdf2_hmac("sha256", octets, self.salt, self.cost[0], length)
+
+    def __str__(self) -> str:
+        numbers = "$".join(map(str, self.cost))
+        salt, digest = (base64.b64encode(octets).decode() for octets in (self.salt, self.digest))
+        return f"{self.method}${numbers}${salt}${digest}"
+
+
+def hash_password(password: str) -> str:
+    """A new hash, as a users file has it."""
+    method, cost = ("scrypt", SCRYPT) if hasattr(hashlib, "scrypt") else ("pbkdf2_sha256", (PBKDF2,))
+    blank = Hash(method, cost, os.urandom(SALT), bytes(32))
+    return str(blank._replace(digest=blank.of(password)))
+
+
+def verify(password: str, hash: str) -> bool:
+    """Whether this is the password of the hash."""
+    known = Hash.parse(hash)
+    return hmac.compare_digest(known.digest, known.of(password))
+
+
+# --- guessing ---
+
+class Guessing:
+    """How often each address has failed to log in of late, and how long its next try has to wait."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.failures: OrderedDict[str, Tuple[int, float]] = OrderedDict()      # count, and when last; by address
+
+    def wait(self, host: str) -> float:
+        """Seconds: none at first, then twice as long each time."""
+        with self.lock:
+            count, last = self.failures.get(host, (0, 0.0))
+            if time.monotonic() - last > FORGIVEN:
+                return 0.0
+        return 0.0 if count < FREE_TRIES else min(LONGEST_WAIT, 0.25 * 2.0 ** (count - FREE_TRIES))
+
+    def failed(self, host: str) -> None:
+        with self.lock:
+            count, last = self.failures.pop(host, (0, 0.0))
+            if time.monotonic() - last > FORGIVEN:
+                count = 0
+            self.failures[host] = min(count + 1, 64), time.monotonic()
+            if len(self.failures) > REMEMBERED:
+                self.failures.popitem(last=False)
+
+    def succeeded(self, host: str) -> None:
+        with self.lock:
+            self.failures.pop(host, None)

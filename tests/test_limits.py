@@ -1,0 +1,265 @@
+"""
+Who is served at all, how many at a time, and what strangers are told.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from ipaddress import ip_network
+from typing import Any, List
+
+import pytest
+
+from socks5srv.protocol import Command, Method, MethodSelection, ReplyCode
+from socks5srv.server import Socks5Handler
+
+from .conftest import LOCALHOST, eventually, exchange, needs_neighbour
+
+NONE, PASSWORD = MethodSelection(Method.NO_AUTHENTICATION_REQUIRED), MethodSelection(Method.USERNAME_PASSWORD)
+LOOPBACK = [ip_network("127.0.0.1/32")]
+
+
+# --- trusted networks ---
+
+@needs_neighbour
+def test_clients_in_a_trusted_network_need_no_login_and_all_others_do(start_server: Any, new_client: Any, echo: Any) -> None:
+    server = start_server(users={"anna": "sesame"}, allow_from=LOOPBACK)
+    client = new_client(server)
+    client.connect(echo)
+    exchange(client)
+    other = new_client(server, source="127.0.0.2")
+    assert other.greet(0, 2) == PASSWORD
+    assert new_client(server, source="127.0.0.2").greet(0) == MethodSelection(Method.NO_ACCEPTABLE_METHODS)
+
+
+@needs_neighbour
+def test_without_users_everybody_else_is_hung_up_on(start_server: Any, new_client: Any) -> None:
+    server = start_server(allow_from=LOOPBACK)
+    assert new_client(server).greet() == NONE
+    assert new_client(server, source="127.0.0.2").rest() == b""
+
+
+# --- how many ---
+
+def test_more_clients_than_fit_are_hung_up_on_until_one_leaves(start_server: Any, new_client: Any, caplog: Any) -> None:
+    server = start_server(max_clients=3)
+    clients = [new_client(server) for _ in range(3)]
+    for client in clients:
+        assert client.greet() == NONE
+    for _ in range(5):
+        assert new_client(server).rest() == b""
+    assert caplog.text.count("more do not fit") == 1
+    clients[0].close()
+    eventually(lambda: len(server.sessions) == 2)
+    assert new_client(server).greet() == NONE
+
+
+@needs_neighbour
+def test_one_address_cannot_take_all_places(start_server: Any, new_client: Any) -> None:
+    server = start_server(max_per_client=2)
+    for _ in range(2):
+        assert new_client(server).greet() == NONE
+    assert new_client(server).rest() == b""
+    assert new_client(server, source="127.0.0.2").greet() == NONE
+    assert dict(server.hosts) == {"127.0.0.1": 2, "127.0.0.2": 1}
+
+
+def test_nobody_is_counted_who_has_left(start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    for _ in range(5):
+        new_client(server).close()
+        server.next_ended()
+    eventually(lambda: not server.hosts)
+
+
+def test_half_open_handshakes_make_room_for_those_who_speak(start_server: Any, new_client: Any, echo: Any) -> None:
+    server = start_server(max_handshakes=10)
+    silent = [new_client(server) for _ in range(30)]
+    speaking = new_client(server)
+    speaking.connect(echo)
+    exchange(speaking)
+    assert silent[0].rest() == b""              # the oldest went first
+    assert server.next_ended().reason == "too many clients were slower to ask than this one"
+    eventually(lambda: len(server.handshakes) <= 10)
+
+
+def test_by_default_as_many_are_served_as_descriptors_allow(monkeypatch: pytest.MonkeyPatch, start_server: Any) -> None:
+    from socks5srv import server as module
+
+    for limit, most in ((256, 80), (1024, 464), (20000, 9952), (float("inf"), float("inf")), (20, 1)):
+        monkeypatch.setattr(module, "descriptor_limit", lambda limit=limit: limit)
+        assert start_server().most_clients == most
+
+
+def test_threads_that_cannot_be_had_cost_clients_a_wait_and_nothing_else(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+    from socks5srv.listener import Listener
+
+    server = start_server()
+
+    def none_left(_listener: Listener) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Listener, "add_thread", none_left)
+    for _ in range(5):
+        client = new_client(server)
+        client.connect(echo)
+        exchange(client)
+
+
+# --- strangers ---
+
+def ask(client: Any, octets: bytes) -> bytes:
+    client.send(octets)
+    return bytes(client.rest())
+
+
+@pytest.mark.parametrize("request_line", [
+    b"GET / HTTP/1.1", b"GET http://example.com/ HTTP/1.1", b"CONNECT example.com:443 HTTP/1.1", b"POST / HTTP/1.0", b"HEAD / HTTP/1.1",
+    b"OPTIONS * HTTP/1.1", b"DELETE / HTTP/1.1", b"PUT / HTTP/1.1",
+])
+def test_http_gets_a_page_that_says_what_to_set(request_line: bytes, start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    answer = ask(new_client(server), request_line + b"\r\nHost: example.com\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 501 ")
+    assert b"Content-Length: %d" % len(body) in head
+    assert b"socks5h://127.0.0.1:%d" % server.server_address[1] in body
+    session = server.next_ended()
+    assert session.event == "bad_protocol"
+    assert session.reason == f"this is HTTP: use socks5h://127.0.0.1:{server.server_address[1]}"
+
+
+@pytest.mark.parametrize("path", [b"/proxy.pac", b"/proxy.pac?now"])
+def test_a_browser_gets_the_pac_file(path: bytes, start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    answer = ask(new_client(server), b"GET " + path + b" HTTP/1.1\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ns-proxy-autoconfig\r\n")
+    assert b'return "SOCKS5 127.0.0.1:%d; SOCKS 127.0.0.1:%d";' % (server.server_address[1], server.server_address[1]) in answer
+
+
+def test_other_computers_get_no_pac_file_from_a_server_for_this_one(start_server: Any, new_client: Any) -> None:
+    class Elsewhere(Socks5Handler):
+        is_here = False
+
+    assert ask(new_client(start_server(handler=Elsewhere)), b"GET /proxy.pac HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 501 ")
+
+
+def test_an_http_request_that_never_ends_its_line_is_answered_all_the_same(start_server: Any, new_client: Any) -> None:
+    client = new_client(start_server())
+    client.send(b"GET /" + b"x" * 100_000)
+    client.end()
+    assert client.rest().startswith(b"HTTP/1.1 501 ")
+
+
+def test_socks4_gets_its_own_refusal(start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    assert ask(new_client(server), b"\x04\x01\x00\x50\x7f\x00\x00\x01me\x00") == bytes((0, 91, 0, 0, 0, 0, 0, 0))
+    assert server.next_ended().reason == "this is SOCKS4: set the client to SOCKS5"
+
+
+@pytest.mark.parametrize(("octets", "reason"), [
+    (b"\x16\x03\x01\x02\x00\x01", "this is TLS: the proxy's address begins with socks5h://, not https://"),
+    (b"SSH-2.0-x\r\n", "this is not SOCKS: it begins with 53 53 48"), (b"\x00", "this is not SOCKS: it begins with 00"),
+    (b"", "the client closed without a word"),
+])
+def test_others_are_hung_up_on_without_an_answer(octets: bytes, reason: str, start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    client = new_client(server)
+    client.send(octets)
+    client.end()
+    assert client.rest() == b""
+    assert server.next_ended().reason == reason
+
+
+def test_the_same_mistake_of_the_same_client_is_logged_once(start_server: Any, new_client: Any, caplog: Any) -> None:
+    caplog.set_level("INFO", "socks5srv")
+    server = start_server()
+    for _ in range(5):
+        ask(new_client(server), b"GET / HTTP/1.1\r\n\r\n")
+        server.next_ended()
+    assert caplog.text.count("this is HTTP") == 1
+
+
+def test_a_client_without_a_usable_method_is_logged_with_the_cause(start_server: Any, new_client: Any) -> None:
+    server = start_server(users={"anna": "sesame"})
+    assert new_client(server).greet(0) == MethodSelection(Method.NO_ACCEPTABLE_METHODS)
+    reason = server.next_ended().reason
+    assert "offers no password" in reason
+    assert "--allow-from" in reason
+
+
+# --- what a log watcher sees ---
+
+# As README.rst gives it to fail2ban, which puts a pattern for addresses in place of <HOST>.
+FAIL2BAN = r"#\d+ \[?<HOST>\]?:\d+ \S+ - - login-failed "
+
+
+def test_the_documented_fail2ban_filter_finds_the_address_of_a_failed_login(start_server: Any, new_client: Any) -> None:
+    server = start_server(users={"anna": "sesame"})
+    lines: List[str] = []
+    for username in ("anna", "an na", "x - - login-failed", "#9 192.0.2.1:5 y - - login-failed z"):
+        client = new_client(server)
+        client.greet(Method.USERNAME_PASSWORD)
+        client.login(username, "guess")
+        client.close()
+        lines.append(str(server.next_ended()))
+    pattern = FAIL2BAN.replace("<HOST>", r"(?P<host>[0-9a-f.:]+)")
+    for line in lines:
+        found = re.search(pattern, "12:00:00 " + line)
+        assert found, line
+        assert found["host"] == LOCALHOST
+
+
+# --- one peer never costs another ---
+
+def test_a_flood_of_datagrams_leaves_room_for_a_tunnel(start_server: Any, new_client: Any, echo: Any) -> None:
+    import threading
+    import time
+
+    from socks5srv.protocol import UNSPECIFIED, Address, Datagram
+
+    server = start_server()
+    relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+    client = new_client(server)
+    client.connect(echo)
+    stop = threading.Event()
+
+    def flood() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            datagram = bytes(Datagram(Address.numeric(LOCALHOST, 9), b"x" * 100))
+            while not stop.is_set():
+                sock.sendto(datagram, relay[:2])
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        began = time.monotonic()
+        for _ in range(20):
+            exchange(client)
+        assert (time.monotonic() - began) / 20 < 0.1
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_target_that_does_not_answer_holds_up_nobody_else(start_server: Any, new_client: Any, silent: Any, echo: Any) -> None:
+    from socks5srv.protocol import Greeting, Request
+
+    from .conftest import address_of
+
+    server = start_server(connect_timeout=0.5)
+    waiting = [new_client(server) for _ in range(30)]
+    for client in waiting:
+        client.send(Greeting(b"\0"), Request(Command.CONNECT, address_of(silent())))
+    quick = new_client(server)
+    quick.connect(echo)
+    exchange(quick)
+    for client in waiting:
+        client.exactly(2)
+        from socks5srv.protocol import Reply
+
+        assert Reply.read(client).code is ReplyCode.TTL_EXPIRED
+
+

@@ -1,0 +1,238 @@
+"""
+The list of allow and deny: reading it, and what it decides.
+"""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import ip_network
+from typing import Any, List, Optional
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from socks5srv.protocol import Address, Command, ReplyCode
+from socks5srv.rules import ALL_PORTS, BadRule, Rule, Rules, is_local
+from socks5srv.server import Socks5Handler
+
+from .conftest import LOCALHOST, Client, exchange, name, needs_ipv6
+
+TARGETS = {
+    "example.com": ("example.com", None, ALL_PORTS),
+    "Example.COM.": ("example.com", None, ALL_PORTS),
+    "b\u00fccher.example": ("xn--bcher-kva.example", None, ALL_PORTS),
+    "*.ads.example": ("*.ads.example", None, ALL_PORTS),
+    "example.com:443": ("example.com", None, range(443, 444)),
+    "*.example.com:80-90": ("*.example.com", None, range(80, 91)),
+    ":25": (None, None, range(25, 26)),
+    ":0-1023": (None, None, range(1024)),
+    "*": (None, None, ALL_PORTS),
+    "*:25": (None, None, range(25, 26)),
+    "192.0.2.1": (None, "192.0.2.1/32", ALL_PORTS),
+    "10.0.0.0/8": (None, "10.0.0.0/8", ALL_PORTS),
+    "10.0.0.0/8:22": (None, "10.0.0.0/8", range(22, 23)),
+    "::1": (None, "::1/128", ALL_PORTS),
+    "2001:db8::/32": (None, "2001:db8::/32", ALL_PORTS),
+    "[2001:db8::]/32:80-90": (None, "2001:db8::/32", range(80, 91)),
+    "[2001:db8::/32]:80": (None, "2001:db8::/32", range(80, 81)),
+    "[::1]": (None, "::1/128", ALL_PORTS),
+}
+
+
+@pytest.mark.parametrize(("text", "parts"), TARGETS.items(), ids=TARGETS)
+@pytest.mark.parametrize("action", ["allow", "deny"])
+def test_a_target_is_read(action: str, text: str, parts: Any) -> None:
+    rule = Rule.parse(f"  {action} {text} ")
+    host, network, ports = parts
+    assert rule == Rule(action == "allow", host, ip_network(network) if network else None, ports, f"{action} {text}")
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("", "allow TARGET or deny TARGET"), ("deny", "allow TARGET or deny TARGET"), ("refuse x", "allow TARGET or deny TARGET"),
+    ("deny :", "PORT or PORT-PORT"), ("deny a:http", "PORT or PORT-PORT"), ("deny a:65536", "PORT or PORT-PORT"),
+    ("deny a:-5", "PORT or PORT-PORT"), ("deny a:5-", "PORT or PORT-PORT"), ("deny a:90-80", "wrong way round"),
+    ("deny 10.0.0.1/8", "10.0.0.0/8 would be one"), ("deny 127.1", "write it out"), ("deny 2130706433", "write it out"),
+    ("deny 0x7f000001", "write it out"), ("deny 10.0.0.0/33", "write it out"),
+    ("deny [::1", "closing bracket"), ("deny a*b", "no host"), ("deny *.", "no host"), ("deny a b", "no host"),
+    ("deny a\x07b", "no host"), ("deny :::", "write it out"),
+])
+def test_what_is_no_rule_is_refused_with_what_was_expected(text: str, says: str) -> None:
+    with pytest.raises(BadRule, match=says):
+        Rule.parse(text)
+
+
+@given(st.text())
+def test_any_text_is_a_rule_or_refused_as_one(text: str) -> None:
+    for line in (text, f"allow {text}", f"deny {text}"):
+        try:
+            rule = Rule.parse(line)
+        except BadRule:
+            continue
+        rule.matches(Address.numeric("192.0.2.1", 80), "example.com")
+
+
+def ask(rules: List[str], host: str, port: int = 80, by: Optional[str] = None) -> Optional[str]:
+    rule = Rules.parse(rules).decide(Address.numeric(host, port), by)
+    return rule and rule.text
+
+
+@pytest.mark.parametrize(("rules", "host", "port", "by", "decides"), [
+    ([], "192.0.2.1", 80, None, None),
+    (["deny 10.0.0.0/8"], "10.1.2.3", 80, None, 0),
+    (["deny 10.0.0.0/8"], "10.1.2.3", 80, "innocent.example", 0),
+    (["deny 10.0.0.0/8:22"], "10.1.2.3", 80, None, None),
+    (["deny :25"], "2001:db8::1", 25, None, 0),
+    (["deny ads.example"], "192.0.2.1", 80, "ads.example", 0),
+    (["deny ads.example"], "192.0.2.1", 80, "ADS.example.", 0),
+    (["deny ads.example"], "192.0.2.1", 80, "www.ads.example", None),
+    (["deny ads.example"], "192.0.2.1", 80, None, None),
+    (["deny *.ads.example"], "192.0.2.1", 80, "www.ads.example", 0),
+    (["deny *.ads.example"], "192.0.2.1", 80, "ads.example", 0),
+    (["deny *.ads.example"], "192.0.2.1", 80, "badads.example", None),
+    (["deny *.b\u00fccher.example"], "192.0.2.1", 80, "www.xn--bcher-kva.example", 0),
+    (["deny xn--bcher-kva.example"], "192.0.2.1", 80, "B\u00dcCHER.example", 0),
+    # The first match decides, whatever it looks at.
+    (["allow ok.example", "deny 0.0.0.0/0"], "192.0.2.1", 80, "ok.example", 0),
+    (["allow ok.example", "deny 0.0.0.0/0"], "192.0.2.1", 80, "other.example", 1),
+    (["deny 10.0.0.0/8", "allow *.example"], "10.0.0.1", 80, "in.example", 0),
+    (["allow 10.0.0.5", "deny 10.0.0.0/8"], "10.0.0.5", 80, None, 0),
+    (["allow :443", "deny *"], "192.0.2.1", 80, None, 1),
+    # An IPv4 address in other clothes.
+    (["deny 127.0.0.0/8"], "::ffff:127.0.0.1", 80, None, 0),
+    (["deny 10.0.0.0/8"], "2002:0a01:0203::1", 80, None, 0),
+    (["deny 10.0.0.0/8"], "64:ff9b::10.1.2.3", 80, None, 0),
+    (["allow 10.0.0.0/8", "deny *"], "64:ff9b::10.1.2.3", 80, None, 1),
+    (["deny 127.0.0.0/8"], "0.0.0.0", 80, None, 0),
+    (["deny ::1"], "::", 80, None, 0),
+    (["deny 10.0.0.0/8"], "2001:db8::10.1.2.3", 80, None, None),
+])
+def test_the_first_rule_that_matches_decides(rules: List[str], host: str, port: int, by: str, decides: Optional[int]) -> None:
+    assert ask(rules, host, port, by) == (None if decides is None else rules[decides])
+
+
+@pytest.mark.parametrize(("rules", "decides"), [
+    (["deny ads.example"], 0), (["deny :80"], 0), (["allow ads.example", "deny *"], 0), (["deny :25"], None), ([], None),
+    (["deny 10.0.0.0/8", "deny ads.example"], None),        # the address may be allowed by neither, or denied by the first
+    (["deny 10.0.0.0/8:22", "deny ads.example"], 1),
+])
+def test_a_name_is_denied_without_a_look_up_if_nothing_depends_on_its_addresses(rules: List[str], decides: Optional[int]) -> None:
+    rule = Rules.parse(rules).decide_by_name(name("ads.example", 80))
+    assert (rule and rule.text) == (None if decides is None else rules[decides])
+
+
+@pytest.mark.parametrize(("host", "local"), [
+    ("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("0.0.0.0", True), ("::", True), ("169.254.169.254", True),
+    ("fe80::1", True), ("fd00:ec2::254", True), ("::ffff:127.0.0.1", True), ("64:ff9b::127.0.0.1", True), ("2002:7f00:1::", True),
+    ("192.168.1.1", False), ("8.8.8.8", False), ("2001:db8::1", False), ("fd00::1", False),
+])
+def test_what_only_this_computer_should_reach(host: str, local: bool) -> None:
+    assert is_local(Address.numeric(host, 80)) is local
+
+
+# --- in the server ---
+
+def refused(client: Client, place: Any, command: Command = Command.CONNECT) -> ReplyCode:
+    code = client.ask(command, place).code
+    assert isinstance(code, ReplyCode)
+    return code
+
+
+@pytest.mark.parametrize("asked", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0.0.0.0", "0"])
+def test_a_denied_network_is_denied_however_it_is_spelled(asked: str, start_server: Any, new_client: Any, echo: Any) -> None:
+    """E17."""
+    server = start_server(server_class=with_rules("deny 127.0.0.0/8", "deny ::1"))
+    assert refused(new_client(server), name(asked, echo[1])) is ReplyCode.NOT_ALLOWED
+    assert server.next_ended().reason == "rule: deny 127.0.0.0/8" or asked == "localhost"     # which may be ::1 first
+
+
+def with_rules(*rules: str, **attributes: Any) -> Any:
+    from socks5srv.server import Socks5Server
+
+    class Ruled(Socks5Server):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, rules=rules, **keywords)
+
+    for key, value in attributes.items():
+        setattr(Ruled, key, value)
+    return Ruled
+
+
+class Pretending(Socks5Handler):
+    """Knows one name, and has met its address before."""
+
+    def resolve(self, host: str) -> List[str]:
+        return [LOCALHOST]
+
+
+def test_a_denied_name_is_not_looked_up(start_server: Any, new_client: Any) -> None:
+    class Unasked(Socks5Handler):
+        def resolve(self, host: str) -> List[str]:
+            raise AssertionError("it was looked up")
+
+    server = start_server(handler=Unasked, server_class=with_rules("deny *.ads.example"))
+    assert refused(new_client(server), name("www.ads.example", 80)) is ReplyCode.NOT_ALLOWED
+    session = server.next_ended()
+    assert (session.event, session.reason) == ("denied", "rule: deny *.ads.example")
+
+
+def test_a_name_that_is_allowed_is_allowed_whatever_its_address(start_server: Any, new_client: Any, echo: Any) -> None:
+    server = start_server(handler=Pretending, server_class=with_rules("allow good.example", "deny *"))
+    client = new_client(server)
+    client.connect(name("good.example", echo[1]))
+    exchange(client)
+    assert refused(new_client(server), name("bad.example", echo[1])) is ReplyCode.NOT_ALLOWED
+    assert refused(new_client(server), echo) is ReplyCode.NOT_ALLOWED
+
+
+def test_datagrams_are_judged_by_the_same_list(start_server: Any, new_client: Any) -> None:
+    from socks5srv.protocol import UNSPECIFIED, Datagram
+
+    server = start_server(handler=Pretending, server_class=with_rules("allow good.example", "deny *"))
+    relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as target:
+        target.bind((LOCALHOST, 0))
+        target.settimeout(10)
+        port = target.getsockname()[1]
+        for place, data in ((Address.numeric(LOCALHOST, port), b"by address"), (name("bad.example", port), b"by a bad name"),
+                            (name("good.example", port), b"by a good name")):
+            client.sendto(bytes(Datagram(place, data)), relay[:2])
+        assert target.recv(100) == b"by a good name"
+
+
+def test_the_peer_of_bind_is_judged(start_server: Any, new_client: Any) -> None:
+    server = start_server(server_class=with_rules("deny 127.0.0.2", "allow *"))
+    client = new_client(server)
+    bound = client.ask(Command.BIND, Address.numeric("0.0.0.0", 0)).bound
+    with socket.create_connection(bound[:2], 10, ("127.0.0.2", 0)) as stranger:
+        assert stranger.recv(1) == b""
+    with socket.create_connection(bound[:2], 10) as peer:
+        from socks5srv.protocol import Reply
+
+        assert Reply.read(client).bound == Address.of(peer.getsockname())
+
+
+# --- other computers ---
+
+class Elsewhere(Socks5Handler):
+    """A client that is taken for one on another computer."""
+
+    is_here = False
+
+
+@pytest.mark.parametrize("asked", [LOCALHOST, "localhost", "0.0.0.0", "127.1", pytest.param("::1", marks=needs_ipv6)])
+def test_other_computers_do_not_reach_this_ones_own_addresses(asked: str, start_server: Any, new_client: Any, echo: Any) -> None:
+    server = start_server(handler=Elsewhere)
+    assert refused(new_client(server), name(asked, echo[1])) is ReplyCode.NOT_ALLOWED
+    assert "for this computer only" in server.next_ended().reason
+
+
+def test_other_computers_reach_them_where_that_is_switched_on(start_server: Any, new_client: Any, echo: Any) -> None:
+    client = new_client(start_server(handler=Elsewhere, allow_local_targets=True))
+    client.connect(echo)
+    exchange(client)
+
+
+def test_a_client_on_this_computer_is_known_as_one(start_server: Any) -> None:
+    server = start_server()
+    assert [server.is_here(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "192.0.2.1")] == [True, True, True, False]

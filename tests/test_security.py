@@ -1,0 +1,238 @@
+"""
+The promises of SECURITY.rst, one test for each, under the same name.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+
+from socks5srv import users
+from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Method, ReplyCode, Request
+from socks5srv.server import Socks5Handler, Socks5Server
+from socks5srv.service import options, run
+from socks5srv.session import Session
+
+from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour
+
+ROOT = Path(__file__).parent.parent
+
+
+def promises() -> List[str]:
+    text = (ROOT / "SECURITY.rst").read_text(encoding="utf-8")
+    listed = text.partition("What is promised\n")[2].partition("\nWhat is not\n")[0]
+    return [" ".join(item.split()) for item in re.findall(r"^- (.*?)\.$", listed, re.M | re.S)]
+
+
+def test_every_promise_has_a_test_of_its_name() -> None:
+    assert len(promises()) > 10
+    for promise in promises():
+        test = "test_" + re.sub(r"[^a-z0-9]+", "_", promise.lower().replace("'s", "s"))
+        assert test in globals(), promise
+
+
+def test_as_started_it_serves_this_computer_only() -> None:
+    assert run.listen_addresses(options.parse([])) == [LOCALHOST]
+    with Socks5Server((LOCALHOST, 0)) as server:
+        assert server.server_address[0] == LOCALHOST
+    assert Socks5Server.__init__.__defaults__[0] == (LOCALHOST, 1080)     # type: ignore[index]
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1"])
+def test_it_refuses_to_start_as_an_open_proxy(address: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "socks5srv", "-b", address, "-p", "0"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+    )
+    assert done.returncode == 2
+    assert all(way in done.stderr for way in ("-u NAME", "--allow-from", "--allow-open-proxy", "this computer only"))
+    assert "Traceback" not in done.stderr
+
+
+class Elsewhere(Socks5Handler):
+    """A client that is taken for one on another computer."""
+
+    is_here = False
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254", "::ffff:127.0.0.1"])
+def test_other_computers_do_not_reach_this_computers_own_addresses(host: str, start_server: Any, new_client: Any) -> None:
+    server = start_server(handler=Elsewhere)
+    assert new_client(server).ask(Command.CONNECT, name(host, 80)).code is ReplyCode.NOT_ALLOWED
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "127.1"])
+def test_it_never_connects_to_itself(host: str, start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    code = new_client(server).ask(Command.CONNECT, name(host, server.server_address[1])).code
+    assert code in (ReplyCode.NOT_ALLOWED, ReplyCode.CONNECTION_REFUSED)      # refused: by ::1, where nobody listens
+    assert len(server.live) <= 1
+
+
+def test_nothing_is_dialled_without_a_login_where_one_is_required(start_server: Any, new_client: Any, listen: Any) -> None:
+    target = listen()
+    server = start_server(users={"anna": "sesame"})
+    request = bytes(Request(Command.CONNECT, address_of(target.getsockname())))
+    for octets in (b"\5\1\0" + request, b"\5\1\2" + request, b"\5\1\2\1\4anna\5wrong" + request, b"\5\1\2\1\0\0" + request, request):
+        client = new_client(server)
+        client.send(octets)
+        client.rest()
+        assert server.next_ended().peer is None
+    target.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        target.accept()
+
+
+def test_right_and_wrong_logins_take_the_same_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(users, "SCRYPT", (2, 1, 1))
+    path = tmp_path / "users"
+    path.write_text(f"anna:{users.hash_password('sesame')}\n")
+    path.chmod(0o600)
+    costs: List[Any] = []
+    verify = users.verify
+    monkeypatch.setattr(users, "verify", lambda password, hash: costs.append(users.Hash.parse(hash).cost) or verify(password, hash))
+    file = users.UsersFile(str(path))
+    assert [file.check("anna", "wrong"), file.check("nobody", "wrong"), file.check("anna", "sesame")] == [False, False, True]
+    assert costs == [(2, 1, 1)] * 3
+
+
+def test_guessing_gets_slower_but_never_locks_out_the_right_login(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
+    monkeypatch.setattr(users, "LONGEST_WAIT", 0.02)
+    server = start_server(users={"anna": "sesame"})
+    for password in ["wrong"] * 10 + ["sesame"]:
+        with new_client(server) as client:
+            client.greet(Method.USERNAME_PASSWORD)
+            status = client.login("anna", password).status
+    assert status == 0
+    assert users.Guessing().wait(LOCALHOST) == 0
+
+
+def test_passwords_are_in_no_log(start_server: Any, new_client: Any, echo: Any, caplog: Any) -> None:
+    caplog.set_level("DEBUG")
+    server = start_server(users={"anna": "sesame"})
+    for password in ("sesame", "guess-4711"):
+        with new_client(server) as client:
+            client.greet(Method.USERNAME_PASSWORD)
+            if client.login("anna", password).status == 0:
+                client.request(Command.CONNECT, echo)
+        server.next_ended()
+    assert "UNAME=anna" in caplog.text
+    assert "sesame" not in caplog.text
+    assert "guess-4711" not in caplog.text
+
+
+def test_what_is_judged_is_what_is_dialled(start_server: Any, new_client: Any, echo: Any) -> None:
+    """A name that has another address each time it is asked for."""
+    class Rebinding(Socks5Handler):
+        answers = ["192.0.2.1", LOCALHOST]      # noqa: RUF012
+
+        def resolve(self, host: str) -> List[str]:
+            return [self.answers.pop()]
+
+        def allow(self, command: Command, address: Address) -> bool:
+            judged.append(address.host)
+            return True
+
+    judged: List[str] = []
+    server = start_server(handler=Rebinding)
+    client = new_client(server)
+    client.connect(name("rebinding.invalid", echo[1]))
+    exchange(client)
+    assert judged == ["rebinding.invalid", LOCALHOST]
+    assert server.sessions[0].peer.host == judged[-1]
+
+
+@needs_neighbour
+def test_every_datagram_and_every_caller_of_bind_is_judged(start_server: Any, new_client: Any) -> None:
+    judged: List[Any] = []
+
+    class Judging(Socks5Handler):
+        def allow(self, command: Command, address: Address) -> bool:
+            judged.append((command, address.host))
+            return address.host != "127.0.0.2"
+
+    import socket
+
+    server = start_server(handler=Judging)
+    bound = new_client(server).ask(Command.BIND, UNSPECIFIED).bound
+    with socket.create_connection(bound[:2], 10, ("127.0.0.2", 0)) as caller:
+        assert caller.recv(1) == b""
+    relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for host in ("127.0.0.2", "127.0.0.3"):
+            sock.sendto(bytes(Datagram(Address.numeric(host, 9), b"x")), relay[:2])
+        eventually(lambda: (Command.UDP_ASSOCIATE, "127.0.0.3") in judged)
+    assert (Command.BIND, "127.0.0.2") in judged
+    assert (Command.UDP_ASSOCIATE, "127.0.0.2") in judged
+
+
+@needs_neighbour
+def test_a_stranger_cannot_use_or_answer_a_clients_udp_association(start_server: Any, new_client: Any) -> None:
+    import socket
+
+    relay = new_client(start_server()).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+    made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
+    client, target, stranger = made
+    try:
+        for sock, host in zip(made, (LOCALHOST, LOCALHOST, "127.0.0.2")):
+            sock.bind((host, 0))
+            sock.settimeout(10)
+        datagram = Datagram(Address.of(target.getsockname()), b"hello")
+        stranger.sendto(bytes(datagram), relay[:2])
+        client.sendto(bytes(datagram), relay[:2])
+        _octets, proxy = target.recvfrom(100)
+        target.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            target.recv(100)
+        stranger.sendto(b"forged", proxy)
+        target.sendto(b"answer", proxy)
+        assert client.recv(100).endswith(b"answer")
+    finally:
+        for sock in made:
+            sock.close()
+
+
+def test_no_input_makes_a_thread_raise(start_server: Any, new_client: Any) -> None:
+    """A storm of garbage; the fixture fails on anything that handle_error() has been called for."""
+    dice = random.Random(1928)
+    server = start_server()
+    pieces = [b"\5\1\0", b"\5\2\0\2", b"\5\1\0\1\x7f\0\0\1\0\1", b"\5\3\0\1\0\0\0\0\0\0", b"\5\2\0\3\1a\0\0", b"GET / HTTP/1.1\r\n", b"\4\1"]
+    for _ in range(500):
+        with new_client(server) as client:
+            octets = b"".join(dice.choice([*pieces, bytes(dice.randrange(256) for _ in range(dice.randrange(30)))]) for _ in range(4))
+            try:
+                client.send(octets)
+                if dice.random() < 0.5:
+                    client.end()
+                else:
+                    client.reset()
+            except OSError:
+                pass
+    for _ in range(500):
+        server.next_ended()
+
+
+def test_half_open_handshakes_do_not_keep_out_a_client_that_speaks(start_server: Any, new_client: Any, echo: Any) -> None:
+    server = start_server(max_handshakes=20)
+    for _ in range(60):
+        new_client(server).send(b"\5")
+    client = new_client(server)
+    client.connect(echo)
+    exchange(client)
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\x1b[2Jb", "a\u2028b", "a\u202eb", "x - - login-failed"])
+def test_names_from_the_wire_cannot_forge_a_log_line(text: str) -> None:
+    session = Session(1, Address.numeric(LOCALHOST, 1))
+    session.user, session.command, session.destination = text, Command.CONNECT, name(text.replace(" ", ""), 80)
+    session.end(text)
+    assert str(session).isprintable()
+    assert str(session).split(" ")[3] == "connect"
+
+

@@ -1,0 +1,298 @@
+"""
+The users file, its hashes, and what guessing costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import Any, Callable, List
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from socks5srv import users
+from socks5srv.protocol import Command, Method, MethodSelection
+from socks5srv.users import BadUsersFile, Guessing, Hash, Users, UsersFile, hash_password, verify
+
+from .conftest import LOCALHOST, eventually, exchange
+
+CHEAP = (2, 1, 1)       # n, r, p of scrypt: nobody guesses here
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users, "SCRYPT", CHEAP)
+
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Any) -> Write:
+    """Write the users file: ``write(lines, mode=)`` returns its path."""
+    path = str(tmp_path / "users")
+
+    def write_lines(*lines: str, mode: int = 0o600) -> str:
+        with open(path + ".new", "w", encoding="utf-8") as stream:
+            stream.write("".join(line + "\n" for line in lines))
+        os.chmod(path + ".new", mode)
+        os.replace(path + ".new", path)
+        return path
+
+    return write_lines
+
+
+def login(username: str, password: str) -> str:
+    return f"{username}:{hash_password(password)}"
+
+
+# --- hashes ---
+
+@pytest.mark.parametrize("password", ["sesame", "s", "\u00fc\u20ac", "with:colon$dollar", "x" * 255])
+def test_a_hash_is_that_of_its_password_and_of_no_other(password: str) -> None:
+    text = hash_password(password)
+    assert text.startswith("scrypt$2$1$1$")
+    assert str(Hash.parse(text)) == text
+    assert verify(password, text)
+    assert not verify(password + "x", text)
+    assert hash_password(password) != text      # salted
+
+
+def test_a_hash_is_expensive_unless_a_test_makes_it_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    n, r, p = users.SCRYPT
+    assert 128 * n * r * p >= 16 * 1024 * 1024
+    assert users.PBKDF2 >= 600_000
+
+
+def test_where_there_is_no_scrypt_pbkdf2_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users, "PBKDF2", 1000)
+    monkeypatch.delattr(hashlib, "scrypt")
+    text = hash_password("sesame")
+    assert text.startswith("pbkdf2_sha256$1000$")
+    assert verify("sesame", text)
+    assert not verify("other", text)
+
+
+@pytest.mark.parametrize("text", [
+    "", "sesame", "scrypt$2$1$1$c2FsdA==", "md5$1$c2FsdA==$c2FsdA==", "scrypt$2$1$1$?$?", "scrypt$x$1$1$c2FsdA==$" + "A" * 44,
+    "scrypt$3$1$1$c2FsdA==$" + "A" * 44, "scrypt$1073741824$8$1$c2FsdA==$" + "A" * 44, "pbkdf2_sha256$1$c2FsdA==$" + "A" * 44,
+    "scrypt$2$1$1$$" + "A" * 44, "scrypt$2$1$1$c2FsdA==$AAAA", "scrypt$-2$1$1$c2FsdA==$" + "A" * 44,
+])
+def test_what_is_no_hash_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="--hash-password"):
+        Hash.parse(text)
+
+
+# --- the file ---
+
+def test_the_users_of_a_file_can_log_in(write: Write) -> None:
+    file = UsersFile(write("# those who may", "", login("anna", "sesame"), login("b\u00e4r", "gr\u00fcn")))
+    assert len(file) == 2
+    for _ in range(2):
+        assert file.check("anna", "sesame")
+        assert file.check("b\u00e4r", "gr\u00fcn")
+        assert not file.check("anna", "gr\u00fcn")
+        assert not file.check("nobody", "sesame")
+        assert not file.check("anna", "")
+
+
+def test_a_login_that_was_right_is_remembered(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = UsersFile(write(login("anna", "sesame")))
+    assert file.check("anna", "sesame")
+    computed: List[str] = []
+    monkeypatch.setattr(users, "verify", lambda password, _hash: computed.append(password))
+    began = time.perf_counter()
+    for _ in range(100):
+        assert file.check("anna", "sesame")
+    assert (time.perf_counter() - began) / 100 < 0.0001 * 5     # a tenth of a millisecond, and some for a busy machine
+    assert not computed
+    assert not file.check("anna", "guess")
+    assert computed == ["guess"]
+    assert b"sesame" not in repr(vars(file)).encode()
+
+
+def test_an_unknown_name_costs_as_much_as_a_wrong_password(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = UsersFile(write(login("anna", "sesame")))
+    costs: List[Any] = []
+
+    def watched(_password: str, hash: str) -> bool:
+        costs.append((Hash.parse(hash).cost, len(Hash.parse(hash).digest)))
+        return False
+
+    monkeypatch.setattr(users, "verify", watched)
+    file.check("anna", "guess")
+    file.check("nobody", "guess")
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    ("anna", r":2: expected NAME:HASH"), (":scrypt", r":2: expected NAME:HASH"), ("anna:sesame", r":2: expected a HASH"),
+    ("x" * 256 + ":scrypt$", r":2: expected NAME:HASH"), ("anna:scrypt$2$1$1$?$?", r":2: this HASH is damaged"),
+])
+def test_a_bad_line_is_reported_with_its_number_and_what_was_expected(write: Write, line: str, says: str) -> None:
+    with pytest.raises(BadUsersFile, match=says):
+        UsersFile(write("# a comment", line))
+
+
+def test_a_name_may_be_there_once(write: Write) -> None:
+    with pytest.raises(BadUsersFile, match=":2: user 'anna' is there twice"):
+        UsersFile(write(login("anna", "a"), login("anna", "b")))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="not on this platform: no such modes")
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o666])
+def test_a_file_that_everyone_may_read_is_refused_with_the_command_to_type(write: Write, mode: int) -> None:
+    with pytest.raises(BadUsersFile, match="chmod o-rw"):
+        UsersFile(write(login("anna", "a"), mode=mode))
+
+
+def test_a_file_that_is_not_there_is_reported(tmp_path: Any) -> None:
+    with pytest.raises(BadUsersFile, match="No such file"):
+        UsersFile(str(tmp_path / "none"))
+
+
+@given(st.text())
+@settings(max_examples=200)
+def test_any_line_is_a_login_or_refused_as_one(line: str) -> None:
+    try:
+        users.read_line(line, "file:1")
+    except BadUsersFile:
+        pass
+
+
+def test_a_changed_file_is_read_again_and_tells_who_is_gone(write: Write) -> None:
+    anna, ben = login("anna", "a"), login("ben", "b")
+    file = UsersFile(write(anna, ben))
+    assert file.refresh() == set()
+    assert file.check("anna", "a")
+    assert file.check("ben", "b")
+    write(login("anna", "new"), login("carl", "c"))
+    assert file.refresh() == {"anna", "ben"}
+    assert not file.check("anna", "a")          # remembered no longer
+    assert not file.check("ben", "b")
+    assert file.check("anna", "new")
+    assert file.check("carl", "c")
+    assert file.refresh() == set()
+
+
+def test_a_broken_new_file_keeps_the_old_users_and_says_so(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    file = UsersFile(write(login("anna", "a")))
+    path = write("nonsense")
+    assert file.refresh() == set()
+    assert file.check("anna", "a")
+    assert "the users stay as they were" in caplog.text
+    os.remove(path)
+    assert file.refresh() == set()
+    assert file.check("anna", "a")
+    caplog.clear()
+    assert file.refresh() == set()
+    assert caplog.text == ""                    # said once
+    write(login("anna", "new"))
+    assert file.refresh() == {"anna"}
+
+
+def test_plain_users_compare_octets_and_know_nobody_else() -> None:
+    plain = Users({"anna": "sesame", "blank": ""})
+    assert plain.check("anna", "sesame")
+    assert not plain.check("anna", "sesame\0junk")
+    assert not plain.check("nobody", "")
+    assert plain.refresh() == set()
+
+
+# --- in the server ---
+
+def test_removing_a_user_ends_that_users_tunnels_and_no_others(write: Write, start_server: Any, new_client: Any, echo: Any) -> None:
+    anna, ben = login("anna", "a"), login("ben", "b")
+    server = start_server(users=UsersFile(write(anna, ben)))
+    clients = {}
+    for username, password in (("anna", "a"), ("ben", "b")):
+        clients[username] = new_client(server)
+        clients[username].greet(Method.USERNAME_PASSWORD)
+        clients[username].login(username, password)
+        clients[username].request(Command.CONNECT, echo)
+        exchange(clients[username])
+    write(anna)
+    assert clients["ben"].rest() == b""
+    session = server.next_ended()
+    assert (session.user, session.reason) == ("ben", "the user has been removed")
+    exchange(clients["anna"])
+
+
+def test_guessing_gets_slower_but_never_locks_out_the_right_login(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
+    monkeypatch.setattr(users, "LONGEST_WAIT", 0.05)
+    server = start_server(users={"anna": "sesame"})
+
+    def attempt(password: str) -> int:
+        with new_client(server) as client:
+            client.greet(Method.USERNAME_PASSWORD)
+            return client.login("anna", password).status
+
+    for _ in range(users.FREE_TRIES + 3):
+        assert attempt("guess") == 1
+    assert server.guessing.wait(LOCALHOST) == 0.05
+    assert attempt("sesame") == 0
+    assert server.guessing.wait(LOCALHOST) == 0
+
+
+def test_who_has_to_wait_may_leave(start_server: Any, new_client: Any) -> None:
+    server = start_server(users={"anna": "sesame"})
+    for _ in range(64):
+        server.guessing.failed(LOCALHOST)
+    client = new_client(server)
+    assert client.greet(Method.USERNAME_PASSWORD) == MethodSelection(Method.USERNAME_PASSWORD)
+    client.send(b"\x01\x04anna\x05guess")
+    client.reset()
+    assert server.next_ended().seconds < 4
+
+
+def test_waits_grow_from_none_to_some_seconds_and_are_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
+    guessing = Guessing()
+    waits = []
+    for _ in range(12):
+        waits.append(guessing.wait("192.0.2.1"))
+        guessing.failed("192.0.2.1")
+    assert waits == [0.0] * 5 + [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    assert guessing.wait("192.0.2.2") == 0
+    monkeypatch.setattr(users, "FORGIVEN", -1.0)
+    assert guessing.wait("192.0.2.1") == 0
+    guessing.failed("192.0.2.1")
+    assert guessing.failures["192.0.2.1"][0] == 1
+
+
+def test_only_so_many_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users, "REMEMBERED", 3)
+    guessing = Guessing()
+    for number in range(10):
+        guessing.failed(f"192.0.2.{number}")
+    assert list(guessing.failures) == ["192.0.2.7", "192.0.2.8", "192.0.2.9"]
+
+
+def test_only_so_many_hashes_are_computed_at_a_time(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    file = UsersFile(write(login("anna", "sesame")))
+    running: List[int] = []
+    most: List[int] = []
+    release = threading.Event()
+
+    def slow(_password: str, _hash: str) -> bool:
+        running.append(1)
+        most.append(len(running))
+        release.wait(5)
+        running.pop()
+        return False
+
+    monkeypatch.setattr(users, "verify", slow)
+    threads = [threading.Thread(target=file.check, args=("anna", "guess")) for _ in range(users.AT_ONCE + 5)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(most) == users.AT_ONCE)
+    release.set()
+    for thread in threads:
+        thread.join(10)
+    assert max(most) == users.AT_ONCE
