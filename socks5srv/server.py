@@ -544,7 +544,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.lock = threading.Lock()
         self.live: Dict[int, Socks5Handler] = {}            # by session id, until the session ends
         self.handshakes: Dict[int, Socks5Handler] = {}      # of those, whose request is to come; oldest first
-        self.hosts: Counter[str] = Counter()                # of the live: how many from which host
+        self.clients = 0                                    # let in, and not gone yet
+        self.hosts: Counter[str] = Counter()                # of those: how many from which host
         self.ended: queue.SimpleQueue[Optional[Socks5Handler]] = queue.SimpleQueue()
         self.relays: List[Relay] = []
         self.udp_relays: Set[Address] = set()               # where clients send their datagrams to
@@ -729,13 +730,18 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         if self.allow_from and self.users is None and not self.trusts(client):
             self.warn("strange " + client.host, "%s is not in a network that is allowed to come", client.host)
             return False
-        if len(self.live) >= self.most_clients:
-            self.warn("full", "%d clients are being served, and more do not fit: see --max-clients", len(self.live))
-            return False
-        if self.max_per_client is not None and self.hosts[client.host] >= self.max_per_client:
+        with self.lock:         # counted here, or a burst would pass all at once
+            full = self.clients >= self.most_clients
+            greedy = self.max_per_client is not None and self.hosts[client.host] >= self.max_per_client
+            if not full and not greedy:
+                self.clients += 1
+                self.hosts[client.host] += 1
+                return True
+        if full:
+            self.warn("full", "%d clients are being served, and more do not fit: see --max-clients", self.clients)
+        else:
             self.warn("full " + client.host, "%s has %d connections, and may have no more", client.host, self.max_per_client)
-            return False
-        return True
+        return False
 
     @cached_property
     def most_clients(self) -> float:
@@ -785,7 +791,6 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.live[handler.session.id] = handler
             self.handshakes[handler.session.id] = handler
-            self.hosts[handler.session.client.host] += 1
             oldest = next(iter(self.handshakes.values())) if len(self.handshakes) > self.max_handshakes else None
         if oldest is not None:
             self.handshake_done(oldest)
@@ -799,6 +804,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.live.pop(handler.session.id, None)
             host = handler.session.client.host
+            self.clients -= 1
             self.hosts[host] -= 1
             if self.hosts[host] <= 0:
                 del self.hosts[host]
