@@ -29,6 +29,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from io import BytesIO
 from typing import Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
 
@@ -95,6 +96,7 @@ class Association:
         self.headers: Dict[SockAddr, bytes] = {}            # by source
         self.contacted: Set[str] = set()                    # hosts that may answer
         self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
+        self.forget_at = time.monotonic() + FORGET
         self.fragments: Optional[Fragments] = Fragments() if reassemble else None
 
     relay: Relay
@@ -116,8 +118,6 @@ class Association:
             relay.watch(watched, [READ, READ])
         except OSError as error:
             self.abort(str(error))
-        else:
-            relay.call(self.forget)
 
     def abort_soon(self, reason: str) -> None:
         """abort(), called in any thread."""
@@ -125,12 +125,13 @@ class Association:
 
     # --- all of what follows runs in the relay thread ---
 
-    def forget(self) -> None:
-        """Look everything up afresh from now on, and again after a while."""
-        if not self.ended:
+    def forget_old(self) -> None:
+        """Now and then, look everything up afresh.  (No timer does it: those of the dead would pile up.)"""
+        now = time.monotonic()
+        if now >= self.forget_at:
             self.targets.clear()
             self.headers.clear()
-            self.relay.call_later(FORGET, self.forget)
+            self.forget_at = now + FORGET
 
     @property
     def ended(self) -> bool:
@@ -252,11 +253,8 @@ class Association:
         """RFC 1928 section 7: without reassembly every fragment must be dropped."""
         if self.fragments is None:
             return
-        fragments = self.fragments
-        if fragments.add(datagram, payload):
-            number = fragments.number
-            self.relay.call_later(REASSEMBLY, lambda: fragments.expire(number))
-        whole = fragments.take_whole()
+        self.fragments.add(datagram, payload)
+        whole = self.fragments.take_whole()
         if whole is not None:
             header = bytes(Datagram(whole.address, b""))
             self.send_out(header, memoryview(whole.data))
@@ -296,6 +294,7 @@ class Inner:
         self.association.abort(reason)
 
     def ready(self, events: int) -> None:
+        self.association.forget_old()
         chunk, targets, length = self.association.relay.chunk, self.association.targets, self.length
         up = 0
         for _ in range(TURN):
@@ -398,20 +397,18 @@ class Fragments:
     MOST = 65507        # octets; more fits in no datagram
 
     def __init__(self) -> None:
-        self.number = 0             # of the queue, for its timer
         self.parts: List[Datagram] = []
+        self.expires = 0.0          # by time.monotonic()
 
-    def add(self, datagram: Datagram, payload: bytes) -> bool:
-        """Queue a fragment; True if it begins a new queue, whose timer has to be started."""
+    def add(self, datagram: Datagram, payload: bytes) -> None:
+        """Queue a fragment, if it belongs to the queue or begins a new one."""
         position = datagram.frag & ~Datagram.LAST_FRAGMENT
-        if not self.follows(position, datagram.address):
+        if not self.follows(position, datagram.address) or time.monotonic() >= self.expires:
             self.parts = []
-        if position != len(self.parts) + 1:
-            return False
-        self.parts.append(Datagram(datagram.address, payload, datagram.frag))
         if position == 1:
-            self.number += 1
-        return position == 1
+            self.expires = time.monotonic() + REASSEMBLY
+        if position == len(self.parts) + 1:
+            self.parts.append(Datagram(datagram.address, payload, datagram.frag))
 
     def follows(self, position: int, address: Address) -> bool:
         if not self.parts or position <= len(self.parts) or sum(len(part.data) for part in self.parts) > self.MOST:
@@ -425,10 +422,6 @@ class Fragments:
         whole = Datagram(self.parts[0].address, b"".join(part.data for part in self.parts))
         self.parts = []
         return whole
-
-    def expire(self, number: int) -> None:
-        if number == self.number:
-            self.parts = []
 
 
 def udp_socket(host: str) -> socket.socket:

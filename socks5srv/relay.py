@@ -25,8 +25,6 @@ This file knows no SOCKS.  The UDP association, in datagrams.py, is watched by t
 from __future__ import annotations
 
 import errno
-import heapq
-import itertools
 import logging
 import os
 import select
@@ -169,8 +167,8 @@ class Relay:
     def __init__(self, name: str = "socks5srv-relay") -> None:
         self.waiter = EpollWaiter() if hasattr(select, "epoll") else SelectorWaiter()
         self.watched: Dict[int, Watched] = {}
-        self.timers: List[Tuple[float, int, Callable[[], None]]] = []
-        self.numbers = itertools.count()        # so that timers of the same moment can be ordered
+        self.impatient: Set[Tunnel] = set()     # those with an idle timeout
+        self.next_look = float("inf")           # at them; by time.monotonic()
         self.calls: Deque[Callable[[], None]] = deque()
         self.chunk = memoryview(bytearray(CHUNK))       # one for all: whatever stays is copied out
         self.pipes = Pipes() if self.splices else None
@@ -224,7 +222,7 @@ class Relay:
 
     def run(self) -> None:
         while not self.stopping:
-            for fd, events in self.waiter.wait(self.next_timer()):
+            for fd, events in self.waiter.wait(self.end_the_idle()):
                 watched = self.watched.get(fd)
                 if watched is None:         # not quite here, or gone since the wait began
                     continue
@@ -258,18 +256,22 @@ class Relay:
         self.watched.pop(fd, None)
         self.waiter.remove(fd)
 
-    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
-        """Call this after so many seconds; it cannot be taken back, so it has to ask if it still matters."""
-        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.numbers), function))
+    def watch_idleness(self, tunnel: Tunnel) -> None:
+        """Look four times in each idle timeout whether anything has moved."""
+        self.impatient.add(tunnel)
+        self.next_look = min(self.next_look, time.monotonic() + tunnel.patience / 4)
 
-    def next_timer(self) -> float:
-        """Run the timers that are due; the seconds until the next one, or -1 for none."""
-        while self.timers:
-            wait = self.timers[0][0] - time.monotonic()
-            if wait > 0:
-                return wait
-            self.attempt(heapq.heappop(self.timers)[2])
-        return -1
+    def end_the_idle(self) -> float:
+        """Do so if it is time; the seconds until the next look, or -1 for never."""
+        if not self.impatient:
+            self.next_look = float("inf")
+            return -1
+        now = time.monotonic()
+        if now >= self.next_look:
+            for tunnel in list(self.impatient):
+                tunnel.look(now)
+            self.next_look = now + min((tunnel.patience for tunnel in self.impatient), default=0.0) / 4
+        return max(0.0, self.next_look - now)
 
     def close(self) -> None:
         for watched in set(self.watched.values()):
@@ -519,7 +521,7 @@ class Tunnel:
     an octet either way after which it is closed; None for never.
     """
 
-    __slots__ = ("relay", "up", "down", "session", "ended", "idle_timeout", "first_end", "seen", "seen_at")
+    __slots__ = ("relay", "up", "down", "session", "ended", "patience", "first_end", "seen", "seen_at")
 
     def __init__(self, client: socket.socket, target: socket.socket, session: Session,
                  ended: Callable[[], None], idle_timeout: Optional[float] = None, early: bytes = b"") -> None:
@@ -528,7 +530,7 @@ class Tunnel:
         self.up.opposite, self.down.opposite = self.down, self.up
         self.session = session
         self.ended: Optional[Callable[[], None]] = ended
-        self.idle_timeout = idle_timeout
+        self.patience = idle_timeout or 0.0     # seconds; 0 for without end
         self.first_end: Optional[Flow] = None
         self.seen, self.seen_at = -1, 0.0       # octets moved, and when: what the last look saw
         if early:
@@ -542,24 +544,22 @@ class Tunnel:
         for flow in (self.up, self.down):
             flow.source.setblocking(False)
         flows: Dict[int, Watched] = {self.up.source.fileno(): self.up, self.down.source.fileno(): self.down}
-        if self.idle_timeout:
-            relay.call(self.watch_idleness)
+        if self.patience:
+            relay.call(lambda: relay.watch_idleness(self))
         try:
             relay.watch(flows, [self.up.interest, self.down.interest])
         except OSError as error:    # the system will not watch any more
             self.reset(error)
 
-    def watch_idleness(self) -> None:
-        """Look four times in each timeout whether anything has moved."""
-        if self.ended is None or not self.idle_timeout:
-            return
+    def look(self, now: float) -> None:
+        """End it if nothing has moved for too long."""
         octets = self.up.octets + self.down.octets
-        if octets != self.seen:
-            self.seen, self.seen_at = octets, time.monotonic()
-        elif time.monotonic() - self.seen_at >= self.idle_timeout:
+        if self.ended is None:      # it had ended before anybody began to look
+            self.relay.impatient.discard(self)
+        elif octets != self.seen:
+            self.seen, self.seen_at = octets, now
+        elif now - self.seen_at >= self.patience:
             self.abort("idle")
-            return
-        self.relay.call_later(self.idle_timeout / 4, self.watch_idleness)
 
     def abort_soon(self, reason: str) -> None:
         """abort(), called in any thread."""
@@ -586,6 +586,7 @@ class Tunnel:
         ended, self.ended = self.ended, None
         if ended is None:           # both sockets can fail in one round
             return
+        self.relay.impatient.discard(self)
         for flow in (self.up, self.down):
             self.relay.unwatch(flow.source.fileno())
             flow.blocked = False

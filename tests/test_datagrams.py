@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from contextlib import ExitStack
 from io import BytesIO
 from typing import Any, Callable, ClassVar, Dict, Iterator, List, Sequence, Tuple
@@ -533,6 +534,6 @@ def test_fragments_wait_five_seconds_for_the_rest(monkeypatch: pytest.MonkeyPatc
     client.send_to(target.address, b"a", 1)
     client.echo(target)
     association = next(w.association for w in server.relays[0].watched.values() if isinstance(w, datagrams.Inner))
-    eventually(lambda: not association.fragments.parts)
+    eventually(lambda: time.monotonic() >= association.fragments.expires)
     client.send_to(target.address, b"b", LAST | 2)
     client.echo(target)

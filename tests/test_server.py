@@ -7,6 +7,7 @@ those without a test here belong to the relay, to BIND or to UDP, which have fil
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import os
@@ -14,6 +15,7 @@ import queue
 import random
 import select
 import socket
+import sys
 import threading
 import time
 from functools import partial
@@ -376,6 +378,13 @@ def test_a_port_that_refuses_gets_the_code_for_it(start_server, new_client, refu
     server = start_server()
     for place in (refusing(), (LOCALHOST, 0), name(LOCALHOST, refusing()[1])):
         assert_refused(new_client(server), ReplyCode.CONNECTION_REFUSED, to(place))
+
+
+@needs_ipv6
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it may leave this computer")
+def test_a_link_local_address_without_its_link_gets_a_reply(start_server, new_client):
+    """E20, table M: connect() says EINVAL."""
+    assert_refused(new_client(start_server()), ReplyCode.GENERAL_FAILURE, to(("fe80::1", 80)))
 
 
 def test_a_target_that_does_not_answer_in_time_has_expired(start_server, new_client, silent):
@@ -982,6 +991,16 @@ def test_a_server_out_of_descriptors_serves_again_when_it_has_some(start_server,
 
 # --- starting and stopping ---
 
+def test_the_defaults_are_those_of_the_rfc_and_of_practice():
+    """R1, R41, E5, E34, E39"""
+    address = inspect.signature(Socks5Server).parameters["server_address"].default
+    assert address == (LOCALHOST, 1080)
+    assert Socks5Server.commands == frozenset(Command)
+    assert 20 <= Socks5Server.handshake_timeout <= 65
+    assert Socks5Server.bind_timeout >= 60
+    assert Socks5Server.idle_timeout is None
+
+
 def test_a_server_is_used_like_any_of_socketserver(new_client, echo):
     with Socks5Server((LOCALHOST, 0)) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -1039,23 +1058,30 @@ def test_what_stopped_a_server_is_no_client_when_it_serves_again(start_server, n
     assert server.told.empty()
 
 
-def test_who_is_called_off_on_the_way_to_accept_does_not_count_as_waiting(monkeypatch, listen):
-    rejoin = Listener.rejoin
-
-    def rejoin_and_stop(listener):
-        rejoined = rejoin(listener)
-        listener.stopping = True
-        return rejoined
-
-    monkeypatch.setattr(Listener, "rejoin", rejoin_and_stop)
+@pytest.mark.parametrize("method", ["add_thread", "rejoin"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_nobody_stays_in_accept_once_it_is_stopped(monkeypatch, listen, method, when):
+    """Whatever a thread is about to do when stop() comes, it is neither counted nor left behind."""
     sock = listen()
     listener = Listener(sock, socket.socket.accept, lambda connection, _address: connection.close())
     listener.start(5)
+    original = getattr(listener, method)
+
+    def stop_beside():
+        if when == "before":
+            listener.stop()
+        answer = original()
+        if when == "after":
+            listener.stop()
+        return answer
+
+    monkeypatch.setattr(listener, method, stop_beside)
     with Client(sock.getsockname()) as client:
         assert client.rest() == b""
-    listener.stop()
-    listener.join(TIMEOUT)
-    assert (listener.waiting, listener.threads) == (0, set())
+    listener.join(1)
+    left = listener.waiting, len(listener.threads)
+    listener.stop()         # should one be left after all, other tests are not to find it
+    assert left == (0, 0)
 
 
 @pytest.mark.parametrize("method", ["shutdown", "server_close"])
