@@ -24,12 +24,14 @@ from ipaddress import ip_address
 import pytest
 
 from socks5srv import users
+from socks5srv.datagrams import Association
 from socks5srv.listener import Listener
 from socks5srv.outbound import Route
 from socks5srv.protocol import (
     UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Method, MethodSelection, Reply,
     ReplyCode, Request, RequestFailed,
 )
+from socks5srv.relay import Tunnel
 from socks5srv.server import Socks5Handler, Socks5Server
 
 from .conftest import (
@@ -1091,8 +1093,10 @@ def test_a_server_may_be_stopped_by_a_hook(start_server, new_client, method):
     with new_client(server) as client:
         client.send(b"\x04\x01")
         client.rest()
+    began = time.monotonic()
     server.thread.join(TIMEOUT)
     assert not server.thread.is_alive()
+    assert time.monotonic() - began < 0.9
 
 
 def test_closing_a_server_that_has_never_served_is_no_trouble():
@@ -1240,6 +1244,30 @@ def test_a_server_stops_within_a_tenth_of_a_second_with_all_of_this_going_on(sta
 
     # The computer may be busy with something else once, or twice.
     assert any(stop_one() < 0.1 for _ in range(5))
+
+
+@pytest.mark.parametrize(("carrier", "command"), [(Tunnel, Command.CONNECT), (Association, Command.UDP_ASSOCIATE)])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_server_may_hang_up_while_a_tunnel_is_being_handed_over(slow_server, new_client, monkeypatch, carrier, command, when):
+    """It belongs to the conversation's thread before, and to the relay thread after."""
+    server, places = slow_server
+    start = carrier.start
+
+    def hang_up_beside(self, *arguments):
+        [handler] = server.live.values()
+        if when == "before":
+            handler.hang_up("server stopped")
+        start(self, *arguments)
+        if when == "after":
+            handler.hang_up("server stopped")
+
+    monkeypatch.setattr(carrier, "start", hang_up_beside)
+    client = new_client(server)
+    log_in(client)
+    client.send(to(places["echo"], command))
+    assert Reply.read(client).code is ReplyCode.SUCCEEDED
+    assert client.rest() == b""
+    assert server.next_ended().reason == "server stopped"
 
 
 @needs_proc

@@ -371,11 +371,11 @@ def test_a_storm_of_sighups_harms_nobody(
     exchange(before)
     assert_unharmed(service)
     write_users(users_file, f"carl:{cheap_hash('open')}")
+    service.wait_for("1 users read")
     assert before.rest() == b""
     tunnel(new_client(service), echo, "carl", "open")
     assert service.stop() == 0
     assert " ERROR " not in service.stderr
-    assert "101 clients" in service.stderr or "Traceback" not in service.stderr
 
 
 # --- --hash-password ---

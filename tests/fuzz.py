@@ -1,0 +1,76 @@
+"""
+Coverage-guided fuzzing of all that reads what others wrote: messages, rules, users files.
+
+    python -m tests.fuzz -max_total_time=60         (needs: pip install atheris)
+
+The invariant: whatever comes, it parses or raises the error made for it, never another.
+"""
+
+from __future__ import annotations
+
+import sys
+from io import BytesIO
+
+import atheris
+
+with atheris.instrument_imports():
+    from socks5srv import datagrams, protocol, rules, strangers, users
+
+MESSAGES = (
+    protocol.Greeting, protocol.MethodSelection, protocol.Credentials, protocol.CredentialsReply, protocol.Request,
+    protocol.Reply, protocol.Datagram,
+)
+HERE = protocol.Address.numeric("127.0.0.1", 1080)
+
+
+def message(octets: bytes) -> None:
+    for kind in MESSAGES:
+        try:
+            read = kind.read(BytesIO(octets))
+        except protocol.Socks5Error as error:
+            bytes(error.answer or b"")
+            continue
+        assert kind.read(BytesIO(bytes(read))) == read
+        assert str(read).isprintable()
+
+
+def header(octets: bytes) -> None:
+    length = datagrams.header_length(memoryview(octets))
+    if 0 < length <= len(octets):
+        try:
+            protocol.Datagram.read(BytesIO(octets[:length]))
+        except protocol.RequestFailed:      # a name that cannot exist
+            pass
+
+
+def rule(octets: bytes) -> None:
+    try:
+        read = rules.Rule.parse(octets.decode("utf-8", "replace"))
+    except rules.BadRule:
+        return
+    read.matches(HERE, "example.com")
+
+
+def users_line(octets: bytes) -> None:
+    try:
+        users.read_line(octets.decode("utf-8", "replace"), "file:1")
+    except users.BadUsersFile:
+        pass
+
+
+def stranger(octets: bytes) -> None:
+    if octets:
+        bytes(strangers.recognise(octets, HERE, pac=True).answer or b"")
+
+
+TARGETS = (message, header, rule, users_line, stranger)
+
+
+def one(octets: bytes) -> None:
+    if octets:
+        TARGETS[octets[0] % len(TARGETS)](octets[1:])
+
+
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
