@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
 import time
 from io import BytesIO
 from typing import Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
@@ -82,7 +81,9 @@ class Association:
     relay thread.  OSError if there is no socket to be had.
     """
 
-    def __init__(self, conversation: Conversation, host: str, route: outbound.Route, reassemble: bool = False) -> None:
+    def __init__(self, conversation: Conversation, relay: Relay, host: str, route: outbound.Route,
+                 reassemble: bool = False) -> None:
+        self.relay = relay
         self.conversation = conversation
         self.session = conversation.session
         self.route = route
@@ -99,8 +100,6 @@ class Association:
         self.forget_at = time.monotonic() + FORGET
         self.fragments: Optional[Fragments] = Fragments() if reassemble else None
 
-    relay: Relay
-
     def __enter__(self) -> Association:
         return self
 
@@ -108,14 +107,15 @@ class Association:
         if self.control is None:
             self.inner.socket.close()
 
-    def start(self, relay: Relay, connection: socket.socket) -> None:
+    def start(self, connection: socket.socket) -> None:
         """Hand it to the relay thread, with the TCP connection that it lives by."""
-        self.relay = relay
         connection.setblocking(False)
         self.control = Control(self, connection)
         watched: Dict[int, Watched] = {connection.fileno(): self.control, self.inner.socket.fileno(): self.inner}
         try:
-            relay.watch(watched, [READ, READ])
+            self.relay.watch(watched, [READ, READ])
+        except ValueError:              # it has been aborted already, and did not know this one
+            connection.close()
         except OSError as error:
             self.abort(str(error))
 
@@ -216,8 +216,8 @@ class Association:
             return
         self.looking_up[header] = [payload]
         try:
-            threading.Thread(target=self.resolve, args=(header, address), name="socks5srv-lookup", daemon=True).start()
-        except RuntimeError:            # no thread left: one datagram lost, as on a bad line
+            outbound.start_look_up(lambda: self.resolve(header, address))
+        except OSError:                 # too many at a time: one datagram lost, as on a bad line
             del self.looking_up[header]
 
     def resolve(self, header: bytes, address: Address) -> None:

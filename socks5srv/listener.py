@@ -53,6 +53,8 @@ class Listener:
         """One more in accept().  RuntimeError if the system has no more threads to give."""
         thread = threading.Thread(target=self.run, name="socks5srv-conversation", daemon=True)
         with self.lock:
+            if self.stopping:
+                return
             thread.start()
             self.waiting += 1
             self.threads.add(thread)
@@ -110,7 +112,7 @@ class Listener:
         dialled = self.address.dialled
         for _ in range(waiting):
             try:
-                socket.create_connection((dialled.host, dialled.port), timeout=1).close()
+                socket.create_connection((dialled.host, dialled.port), timeout=0.2).close()
             except OSError:         # then nobody is waiting any more
                 return
 
@@ -123,6 +125,7 @@ class Listener:
                 thread.join(timeout)
 
     def close(self) -> None:
+        self.stopping = True
         try:
             # On Linux this makes accept() fail, should stop() have had no descriptors to call with.
             self.socket.shutdown(socket.SHUT_RDWR)

@@ -160,9 +160,13 @@ def wait_by_select(interests: Dict[int, int], client: socket.socket, timeout: fl
     writers = [fd for fd, interest in interests.items() if interest & WRITE]
     until = time.monotonic() + timeout
     while True:
-        # Windows reports a failed connect as an exception, not as writable.
-        found = select.select(readers, writers, writers, min(timeout, 0.1))
-        ready = {fd: interests[fd] for fds in found for fd in fds}
+        if interests:
+            # Windows reports a failed connect as an exception, not as writable.
+            found = select.select(readers, writers, writers, min(timeout, 0.1))
+            ready = {fd: interests[fd] for fds in found for fd in fds}
+        else:                       # which its select() refuses
+            time.sleep(min(timeout, 0.1))
+            ready = {}
         if client.fileno() < 0:
             raise ClientGone("the server is stopping")
         timeout = until - time.monotonic()
@@ -182,6 +186,32 @@ def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
     name = host.encode("ascii") if host.isascii() else host.encode("idna")
     rows = socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)
     return [str(row[4][0]) for row in rows]
+
+
+def start_look_up(look: Callable[[], None]) -> None:
+    """
+    Call `look` in a thread of its own.  OSError if too many are under way already.
+
+    A resolver that does not answer keeps each of them for seconds, so they have to be bounded.
+    """
+    if not look_ups.acquire(blocking=False):
+        raise OSError(errno.EAGAIN, f"{LOOK_UPS} look-ups are under way already")
+
+    def run() -> None:
+        try:
+            look()
+        finally:
+            look_ups.release()
+
+    try:
+        threading.Thread(target=run, name="socks5srv-lookup", daemon=True).start()
+    except RuntimeError as error:
+        look_ups.release()
+        raise OSError(errno.EAGAIN, "no thread left to look it up") from error
+
+
+LOOK_UPS = 256      # under way at a time, in this process: threads, some 20 KiB each
+look_ups = threading.BoundedSemaphore(LOOK_UPS)
 
 
 def in_time(function: Callable[[str], Sequence[str]], host: str, client: socket.socket, until: float) -> Sequence[str]:
@@ -204,10 +234,10 @@ def in_time(function: Callable[[str], Sequence[str]], host: str, client: socket.
 
     with ours:
         try:
-            threading.Thread(target=look, name="socks5srv-lookup", daemon=True).start()
-        except RuntimeError as error:
+            start_look_up(look)
+        except OSError:
             theirs.close()
-            raise OSError(errno.EAGAIN, "no thread left to look it up") from error
+            raise
         wait({ours.fileno(): READ}, client, until)
     if errors:
         raise errors[0]

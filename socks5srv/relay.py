@@ -523,8 +523,9 @@ class Tunnel:
 
     __slots__ = ("relay", "up", "down", "session", "ended", "patience", "first_end", "seen", "seen_at")
 
-    def __init__(self, client: socket.socket, target: socket.socket, session: Session,
+    def __init__(self, relay: Relay, client: socket.socket, target: socket.socket, session: Session,
                  ended: Callable[[], None], idle_timeout: Optional[float] = None, early: bytes = b"") -> None:
+        self.relay = relay
         self.up = Flow(self, client, target)
         self.down = Flow(self, target, client)
         self.up.opposite, self.down.opposite = self.down, self.up
@@ -536,19 +537,18 @@ class Tunnel:
         if early:
             self.up.chunk, self.up.blocked, self.up.reading = early, True, False
 
-    relay: Relay
-
-    def start(self, relay: Relay) -> None:
+    def start(self) -> None:
         """Hand it to the relay thread; called in any thread, which must not touch it afterwards."""
-        self.relay = relay
-        for flow in (self.up, self.down):
-            flow.source.setblocking(False)
-        flows: Dict[int, Watched] = {self.up.source.fileno(): self.up, self.down.source.fileno(): self.down}
         if self.patience:
-            relay.call(lambda: relay.watch_idleness(self))
+            self.relay.call(lambda: self.relay.watch_idleness(self))
         try:
-            relay.watch(flows, [self.up.interest, self.down.interest])
-        except OSError as error:    # the system will not watch any more
+            for flow in (self.up, self.down):
+                flow.source.setblocking(False)
+            flows: Dict[int, Watched] = {self.up.source.fileno(): self.up, self.down.source.fileno(): self.down}
+            self.relay.watch(flows, [self.up.interest, self.down.interest])
+        except ValueError:          # it has been aborted already
+            pass
+        except OSError as error:    # so it has, or the system will not watch any more
             self.reset(error)
 
     def look(self, now: float) -> None:

@@ -28,17 +28,16 @@ import errno
 import itertools
 import logging
 import os
-import queue
 import socket
 import socketserver
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from functools import cached_property
 from ipaddress import ip_address
 from typing import (
-    Any, Callable, Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
+    Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
 )
 
 from . import outbound, strangers
@@ -202,6 +201,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             username, password = credentials.username.decode(), credentials.password.decode()
         except UnicodeDecodeError as error:
             raise LoginFailed("a login that is no UTF-8", repr(credentials.username)) from error
+        self.session.user = username    # before it is looked at: the user may be removed meanwhile
         if not self.authenticate_unhurried(username, password):
             raise LoginFailed("wrong name or password", username)
         self.send(CredentialsReply(CredentialsReply.SUCCESS))
@@ -254,14 +254,13 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         # and many write zeros or nonsense.  The connection's own peer is the better witness.
         with outbound.reporting("UDP relay"):
             here = Address.of(self.connection.getsockname()).host
-            association = Association(self, here, self.server.route, self.server.reassemble)
+            association = Association(self, self.server.relay_thread(), here, self.server.route, self.server.reassemble)
         with association:       # closes it, unless it has been handed over
-            relay = self.server.relay_thread()
             self.server.udp_relays.add(association.bound)
             self.succeed(association.bound)
             self.in_tunnel = self.handed_over = True
             self.carried = association
-            association.start(relay, self.connection)
+            association.start(self.connection)
 
     # --- decisions ---
 
@@ -419,8 +418,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         relay, early = self.server.relay_thread(), self.stream.take()
         self.handed_over = True
-        self.carried = Tunnel(self.connection, target, self.session, self.finished, self.server.idle_timeout, early)
-        self.carried.start(relay)
+        self.carried = Tunnel(relay, self.connection, target, self.session, self.finished, self.server.idle_timeout, early)
+        self.carried.start()
 
     def finished(self) -> None:
         """The session is over; called by whoever had the client last."""
@@ -499,6 +498,28 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             pass
 
 
+class Bell:
+    """
+    What a thread waits for, and any other can ring; also a signal handler of the waiting thread.
+
+    (Setting an Event that the same thread waits for can deadlock, and the timed get() of a
+    SimpleQueue can forget its timeout when signals come fast.)
+    """
+
+    def __init__(self) -> None:
+        self.silence = threading.Lock()
+        self.silence.acquire()
+
+    def ring(self) -> None:
+        try:
+            self.silence.release()
+        except RuntimeError:        # it rings already
+            pass
+
+    def wait(self, timeout: float) -> None:
+        self.silence.acquire(timeout=timeout)
+
+
 class Socks5Server(socketserver.ThreadingTCPServer):
     """
     A SOCKS5 server: ``Socks5Server(("127.0.0.1", 1080)).serve_forever()``.
@@ -546,12 +567,13 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.handshakes: Dict[int, Socks5Handler] = {}      # of those, whose request is to come; oldest first
         self.clients = 0                                    # let in, and not gone yet
         self.hosts: Counter[str] = Counter()                # of those: how many from which host
-        self.ended: queue.SimpleQueue[Optional[Socks5Handler]] = queue.SimpleQueue()
+        self.ended: Deque[Socks5Handler] = deque()          # to be told of
+        self.bell = Bell()                                  # one more has ended, or there is other news
         self.relays: List[Relay] = []
         self.udp_relays: Set[Address] = set()               # where clients send their datagrams to
         self.listeners: List[Listener] = []
         self.stopping = False                               # serve_forever() has to end
-        self.hurry: queue.SimpleQueue[None] = queue.SimpleQueue()   # wakes it from its pause
+        self.hurry = Bell()                                 # wakes it from its pause, too
         self.stopped = threading.Event()                    # it has ended
         self.stopped.set()
         self.bookkeeper: Optional[threading.Thread] = None  # in serve_forever()
@@ -619,21 +641,13 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def keep_books(self, timeout: float) -> None:
         """Tell of all sessions that have ended; wait so many seconds for the first."""
-        try:
-            handler = self.ended.get(timeout=timeout)
-            while True:
-                if handler is not None:
-                    self.report(handler)
-                handler = self.ended.get_nowait()
-        except queue.Empty:
-            pass
+        self.bell.wait(timeout)
+        while self.ended:
+            self.report(self.ended.popleft())
 
     def pause(self) -> None:
         """So that a burst of clients, each gone in a millisecond, does not wake us for each."""
-        try:
-            self.hurry.get(timeout=BATCH)
-        except queue.Empty:
-            pass
+        self.hurry.wait(BATCH)
 
     def report(self, handler: Socks5Handler) -> None:
         try:
@@ -661,8 +675,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def read_users_again(self) -> None:
         """Have the users file read soon; signal handlers may call it."""
         if isinstance(self.users, UsersFile):
-            self.users.seen = ()
-            self.ended.put(None)
+            self.users.seen = None
+            self.bell.ring()
 
     def shutdown(self) -> None:
         """
@@ -671,8 +685,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         Signal handlers of that thread may call it: no lock is taken that it could hold.
         """
         self.stopping = True
-        self.ended.put(None)
-        self.hurry.put(None)
+        self.bell.ring()
+        self.hurry.ring()
         if threading.current_thread() is not self.bookkeeper:
             self.stopped.wait()
 
@@ -811,7 +825,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.handshakes.pop(handler.session.id, None)
             if handler.session.bound is not None:
                 self.udp_relays.discard(handler.session.bound)
-        self.ended.put(handler)
+        self.ended.append(handler)
+        self.bell.ring()
 
     @property
     def sessions(self) -> List[Session]:

@@ -24,7 +24,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from typing import Dict, Mapping, NamedTuple, Set, Tuple
+from typing import Dict, Mapping, NamedTuple, Optional, Set, Tuple
 
 logger = logging.getLogger("socks5srv")
 
@@ -76,7 +76,7 @@ class UsersFile(Users):
         self.lock = threading.Lock()
         self.computing = threading.BoundedSemaphore(AT_ONCE)
         self.key = os.urandom(32)
-        self.seen = self.signature()
+        self.seen: Optional[Tuple[int, ...]] = self.signature()     # None: read it again, whatever it is
         self.hashes = read_users(path)
         self.verified: Dict[str, bytes] = {}    # a keyed digest of the right password, by name
 
@@ -92,9 +92,10 @@ class UsersFile(Users):
             right = verify(password, known or self.nobody())
         if right and known is not None:
             with self.lock:
-                if self.hashes.get(username) == known:      # and has not been changed meanwhile
-                    self.verified[username] = digest
-            return True
+                if self.hashes.get(username) != known:      # changed, or removed, meanwhile
+                    return False
+                self.verified[username] = digest
+                return True
         return False
 
     def nobody(self) -> str:
@@ -131,7 +132,7 @@ class UsersFile(Users):
             status = os.stat(self.path)
         except OSError:
             return ()
-        return (status.st_mtime_ns, status.st_size, status.st_ino)
+        return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 
 def read_users(path: str) -> Dict[str, str]:
@@ -197,7 +198,9 @@ class Hash(NamedTuple):
         if self.method == "pbkdf2_sha256":
             return 1000 <= self.cost[0] <= 10_000_000
         n, r, p = self.cost
-        return n > 1 and n & (n - 1) == 0 and r > 0 and p > 0 and 128 * n * r * p <= 256 * 1024 * 1024
+        if min(n - 1, r, p) < 1 or n & (n - 1) or n >= 2 ** (16 * min(r, 4)):       # RFC 7914 section 6
+            return False
+        return 128 * n * r * p <= 256 * 1024 * 1024
 
     def of(self, password: str) -> bytes:
         """The digest of another password, at the same cost and with the same salt."""

@@ -263,3 +263,49 @@ def test_a_target_that_does_not_answer_holds_up_nobody_else(start_server: Any, n
         assert Reply.read(client).code is ReplyCode.TTL_EXPIRED
 
 
+
+
+def test_look_ups_that_hang_are_bounded_and_cost_other_names_only(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+    import threading
+
+    from socks5srv import outbound
+    from socks5srv.protocol import Greeting, Reply, Request
+
+    from .conftest import name
+
+    monkeypatch.setattr(outbound, "look_ups", threading.BoundedSemaphore(3))
+    release = threading.Event()
+
+    class Hanging(Socks5Handler):
+        def resolve(self, host: str) -> List[str]:
+            assert release.wait(10)
+            return []
+
+    server = start_server(handler=Hanging)
+    clients = [new_client(server) for _ in range(8)]
+    for client in clients:
+        client.send(Greeting(b"\0"), Request(Command.CONNECT, name("slow.invalid", 80)))
+        client.exactly(2)
+    for _ in range(5):
+        assert server.next_ended().reply is ReplyCode.GENERAL_FAILURE
+    quick = new_client(server)
+    quick.connect(echo)
+    exchange(quick)
+    release.set()
+    assert sorted(Reply.read(client).code for client in clients) == [1] * 5 + [4] * 3
+
+
+def test_a_clock_that_jumps_changes_no_deadline(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+    import time
+
+    now = time.time()
+    server = start_server(idle_timeout=100)
+    monkeypatch.setattr(time, "time", lambda: now)
+    client = new_client(server)
+    client.connect(echo)
+    for jump in (-1e9, 1e9):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        exchange(client)
+    client.close()
+    assert 0 <= server.next_ended().seconds < 10

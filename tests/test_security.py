@@ -203,7 +203,7 @@ def test_no_input_makes_a_thread_raise(start_server: Any, new_client: Any) -> No
     dice = random.Random(1928)
     server = start_server()
     pieces = [b"\5\1\0", b"\5\2\0\2", b"\5\1\0\1\x7f\0\0\1\0\1", b"\5\3\0\1\0\0\0\0\0\0", b"\5\2\0\3\1a\0\0", b"GET / HTTP/1.1\r\n", b"\4\1"]
-    for _ in range(500):
+    for _ in range(2000):
         with new_client(server) as client:
             octets = b"".join(dice.choice([*pieces, bytes(dice.randrange(256) for _ in range(dice.randrange(30)))]) for _ in range(4))
             try:
@@ -214,7 +214,7 @@ def test_no_input_makes_a_thread_raise(start_server: Any, new_client: Any) -> No
                     client.reset()
             except OSError:
                 pass
-    for _ in range(500):
+    for _ in range(2000):
         server.next_ended()
 
 

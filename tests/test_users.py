@@ -296,3 +296,9 @@ def test_only_so_many_hashes_are_computed_at_a_time(write: Write, monkeypatch: p
     for thread in threads:
         thread.join(10)
     assert max(most) == users.AT_ONCE
+
+
+def test_a_hash_that_scrypt_cannot_compute_is_refused() -> None:
+    """RFC 7914 section 6 bounds N by r."""
+    with pytest.raises(ValueError, match="--hash-password"):
+        Hash.parse("scrypt$65536$1$1$c2FsdA==$" + "A" * 44)

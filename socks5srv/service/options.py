@@ -49,17 +49,19 @@ class AppendRule(argparse.Action):
         try:
             rule = Rule.parse(f"{str(option).lstrip('-')} {value}")
         except BadRule as error:
-            raise argparse.ArgumentError(self, str(error)) from None
+            where = f"{value.where}: " if isinstance(value, Word) else ""
+            raise argparse.ArgumentError(self, f"{where}{error}") from None
         setattr(options, self.dest, [*getattr(options, self.dest), rule])
 
 
-class Parser(argparse.ArgumentParser):
-    """One that reads ``@FILE`` as a shell would: several words a line, quotes, comments."""
+class Word(str):
+    """A word of an ``@FILE``, which knows where it stands: FILE:LINE."""
 
-    def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
-        words = shlex.split(arg_line)
-        # Not shlex's own comments, which begin also within a word: a password may have a #.
-        return list(itertools.takewhile(lambda word: word[0:1] != "#", words))
+    where: str
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors look like all others of the program."""
 
     def error(self, message: str) -> NoReturn:
         complain(message, f"see  {self.prog} --help")
@@ -74,7 +76,7 @@ def complain(message: str, *ways_out: str) -> None:
 def build_parser() -> Parser:
     parser = Parser(
         prog="socks5srv", usage="socks5srv [options] [PORT | ADDRESS:PORT]", description=DESCRIPTION, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@", add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
         allow_abbrev=False,     # or a new option could break a script that abbreviates
     )
     parser.set_defaults(parser=parser)
@@ -141,9 +143,9 @@ def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = build_parser()
     try:
         further = shlex.split(os.environ.get("SOCKS5SRV_OPTIONS", ""))
-        options = parser.parse_args(further + list(sys.argv[1:] if words is None else words))
-    except ValueError as error:         # of shlex: a quote that is not closed
-        parser.error(f"{error} in SOCKS5SRV_OPTIONS or an @FILE")
+    except ValueError as error:         # a quote that is not closed
+        parser.error(f"{error} in SOCKS5SRV_OPTIONS")
+    options = parser.parse_args(expand(parser, further + list(sys.argv[1:] if words is None else words)))
     host, port = options.address or (None, None)
     if port is not None and options.port is not None:
         parser.error("the port is given twice, as PORT and as -p")
@@ -151,6 +153,41 @@ def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     options.bind = ([host] if host else []) + options.bind or [DEFAULT_ADDRESS]
     options.users = users(parser, options)
     return options
+
+
+def expand(parser: Parser, words: Sequence[str], depth: int = 0) -> List[str]:
+    """Replace each ``@FILE`` by the words in it: as in a shell several a line, with quotes and comments."""
+    found: List[str] = []
+    for word in words:
+        if not word.startswith("@"):
+            found.append(word)
+        elif depth > 9:
+            parser.error(f"{word} is in itself")
+        else:
+            found += expand(parser, words_of(parser, word[1:]), depth + 1)
+    return found
+
+
+def words_of(parser: Parser, path: str) -> List[str]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            lines = stream.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read the options in {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
+    found: List[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            parser.error(f"{path}:{number}: {error}")
+        # Not shlex's own comments, which begin also within a word: a password may have a #.
+        for text in itertools.takewhile(lambda word: word[0:1] != "#", words):
+            option, equals, value = text.partition("=")
+            for part in (option, value) if equals and text.startswith("--") else (text,):
+                word = Word(part)
+                word.where = f"{path}:{number}"
+                found.append(word)
+    return found
 
 
 # --- the types of the options: text to value, ValueError-like complaints with a way out ---
@@ -250,6 +287,8 @@ def password_for(parser: Parser, name: str) -> str:
         return getpass.getpass(f"Password for {name}: ")
     except (EOFError, KeyboardInterrupt):
         parser.error("no password was given")
+    except UnicodeDecodeError:
+        parser.error("the password is no text in the encoding of this terminal")
 
 
 def print_hash() -> int:
@@ -257,11 +296,11 @@ def print_hash() -> int:
     try:
         password = getpass.getpass("Password: ")
         again = getpass.getpass("The same again: ")
-    except (EOFError, KeyboardInterrupt):
-        complain("no password was given")
+    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
+        complain("no password was given, or none that is text")
         return 2
-    if password != again or not 1 <= len(password.encode("utf-8", "surrogateescape")) <= 255:
-        complain("the two are not the same" if password != again else "a password has 1 to 255 octets", "try again")
+    if password != again or not password.isprintable() or not 1 <= len(password.encode()) <= 255:
+        complain("the two are not the same" if password != again else "a password has 1 to 255 octets of text", "try again")
         return 2
     print(hash_password(password))
     return 0

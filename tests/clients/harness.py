@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Match, NoReturn, Optional, Set, Tuple
 from urllib.parse import quote
 
 import pytest
@@ -187,16 +187,23 @@ class Proxy:
     # --- what it has logged ---
 
     def sessions(self, count: int, **facts: Any) -> List[Logged]:
-        """Wait until so many sessions with these facts have ended; at least, and usually exactly."""
+        """The sessions with these facts: at least so many, and as many as have been begun."""
         def found() -> List[Dict[str, Any]]:
-            return [line for line in self.records if line.get("client") and line["event"] != "open"
-                    and all(line[name] == value for name, value in facts.items())]
+            return [line for line in self.ended() if all(line[name] == value for name, value in facts.items())]
 
         with self.news:
-            assert self.news.wait_for(lambda: len(found()) >= count, PATIENCE), (
-                f"{len(found())} of {count} sessions with {facts} have ended:\n{self.text}"
+            assert self.news.wait_for(lambda: len(found()) >= count and len(self.ended()) == len(self.begun()), PATIENCE), (
+                f"{len(found())} of {count} sessions with {facts} have ended, "
+                f"and {len(self.ended())} of {len(self.begun())} at all:\n{self.text}"
             )
             return [Logged(line, self.messages(line["id"])) for line in found()]
+
+    def ended(self) -> List[Dict[str, Any]]:
+        return [line for line in self.records if line.get("client") and line["event"] != "open"]
+
+    def begun(self) -> Set[int]:
+        """The numbers of the sessions in which there has been a message."""
+        return {int(match[1]) for match in map(self.message, self.records) if match}
 
     def session(self, **facts: Any) -> Logged:
         """The only session with these facts."""
@@ -205,12 +212,13 @@ class Proxy:
         return found[0]
 
     def messages(self, number: int) -> List[Tuple[str, Dict[str, str]]]:
-        found = []
-        for record in self.records:
-            match = re.match(r"#(\d+) [<>] (\w+) (.*)", record.get("message", ""))
-            if match and int(match[1]) == number:
-                found.append((match[2], dict(re.findall(r"([A-Z.]+)=(\S*)", match[3]))))
-        return found
+        found = filter(None, map(self.message, self.records))
+        return [(match[2], dict(re.findall(r"([A-Z.]+)=(\S*)", match[3]))) for match in found if int(match[1]) == number]
+
+    @staticmethod
+    def message(record: Dict[str, Any]) -> Optional[Match[str]]:
+        """A line that shows a message: its session's number, its name and its fields."""
+        return re.match(r"#(\d+) [<>] (\w+) (.*)", record.get("message", ""))
 
     # --- its end ---
 

@@ -223,7 +223,7 @@ def test_a_quote_that_is_not_closed_in_a_file_is_told(tmp_path: Path, expect_err
     file = tmp_path / "proxy.conf"
     file.write_text("-u 'anna:sesame\n")
     message = expect_error(parse, [f"@{file}"])
-    assert "@FILE" in message
+    assert "proxy.conf:1: No closing quotation" in message
     assert "sesame" not in message
 
 
