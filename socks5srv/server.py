@@ -19,7 +19,8 @@ The one idea: a failure is raised where it is noticed, carries its answer, and i
 one place, `refuse()`.  After a success reply nothing is answered any more: it would land in the
 middle of somebody's data.
 
-Not here: the octets (protocol.py), and how to reach a target (outbound.py).
+Not here: the octets (protocol.py), how to reach a target (outbound.py), who may log in (users.py)
+and what may be reached (rules.py).
 """
 
 from __future__ import annotations
