@@ -33,7 +33,7 @@ from io import BytesIO
 from typing import Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
 
 from . import outbound
-from .protocol import Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
+from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
 from .relay import READ, Relay, Watched
 from .session import Session
 
@@ -394,8 +394,6 @@ class Fragments:
     does another destination, too much, or too long a wait.
     """
 
-    MOST = 65507        # octets; more fits in no datagram
-
     def __init__(self) -> None:
         self.parts: List[Datagram] = []
         self.expires = 0.0          # by time.monotonic()
@@ -411,7 +409,7 @@ class Fragments:
             self.parts.append(Datagram(datagram.address, payload, datagram.frag))
 
     def follows(self, position: int, address: Address) -> bool:
-        if not self.parts or position <= len(self.parts) or sum(len(part.data) for part in self.parts) > self.MOST:
+        if not self.parts or position <= len(self.parts) or sum(len(part.data) for part in self.parts) > DATAGRAM_MAX:
             return False
         return self.parts[0].address == address
 
