@@ -34,7 +34,7 @@ from typing import Callable, Dict, List, Optional, Protocol, Sequence, Set, Tupl
 
 from . import outbound
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
-from .relay import READ, Relay, Watched
+from .relay import READ, Relay
 from .session import Session
 
 logger = logging.getLogger("socks5srv")
@@ -111,9 +111,8 @@ class Association:
         """Hand it to the relay thread, with the TCP connection that it lives by."""
         connection.setblocking(False)
         self.control = Control(self, connection)
-        watched: Dict[int, Watched] = {connection.fileno(): self.control, self.inner.socket.fileno(): self.inner}
         try:
-            self.relay.watch(watched, [READ, READ])
+            self.relay.watch((connection.fileno(), self.control, READ), (self.inner.socket.fileno(), self.inner, READ))
         except ValueError:              # it has been aborted already, and did not know this one
             connection.close()
         except OSError as error:
@@ -200,7 +199,7 @@ class Association:
             if sock.getsockname()[1] == 0:      # a port is needed before it can be waited for
                 sock.bind(("", 0))
             self.outer[family] = Outer(self, sock)
-            self.relay.watch({sock.fileno(): self.outer[family]}, [READ])
+            self.relay.watch((sock.fileno(), self.outer[family], READ))
         return self.outer[family].socket
 
     # --- names ---
@@ -424,9 +423,8 @@ class Fragments:
 
 def udp_socket(host: str) -> socket.socket:
     """A non-blocking UDP socket on a free port of this address of ours."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock = outbound.non_blocking_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        sock.setblocking(False)
         sock.bind((host, 0))
         enlarge(sock)
     except BaseException:

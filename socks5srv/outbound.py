@@ -23,9 +23,8 @@ import socket
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
 from .relay import READ, WRITE, tune
@@ -48,9 +47,8 @@ class Route(NamedTuple):
         family = family_of(address)
         if self.family not in (socket.AF_UNSPEC, family):
             raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is not of the family in use")
-        sock = socket.socket(family, kind)
+        sock = non_blocking_socket(family, kind)
         try:
-            sock.setblocking(False)
             if self.source is not None and (":" in self.source) == (family == socket.AF_INET6):
                 sock.bind((self.source, 0))
         except BaseException:
@@ -61,6 +59,14 @@ class Route(NamedTuple):
 
 def family_of(address: Address) -> socket.AddressFamily:
     return socket.AF_INET6 if address.address_type is AddressType.IPV6 else socket.AF_INET
+
+
+def non_blocking_socket(family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    if hasattr(socket, "SOCK_NONBLOCK"):        # Linux: born so, which saves a call
+        return socket.socket(family, kind | socket.SOCK_NONBLOCK)
+    sock = socket.socket(family, kind)
+    sock.setblocking(False)
+    return sock
 
 
 # --- errors and reply codes ---
@@ -108,15 +114,18 @@ def failure(error: Exception, about: object) -> RequestFailed:
     return RequestFailed(code, f"{about}: {getattr(error, 'strerror', None) or error}")
 
 
-@contextmanager
-def reporting(about: object) -> Iterator[None]:
-    """Turn errors of the operating system and the resolver into RequestFailed."""
-    try:
-        yield
-    except ClientGone:
-        raise
-    except (OSError, ValueError) as error:
-        raise failure(error, about) from error
+class reporting:
+    """Turn errors of the operating system and the resolver into RequestFailed: ``with reporting(address)``."""
+
+    def __init__(self, about: object) -> None:
+        self.about = about
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, error: Optional[BaseException], _traceback: object) -> None:
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, ClientGone):
+            raise failure(error, self.about) from error
 
 
 def most_telling(failures: Sequence[RequestFailed]) -> RequestFailed:
@@ -300,10 +309,10 @@ class Race:
             except (OSError, RequestFailed) as error:
                 self.failures.append(failure(error, address))
                 continue
-            code = sock.connect_ex((address.host, address.port))
+            code = begin_connecting(sock, (address.host, address.port))
             if code == 0:
                 return self.won(sock, address)
-            if code in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", None)):
+            if code in UNDER_WAY:
                 self.running[sock.fileno()] = sock, address
             else:
                 self.lost(sock, address, code)
@@ -334,6 +343,21 @@ class Race:
             sock.close()
 
 
+def begin_connecting(sock: socket.socket, sockaddr: Tuple[str, int]) -> int:
+    """The errno of a non-blocking connect(); 0 if it stands already."""
+    code = sock.connect_ex(sockaddr)
+    if code == errno.EINPROGRESS and hasattr(select, "epoll"):
+        # Linux always says so first.  On the same computer the connection stands by now, or has been
+        # refused, and asking again saves two calls to wait for that.
+        code = sock.connect_ex(sockaddr)
+    return code
+
+
+UNDER_WAY = {
+    getattr(errno, name) for name in ("EINPROGRESS", "EALREADY", "EWOULDBLOCK", "WSAEWOULDBLOCK") if hasattr(errno, name)
+}
+
+
 # --- being connected to: BIND ---
 
 def local_address_towards(address: Address, route: Route) -> str:
@@ -345,9 +369,8 @@ def local_address_towards(address: Address, route: Route) -> str:
 
 def listen(host: str) -> socket.socket:
     """A non-blocking socket that listens on a free port of this address of ours."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener = non_blocking_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        listener.setblocking(False)
         listener.bind((host, 0))
         listener.listen(16)     # strangers may queue before the one who is expected
     except BaseException:

@@ -58,16 +58,18 @@ def tune(sock: socket.socket) -> None:
     Keepalive after a minute: a peer that vanished would hold the tunnel forever, while a
     half-closed one that is merely thinking answers the probes and may think on.
     """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, seconds in KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, name, seconds)
+    for level, name, value in TUNING:
+        sock.setsockopt(level, name, value)
 
 
-KEEPALIVE = [
-    (getattr(socket, name), value)      # macOS calls the first TCP_KEEPALIVE, since Python 3.10
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8))
-    if hasattr(socket, name)
+TUNING: List[Tuple[int, int, int]] = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)      # macOS calls the first TCP_KEEPALIVE, since Python 3.10
+        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8))
+        if hasattr(socket, name)
+    ),
 ]
 
 
@@ -167,6 +169,7 @@ class Relay:
     def __init__(self, name: str = "socks5srv-relay") -> None:
         self.waiter = EpollWaiter() if hasattr(select, "epoll") else SelectorWaiter()
         self.watched: Dict[int, Watched] = {}
+        self.adding = threading.Lock()          # held while some of these are known to the kernel only
         self.impatient: Set[Tunnel] = set()     # those with an idle timeout
         self.next_look = float("inf")           # at them; by time.monotonic()
         self.calls: Deque[Callable[[], None]] = deque()
@@ -176,7 +179,7 @@ class Relay:
         self.wake_reader, self.wake_writer = socket.socketpair()
         self.wake_reader.setblocking(False)
         self.wake_writer.setblocking(False)
-        self.watch({self.wake_reader.fileno(): self}, [READ])
+        self.watch((self.wake_reader.fileno(), self, READ))
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
         self.thread.start()
 
@@ -186,16 +189,19 @@ class Relay:
         """Whether another tunnel fits into what the system can wait for at once."""
         return len(self.watched) + 4 <= self.waiter.room
 
-    def watch(self, watched: Dict[int, Watched], interests: Iterable[int]) -> None:
+    def watch(self, *newcomers: Tuple[int, Watched, int]) -> None:
         """
-        Call ``ready(events)`` of each whenever its descriptor has something of interest.
+        Call ``ready(events)`` of each whenever its descriptor has something of interest:
+        ``watch((descriptor, watched, interest), ...)``.
 
-        All of them or none: an event that comes before the last is known is ignored, and
-        told again.  So what belongs together is never met half registered.
+        All of them or none: an event that comes before the last is known has to wait.  So what
+        belongs together is never met half registered.
         """
-        for fd, interest in zip(watched, interests):
-            self.waiter.add(fd, interest)
-        self.watched.update(watched)
+        with self.adding:
+            for fd, _watched, interest in newcomers:
+                self.waiter.add(fd, interest)
+            for fd, watched, _interest in newcomers:
+                self.watched[fd] = watched
         if not self.waiter.live:
             self.wake()
 
@@ -223,8 +229,8 @@ class Relay:
     def run(self) -> None:
         while not self.stopping:
             for fd, events in self.waiter.wait(self.end_the_idle()):
-                watched = self.watched.get(fd)
-                if watched is None:         # not quite here, or gone since the wait began
+                watched = self.watched.get(fd) or self.await_watched(fd)
+                if watched is None:         # gone since the wait began
                     continue
                 try:
                     watched.ready(events)
@@ -232,6 +238,11 @@ class Relay:
                     logger.exception("a bug, met in the relay thread")
                     watched.abort("internal error")
         self.close()
+
+    def await_watched(self, fd: int) -> Optional[Watched]:
+        """Whoever is just being added.  (To look again at once would keep the adding thread from it.)"""
+        with self.adding:
+            return self.watched.get(fd)
 
     def ready(self, events: int) -> None:
         """Somebody woke the thread."""
@@ -386,10 +397,12 @@ class Flow:
             if events & WRITE:
                 self.opposite.flush()
             if events & ~WRITE:
-                if self.reading:
-                    self.pump()
-                else:
+                if not self.reading:
                     self.check()
+                elif self.bulk:
+                    self.splice()
+                else:
+                    self.copy()
         except BlockingIOError:     # it only looked ready
             pass
         except OSError as error:
@@ -398,12 +411,7 @@ class Flow:
     def abort(self, reason: str) -> None:
         self.tunnel.abort(reason)
 
-    def pump(self) -> None:
-        """Move one chunk.  One only, however much is there: the others want to live, too."""
-        if self.bulk:
-            self.splice()
-        else:
-            self.copy()
+    # To move one chunk, and one only, however much is there: the others want to live, too.
 
     def copy(self) -> None:
         relay = self.tunnel.relay
@@ -543,9 +551,10 @@ class Tunnel:
             self.relay.call(lambda: self.relay.watch_idleness(self))
         try:
             for flow in (self.up, self.down):
-                flow.source.setblocking(False)
-            flows: Dict[int, Watched] = {self.up.source.fileno(): self.up, self.down.source.fileno(): self.down}
-            self.relay.watch(flows, [self.up.interest, self.down.interest])
+                if flow.source.gettimeout() != 0:       # to ask costs less than to set what is set
+                    flow.source.setblocking(False)
+            # The client last: more often than the target it has something to say at once.
+            self.relay.watch(*((flow.source.fileno(), flow, flow.interest) for flow in (self.down, self.up)))
         except ValueError:          # it has been aborted already
             pass
         except OSError as error:    # so it has, or the system will not watch any more
@@ -589,8 +598,9 @@ class Tunnel:
         self.relay.impatient.discard(self)
         for flow in (self.up, self.down):
             self.relay.unwatch(flow.source.fileno())
-            flow.blocked = False
-            flow.return_pipe()
+            if flow.pipe:
+                flow.blocked = False
+                flow.return_pipe()
             flow.source.close()
         self.session.up += self.up.octets
         self.session.down += self.down.octets

@@ -59,6 +59,9 @@ wire = logging.getLogger("socks5srv.wire")      # every message, at DEBUG
 
 M = TypeVar("M", Greeting, Credentials, Request)
 
+AUTH = {method: f"auth_{method.name}" for method in Method}
+DO = {command: f"do_{command.name}" for command in Command}
+
 BATCH = 0.05        # seconds between two looks at the sessions that have ended
 TELL_AGAIN = 60.0   # seconds until the same trouble is told again
 RETRY = 0.1         # seconds until we try again to accept, being out of something
@@ -118,6 +121,9 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     server: Socks5Server
     connection: socket.socket
+    in_tunnel = False               # the last reply is sent: nothing is answered any more
+    handed_over = False             # the sockets are the relay thread's, in what is
+    carried: Union[Tunnel, Association, None] = None
 
     def setup(self) -> None:
         # Not the base's rfile and wfile: a buffered file would swallow early data, and
@@ -125,9 +131,6 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.connection = self.request
         self.stream = ClientStream(self.connection)
         self.session = Session(self.server.next_id(), Address.of(self.client_address))
-        self.in_tunnel = False          # the last reply is sent: nothing is answered any more
-        self.handed_over = False        # the sockets are the relay thread's, in what is
-        self.carried: Union[Tunnel, Association, None] = None
         self.server.begin(self)
 
     def handle(self) -> None:
@@ -164,7 +167,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 else "the client offers no password (browsers cannot; --allow-from serves them without)"
             )
         self.send(MethodSelection(method))
-        authenticate: Callable[[], str] = getattr(self, f"auth_{method.name}")
+        authenticate: Callable[[], str] = getattr(self, AUTH[method])
         return authenticate()
 
     def select_method(self, offered: Sequence[int]) -> Method:
@@ -227,7 +230,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def perform(self, request: Request) -> None:
         """Carry out the request, by the method that is named like its command."""
         self.session.command, self.session.destination = request.command, request.destination
-        do = getattr(self, f"do_{request.command.name}", None)
+        do = getattr(self, DO[request.command], None)
         if do is None or request.command not in self.server.commands:
             raise RequestFailed(ReplyCode.COMMAND_NOT_SUPPORTED, f"{request.command.name} is switched off")
         do(request)
@@ -292,23 +295,27 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def addresses(self, request: Request, until: float) -> List[Address]:
         """Where the destination can be reached, as far as it is allowed; never empty."""
-        destination = request.destination
-        literal = destination.literal
+        literal = request.destination.literal
         if literal is not None:
-            found = [literal.dialled]
-        else:
-            self.check(request.command, destination)
-            with outbound.reporting(destination):
-                hosts = outbound.in_time(self.resolve, destination.host, self.connection, until)
-            found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
-            if not found:
-                raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{destination.host} has no address")
-        name = None if literal else destination.host
+            self.check(request.command, literal.dialled)
+            return [literal.dialled]
+        found, name = self.look_up(request, until), request.destination.host
         refusals = {address: self.refusal(request.command, address, name) for address in found}
         allowed = [address for address in found if not refusals[address]]
         if not allowed:
             raise RequestFailed(ReplyCode.NOT_ALLOWED, refusals[found[0]])
         return allowed
+
+    def look_up(self, request: Request, until: float) -> List[Address]:
+        """The addresses of a name; RequestFailed if it has none, or may not be asked for."""
+        destination = request.destination
+        self.check(request.command, destination)
+        with outbound.reporting(destination):
+            hosts = outbound.in_time(self.resolve, destination.host, self.connection, until)
+        found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
+        if not found:
+            raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{destination.host} has no address")
+        return found
 
     def check(self, command: Command, address: Address) -> None:
         reason = self.refusal(command, address)
@@ -331,7 +338,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             return f"{address} is this server itself"
         else:
             rule = rules.decide(address, name)
-            if not (self.is_here or self.server.allow_local_targets) and self.server.is_local(address):
+            if self.server.beyond_loopback and not (self.is_here or self.server.allow_local_targets) and self.server.is_local(address):
                 return f"{address} is for this computer only"
         if rule is not None and not rule.allows:
             return f"rule: {rule.text}"
@@ -512,10 +519,11 @@ class Bell:
         self.silence.acquire()
 
     def ring(self) -> None:
-        try:
-            self.silence.release()
-        except RuntimeError:        # it rings already
-            pass
+        if self.silence.locked():
+            try:
+                self.silence.release()
+            except RuntimeError:    # another thread has just done it
+                pass
 
     def wait(self, timeout: float) -> None:
         self.silence.acquire(timeout=timeout)
@@ -567,7 +575,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.live: Dict[int, Socks5Handler] = {}            # by session id, until the session ends
         self.handshakes: Dict[int, Socks5Handler] = {}      # of those, whose request is to come; oldest first
         self.clients = 0                                    # let in, and not gone yet
-        self.hosts: Counter[str] = Counter()                # of those: how many from which host
+        self.hosts: Counter[str] = Counter()                # of those: how many from which host, if that is limited
         self.ended: Deque[Socks5Handler] = deque()          # to be told of
         self.bell = Bell()                                  # one more has ended, or there is other news
         self.relays: List[Relay] = []
@@ -741,22 +749,35 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to talk to this client at all."""
-        client = Address.of(client_address)
-        if self.allow_from and self.users is None and not self.trusts(client):
-            self.warn("strange " + client.host, "%s is not in a network that is allowed to come", client.host)
+        if self.allow_from and self.users is None and not self.trusts(Address.of(client_address)):
+            host = Address.of(client_address).host
+            self.warn("strange " + host, "%s is not in a network that is allowed to come", host)
             return False
         with self.lock:         # counted here, or a burst would pass all at once
             full = self.clients >= self.most_clients
-            greedy = self.max_per_client is not None and self.hosts[client.host] >= self.max_per_client
+            greedy = not full and self.max_per_client is not None and not self.one_more(client_address)
             if not full and not greedy:
                 self.clients += 1
-                self.hosts[client.host] += 1
                 return True
         if full:
             self.warn("full", "%d clients are being served, and more do not fit: see --max-clients", self.clients)
         else:
-            self.warn("full " + client.host, "%s has %d connections, and may have no more", client.host, self.max_per_client)
+            host = Address.of(client_address).host
+            self.warn("full " + host, "%s has %d connections, and may have no more", host, self.max_per_client)
         return False
+
+    def one_more(self, client_address: Any) -> bool:
+        """Count one more client of this host, if it may have one; to be called with the lock."""
+        host = Address.of(client_address).host
+        if self.hosts[host] >= cast(int, self.max_per_client):
+            return False
+        self.hosts[host] += 1
+        return True
+
+    def one_less(self, host: str) -> None:
+        self.hosts[host] -= 1
+        if self.hosts[host] <= 0:
+            del self.hosts[host]
 
     @cached_property
     def most_clients(self) -> float:
@@ -817,15 +838,13 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def finished(self, handler: Socks5Handler) -> None:
         with self.lock:
-            self.live.pop(handler.session.id, None)
-            host = handler.session.client.host
             self.clients -= 1
-            self.hosts[host] -= 1
-            if self.hosts[host] <= 0:
-                del self.hosts[host]
+            self.live.pop(handler.session.id, None)
             self.handshakes.pop(handler.session.id, None)
-            if handler.session.bound is not None:
-                self.udp_relays.discard(handler.session.bound)
+            if self.max_per_client is not None:
+                self.one_less(handler.session.client.host)
+            if isinstance(handler.carried, Association):
+                self.udp_relays.discard(handler.carried.bound)
         self.ended.append(handler)
         self.bell.ring()
 

@@ -25,27 +25,25 @@ class Session:
     ``login_failed``, or ``bad_protocol`` (what came was not SOCKS5, or not in time).
     """
 
-    __slots__ = (
-        "id", "client", "started", "clock", "user", "command", "destination", "peer", "bound",
-        "reply", "login_failed", "reason", "up", "down", "seconds",
-    )
+    id: int
+    client: Address
+    user: Optional[str] = None              # who logged in, or tried to
+    command: Optional[Command] = None
+    destination: Optional[Address] = None   # as the client wrote it
+    peer: Optional[Address] = None          # what it was connected to
+    bound: Optional[Address] = None         # the proxy's end of that
+    reply: Optional[ReplyCode] = None       # the last one sent
+    login_failed = False
+    reason = ""                             # why it failed, or how it ended
+    up = 0                                  # octets of payload, client to target
+    down = 0                                # octets of payload, target to client
+    seconds: Optional[float] = None         # how long it took; None while it lives
 
     def __init__(self, id: int, client: Address) -> None:
         self.id = id
         self.client = client
         self.started = time.time()          # seconds since 1970, for the eye
         self.clock = time.monotonic()       # seconds, for the length: it never jumps
-        self.user: Optional[str] = None     # who logged in, or tried to
-        self.command: Optional[Command] = None
-        self.destination: Optional[Address] = None      # as the client wrote it
-        self.peer: Optional[Address] = None             # what it was connected to
-        self.bound: Optional[Address] = None            # the proxy's end of that
-        self.reply: Optional[ReplyCode] = None          # the last one sent
-        self.login_failed = False
-        self.reason = ""                    # why it failed, or how it ended
-        self.up = 0                         # octets of payload, client to target
-        self.down = 0                       # octets of payload, target to client
-        self.seconds: Optional[float] = None            # how long it took; None while it lives
 
     def end(self, reason: str = "") -> None:
         """It is over; the first reason given is the one that counts."""

@@ -66,7 +66,7 @@ def test_one_address_cannot_take_all_places(start_server: Any, new_client: Any) 
 
 
 def test_nobody_is_counted_who_has_left(start_server: Any, new_client: Any) -> None:
-    server = start_server()
+    server = start_server(max_per_client=2)
     for _ in range(5):
         new_client(server).close()
         server.next_ended()

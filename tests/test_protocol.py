@@ -219,7 +219,7 @@ def test_the_text_of_a_message_says_what_its_octets_mean(message, text):
 def test_no_password_is_shown_anywhere(password):
     credentials = Credentials(b"alice", password)
     shown = [str(credentials), repr(credentials), f"{credentials!s:>5}"]
-    shown += [field.meaning for field in credentials.fields()]
+    shown += [str(part) for field in credentials.fields() for part in (field, field.meaning)]
     assert not [text for text in shown if password.decode("latin-1") in text]
     # Nor how long it is: that is a hint as well.
     assert {field.name for field in credentials.fields() if field.secret} == {"PLEN", "PASSWD"}

@@ -336,6 +336,35 @@ def test_where_a_selector_holds_few_sockets_more_relay_threads_start(
     assert len(server.relays) >= 4
 
 
+@pytest.mark.skipif(not hasattr(relay.select, "epoll"), reason="not on this platform: elsewhere nothing is added while the thread waits")
+def test_an_event_that_comes_before_its_watcher_is_known_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    carrier = relay.Relay()
+    rounds: List[float] = []
+    heard = threading.Event()
+
+    class Watcher:
+        def ready(self, events: int) -> None:
+            ours.recv(1)
+            heard.set()
+
+        def abort(self, reason: str) -> None:
+            pass
+
+    waits = carrier.waiter.wait
+    monkeypatch.setattr(carrier.waiter, "wait", lambda timeout: rounds.append(timeout) or waits(timeout))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"!")
+        with carrier.adding:
+            carrier.waiter.add(ours.fileno(), relay.READ)
+            assert not heard.wait(0.05)     # time enough for some ten thousand rounds, if it looked again and again
+            carrier.watched[ours.fileno()] = Watcher()
+        assert heard.wait(TIMEOUT)
+        carrier.unwatch(ours.fileno())
+        carrier.stop()
+    assert len(rounds) < 10
+
+
 def test_a_bug_costs_one_tunnel_and_no_other(
         monkeypatch: pytest.MonkeyPatch, tunnel: Any, new_client: Any, listen: Any, bugs: List[Any]) -> None:
     client, target, server = tunnel()

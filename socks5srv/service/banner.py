@@ -95,21 +95,23 @@ class Tally:
         self.up = self.down = self.most = 0
 
     def add(self, session: Session) -> None:
-        self.events[session.event] += 1
+        event = session.event
+        self.events[event] += 1
         self.clients.add(session.client.host)
         self.up += session.up
         self.down += session.down
-        target = shown(str(session.destination or "-"))
-        if session.event == "close":
-            self.octets[target] += session.up + session.down
+        if event == "close":
+            self.count(self.octets, str(session.destination), session.up + session.down)
         else:
             code = f" ({session.reply:02x})" if session.reply else ""
-            self.failures[f"{target} {session.event.replace('_', ' ')}{code}"] += 1
-        # Both could grow without end on a server that runs for months.
-        for counter in (self.octets, self.failures):
-            if len(counter) > 10000:
-                for key, _count in counter.most_common()[5000:]:
-                    del counter[key]
+            self.count(self.failures, f"{session.destination or '-'} {event.replace('_', ' ')}{code}", 1)
+
+    def count(self, counter: CounterType[str], key: str, number: int) -> None:
+        """Add to one of the two that could grow without end, on a server that runs for months."""
+        counter[key] += number
+        if len(counter) > 10000:
+            for rare, _count in counter.most_common()[5000:]:
+                del counter[rare]
 
     def facts(self) -> Dict[str, Any]:
         return {
@@ -130,6 +132,6 @@ class Tally:
         for title, counter in (("most traffic", self.octets), ("not ok", self.failures)):
             for target, count in counter.most_common(3):
                 number = amount(count) if counter is self.octets else f"{count} x"
-                lines.append(f"  {title:<12}  {target}  {number}")
+                lines.append(f"  {title:<12}  {shown(target)}  {number}")
                 title = ""
         return "\n".join(lines)

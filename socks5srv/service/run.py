@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -45,7 +46,8 @@ class ServiceServer(Socks5Server):
 
     def begin(self, handler: Socks5Handler) -> None:
         super().begin(handler)
-        self.tally.most = max(self.tally.most, len(self.live))
+        if self.clients > self.tally.most:
+            self.tally.most = self.clients
 
 
 class ServiceHandler(Socks5Handler):
@@ -187,6 +189,7 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     read_users_on_hangup(server)
     with port_file(options.port_file, addresses[0].port):
         greet(server, options, addresses)
+        gc.freeze()                 # what is here by now stays: the collector need not look at it again
         server.serve_forever()
     server.server_close()
     logger.info("%s", farewell(server), extra={"event": "stop", "facts": server.tally.facts()})
