@@ -39,7 +39,7 @@ from .session import Session
 
 logger = logging.getLogger("socks5srv")
 
-TURN = 64               # datagrams moved in one turn, so that a flood leaves room for the others
+TURN = 32               # datagrams moved in one turn at most, so that a flood leaves room for the others: under 1 ms
 SPACE = 22              # octets in front of what is received: the longest header of an answer
 REMEMBERED = 4096       # targets and sources known at a time; then all are looked up afresh
 FORGET = 60.0           # seconds after which the same happens: names may move
@@ -288,6 +288,7 @@ class Inner:
         self.receive: Callable[[memoryview], int] = self.receive_from_anyone
         self.client: Optional[SockAddr] = None
         self.length = 10                # octets, of the header that came last
+        self.turn = TURN                # datagrams in the next one: to ask in vain costs as much as to move one
 
     def abort(self, reason: str) -> None:
         self.association.abort(reason)
@@ -295,13 +296,14 @@ class Inner:
     def ready(self, events: int) -> None:
         self.association.forget_old()
         chunk, targets, length = self.association.relay.chunk, self.association.targets, self.length
-        up = 0
-        for _ in range(TURN):
+        receive, up = self.receive, 0
+        for moved in range(self.turn):
             try:
-                n = self.receive(chunk)
+                n = receive(chunk)
             except BlockingIOError:
                 if self.client is not None:     # all that came before the lock has been seen
                     self.receive = self.socket.recv_into
+                self.turn = moved or 1
                 break
             except OSError:             # an ICMP error of an earlier answer
                 continue
@@ -315,6 +317,8 @@ class Inner:
                 up += target[0].sendto(chunk[length:n], target[1])
             except OSError:             # as in send_out()
                 pass
+        else:
+            self.turn = min(2 * self.turn, TURN)
         self.association.session.up += up
 
     def slow(self, octets: memoryview) -> int:
@@ -350,6 +354,7 @@ class Outer:
     def __init__(self, association: Association, sock: socket.socket) -> None:
         self.association = association
         self.socket = sock
+        self.turn = TURN                # as Inner's
 
     def abort(self, reason: str) -> None:
         self.association.abort(reason)
@@ -360,7 +365,7 @@ class Outer:
         room = chunk[SPACE:]
         headers, receive, answer = association.headers, self.socket.recvfrom_into, association.inner.socket.send
         down = 0
-        for _ in range(TURN):
+        for moved in range(self.turn):
             try:
                 n, source = receive(room)
                 header = headers.get(source) or self.header(source)
@@ -369,9 +374,12 @@ class Outer:
                     chunk[start:SPACE] = header
                     down += answer(chunk[start:SPACE + n]) - len(header)
             except BlockingIOError:
+                self.turn = moved or 1
                 break
             except OSError:             # an ICMP error of an earlier one, or too long with its header
                 continue
+        else:
+            self.turn = min(2 * self.turn, TURN)
         association.session.down += down
 
     def header(self, source: Tuple[str, int]) -> bytes:

@@ -83,6 +83,7 @@ class EpollWaiter:
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
+        self.wait: Callable[[float], Iterable[Tuple[int, int]]] = self.epoll.poll
 
     # Errors and hang-ups are always told.  With no other interest they are told once
     # (edge-triggered), or a half-dead socket that has to wait would keep us spinning.
@@ -95,9 +96,6 @@ class EpollWaiter:
 
     def remove(self, fd: int) -> None:
         pass                    # close() does it, and saves a call
-
-    def wait(self, timeout: float) -> Iterable[Tuple[int, int]]:
-        return self.epoll.poll(timeout)
 
     def close(self) -> None:
         self.epoll.close()
