@@ -34,13 +34,11 @@ LOOK = 0.1                  # seconds between two looks for tasks that are late
 class Epoll:
     """Linux: the kernel keeps the list, and forgets a socket when it is closed."""
 
-    # The `select` module's names exist on Linux only, and so do these numbers.
-    masks: Dict[int, int] = {READ: 1, WRITE: 4}
-
     def __init__(self) -> None:
         epoll = select.epoll()
         self.wait: Callable[[float], List[Tuple[int, int]]] = epoll.poll
         self.epoll, self.close = epoll, epoll.close
+        self.masks = {READ: select.EPOLLIN, WRITE: select.EPOLLOUT}
 
     def add(self, fd: int, events: int) -> None:
         self.epoll.register(fd, self.masks[events])

@@ -58,21 +58,21 @@ COLUMNS: Dict[str, Column] = {
     ),
     "connections": Column(
         "New connections",
-        {"rate": Quantity("rate", "per s", True), "p50": P50, "p99": P99, "cpu": Quantity("CPU", "µs each")},
+        {"rate": Quantity("rate", "connections/s", True), "p50": P50, "p99": P99, "cpu": Quantity("CPU", "µs each")},
         {"1": "1 client", "16": "16 clients", "128": "128 clients"},
         ("rate_1", "rate_16", "rate_128", "p50_16", "p99_16", "p99_128", "cpu_16"),
         ("rate_1", "rate_16", "rate_128"),
     ),
     "messages": Column(
         "Messages",
-        {"rate": Quantity("rate", "per s", True), "p50": P50, "p99": P99, "cpu": Quantity("CPU", "µs each")},
+        {"rate": Quantity("rate", "messages/s", True), "p50": P50, "p99": P99, "cpu": Quantity("CPU", "µs each")},
         {"1": "1 tunnel", "64": "64 tunnels", "512": "512 tunnels"},
         ("rate_1", "rate_64", "rate_512", "p50_64", "p99_64", "p99_512", "cpu_64"),
         ("rate_1", "rate_64", "rate_512"),
     ),
     "datagrams": Column(
         "Datagrams",
-        {"rate": Quantity("rate", "per s", True), "loss": Quantity("lost", "%"), "cpu": Quantity("CPU", "µs each")},
+        {"rate": Quantity("rate", "datagrams/s", True), "loss": Quantity("lost", "%"), "cpu": Quantity("CPU", "µs each")},
         {"1": "1 association", "64": "64 associations"},
         ("rate_1", "rate_64", "loss_1", "loss_64", "cpu_1", "cpu_64"),
         ("rate_1", "rate_64"),
@@ -90,7 +90,7 @@ COLUMNS: Dict[str, Column] = {
     "growth": Column(
         "Growth",
         {
-            "kib": Quantity("memory", "KiB each"), "rate": Quantity("rate", "messages per s", True), "p50": P50, "p99": P99,
+            "kib": Quantity("memory", "KiB each"), "rate": Quantity("rate", "messages/s", True), "p50": P50, "p99": P99,
             "open": Quantity("to open", "µs each"),
         },
         {str(count): f"{count:,} tunnels" for count in GROWTH},

@@ -15,7 +15,7 @@ from .results import Results
 
 Cell = Tuple[str, ...]      # its lines
 
-NARROW = 12                 # letters in a line of a heading
+NARROW = 13                 # letters in a line of a heading
 
 
 def tables(results: Results, reference: Optional[str] = None) -> str:
@@ -79,7 +79,7 @@ def cell(column: Column, key: str, numbers: Dict[str, Any], base: Dict[str, Any]
     text = digits(numbers[key])
     quantity, _situation = column.describe(key)
     if quantity.title == "rate" and base.get(key):
-        text += f" ({digits(numbers[key] / base[key])}×)"
+        text += f" ({digits(numbers[key] / base[key])}x)"
     return text
 
 

@@ -63,7 +63,7 @@ def kind(error: OSError) -> str:
     """What to call a failure, in a word or two."""
     if isinstance(error, TimeoutError) and not error.errno:
         return "without an answer"
-    return errno.errorcode[error.errno] if error.errno in errno.errorcode else str(error) or type(error).__name__
+    return errno.errorcode.get(error.errno or 0) or str(error) or type(error).__name__
 
 
 class Ended(ConnectionError):
