@@ -31,7 +31,7 @@ examples:
   python -m tests.benchmarks --draw results.json --svg pictures --rst
 """
 
-QUICK = {"rounds": 1, "seconds": 0.2, "most": 1000}
+QUICK = {"rounds": 1, "seconds": 0.15, "most": 2000}
 FULL = {"rounds": 3, "seconds": 1.0, "most": GROWTH[-1]}
 
 

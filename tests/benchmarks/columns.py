@@ -19,7 +19,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from . import processes
 from .loop import Loop, clock
-from .measures import BUSY, GROWTH, IDLE
+from .measures import BUSY, COLUMNS, GROWTH, IDLE
 from .traffic import (
     LOCALHOST, OPENERS, Associations, Drain, Failures, Juggler, Place, Service, Tunnels, Way, datagram_echo, datagram_socket,
     datagram_target, echo, flood, header_to, listen, pinger, sending, source, visitor,
@@ -46,6 +46,7 @@ class Job(NamedTuple):
     pid: Optional[int] = None
     portable: bool = False
     most: int = GROWTH[-1]  # tunnels
+    fresh: bool = True      # a server that nothing has been measured of before
 
 
 class Measurement:
@@ -85,6 +86,10 @@ class Measurement:
             self.numbers[f"{quantity}_{situation}"] = times[min(len(times) - 1, int(share * len(times)))] * 1e6
 
 
+def words(column: str, situation: object) -> str:
+    return COLUMNS[column].situations[str(situation)]
+
+
 # --- what several columns do ---
 
 def visits(m: Measurement, clients: int, targets: List[Place], failures: Failures, most: float = float("inf")) -> Tuple[List[float], float]:
@@ -122,7 +127,7 @@ def opening_time(count: int) -> float:
 
 def bulk(m: Measurement) -> None:
     for situation, streams in (("download", 1), ("downloads", STREAMS), ("upload", 1)):
-        with m.counting(situation) as failures:
+        with m.counting(words("bulk", situation)) as failures:
             stream(m, situation, streams, failures)
 
 
@@ -152,7 +157,7 @@ def stream(m: Measurement, situation: str, streams: int, failures: Failures) -> 
 def connections(m: Measurement) -> None:
     targets = m.target()
     for clients in (1, 16, 128):
-        with m.counting(f"{clients} clients") as failures:
+        with m.counting(words("connections", clients)) as failures:
             before = processes.cpu(m.pid)
             times, took = visits(m, clients, targets, failures)
             m.cost(f"cpu_{clients}", before, len(times), 1e6)
@@ -165,7 +170,7 @@ def connections(m: Measurement) -> None:
 def messages(m: Measurement) -> None:
     targets = m.target()
     for count in (1, 64, 512):
-        with m.counting(f"{count} tunnels") as failures:
+        with m.counting(words("messages", count)) as failures:
             tunnels = Tunnels(m.loop, m.job.way, failures)
             tunnels.open(count, targets, opening_time(count))
             before = processes.cpu(m.pid)
@@ -181,7 +186,7 @@ def datagrams(m: Measurement) -> None:
     target = datagram_target()
     m.loop.start(datagram_echo(m.loop, target))
     for count, under_way in ((1, 32), (64, 4)):
-        with m.counting(f"{count} associations") as failures:
+        with m.counting(words("datagrams", count)) as failures:
             juggle(m, target.getsockname(), count, under_way, failures)
 
 
@@ -270,13 +275,17 @@ def affordable(m: Measurement, sizes: List[int]) -> List[int]:
 
 
 def warm(m: Measurement, targets: List[Place], failures: Failures) -> Optional[float]:
-    """A few connections, so that what a server makes only once is there; its memory then."""
+    """
+    A few connections, so that what a server makes only once is there; its memory then.
+
+    None if it has been used before: a heap that was large once hides what it takes now.
+    """
     tunnels = Tunnels(m.loop, m.job.way, failures)
     tunnels.open(OPENERS, targets, opening_time(OPENERS))
     tunnels.close()
     m.loop.run(0.05)
     processes.rest(m.pid)
-    return processes.memory(m.pid)
+    return processes.memory(m.pid) if m.job.fresh else None
 
 
 def weigh(m: Measurement, key: str, base: Optional[float], count: int) -> None:

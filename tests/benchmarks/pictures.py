@@ -155,6 +155,7 @@ def plot(axes: Axes, column: Column, quantity: str, measured: Measured) -> None:
     others = [server for server in measured if server not in (OURS, DIRECT)]
     keys = sizes(quantity, measured)
     ends: Dict[str, float] = {}
+    names: Dict[str, str] = {}
     for server, numbers in measured.items():
         points = [(int(key.partition("_")[2]), numbers[key]) for key in keys if key in numbers]
         if points:
@@ -162,8 +163,11 @@ def plot(axes: Axes, column: Column, quantity: str, measured: Measured) -> None:
             axes.plot(*zip(*points), **look)
             axes.plot(*points[-1], "o", markersize=4.5, color=look["color"], zorder=4, clip_on=False)
             ends[server] = points[-1][1]
+            names[server] = NO_PROXY if server == DIRECT else server
+            if points[-1][0] < int(keys[-1].partition("_")[2]):
+                names[server] += f" (to {points[-1][0]:,})"
     scale(axes, [int(key.partition("_")[2]) for key in keys], [numbers[key] for numbers in measured.values() for key in keys if numbers.get(key)])
-    label_ends(axes, ends, others)
+    label_ends(axes, ends, names, others)
     axes.annotate(PANELS[quantity], (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", fontweight="bold", fontsize=11)
     axes.annotate(unit(column, keys[0]), (0, 1), (72, 10), xycoords="axes fraction", textcoords="offset points", color=SOFT, fontsize=9)
 
@@ -199,14 +203,14 @@ def scale(axes: Axes, counts: List[int], values: List[float]) -> None:
     axes.spines["bottom"].set_color(PALE)
 
 
-def label_ends(axes: Axes, ends: Dict[str, float], others: List[str]) -> None:
+def label_ends(axes: Axes, ends: Dict[str, float], names: Dict[str, str], others: List[str]) -> None:
     """Names at the ends of their lines, moved apart where they would touch."""
     heights = {server: axes.transAxes.inverted().transform(axes.transData.transform((1, value)))[1] for server, value in ends.items()}
     for server, height in moved_apart(heights).items():
         look = writing(server) if server == OURS else {"color": SOFT if server == DIRECT else stroke(server, others)["color"]}
         axes.annotate(
-            NO_PROXY if server == DIRECT else server, (1, height), (9, 0), xycoords="axes fraction", textcoords="offset points",
-            va="center", fontsize=9, annotation_clip=False, **look,
+            names[server], (1, height), (9, 0), xycoords="axes fraction", textcoords="offset points", va="center", fontsize=9,
+            annotation_clip=False, **look,
         )
 
 

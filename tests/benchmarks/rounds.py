@@ -2,8 +2,9 @@
 Servers side by side: A B C A B C, never A A B B.
 
 What else the computer does comes and goes, and hits all servers alike if they take turns.
-Of the rounds the median counts.  Only memory is different: a heap that has been used once
-hides what the next round takes, so there the largest is the true one.
+Of the rounds the median counts.  Only memory is different: a heap that has been large once hides
+what the next measurement takes.  So it is the memory of servers that are fresh: our own is
+started anew for each column and round, and of the others the first measurement counts.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from . import processes
 from .columns import Job, Numbers, measure
-from .measures import FAILURES, GROWTH, NOTE
+from .measures import FAILURES, GROWTH, IDLE, NOTE
 from .results import Results
 from .traffic import LOCALHOST, Login, Place, Way
 
@@ -57,13 +58,20 @@ class Plan(NamedTuple):
     most: int = GROWTH[-1]
 
 
+MEMORY = ("growth", "idle")         # the columns that are measured first
+
 Contender = Callable[[], "contextlib.AbstractContextManager[Tuple[Way, Optional[int]]]"]
+
+
+def started_by_us(plan: Plan, name: str) -> bool:
+    """Our own server, unless somebody has given another one its name."""
+    return name == OURS and OURS not in [server.name for server in plan.servers]
 
 
 def contenders(plan: Plan) -> Dict[str, Contender]:
     """Who takes part, by name, each with a context in which it is ready."""
     found: Dict[str, Contender] = {DIRECT: lambda: contextlib.nullcontext((Way(), None))}
-    if OURS not in [server.name for server in plan.servers]:
+    if started_by_us(plan, OURS):
         found[OURS] = lambda: our_server(plan)
     for server in plan.servers:
         ready = Way(server.place, plan.login), server.pid
@@ -76,27 +84,36 @@ def run(plan: Plan, tell: Callable[[str], None]) -> Results:
     began = time.monotonic()
     taking_part = contenders(plan)
     results: Results = {name: {} for name in taking_part}
-    for column in plan.columns:
+    for column in sorted(plan.columns, key=lambda name: MEMORY.index(name) if name in MEMORY else len(MEMORY)):
         rounds: Dict[str, List[Tuple[Numbers, int, List[str]]]] = {name: [] for name in taking_part}
         for number in range(plan.rounds):
             for name, ready in taking_part.items():
                 with ready() as (way, pid):
                     processes.rest(pid)
-                    job = Job(way, plan.seconds, pid, plan.portable, plan.most)
+                    fresh = started_by_us(plan, name) or not (number or results[name])
+                    job = Job(way, plan.seconds, pid, plan.portable, plan.most, fresh)
                     rounds[name].append(in_a_process(column, job))
                 tell(f"{time.monotonic() - began:5.0f} s  {column}, round {number + 1} of {plan.rounds}: {name}")
         for name in taking_part:
             results[name][column] = summary(rounds[name])
+        copy_memory(results)
     return results
 
 
-def summary(rounds: List[Tuple[Numbers, int, List[str]]]) -> Dict[str, object]:
-    """One column of one server, from all its rounds."""
+def copy_memory(results: Results) -> None:
+    """Growth knows what an idle tunnel takes, too, where only the first measurement tells."""
+    for columns in results.values():
+        for key, value in columns.get("growth", {}).items():
+            if key == f"kib_{IDLE}" and "idle" in columns:
+                columns["idle"].setdefault(key, value)
+
+
+def summary(rounds: List[Tuple[Numbers, int, List[str]]]) -> Dict[str, Any]:
+    """One column of one server, from all its rounds: medians, the failures of all, and what was said."""
     keys = list(dict.fromkeys(key for numbers, _failures, _notes in rounds for key in numbers))
-    found: Dict[str, object] = {}
+    found: Dict[str, Any] = {}
     for key in keys:
-        values = [numbers[key] for numbers, _failures, _notes in rounds if key in numbers]
-        found[key] = max(values) if key.startswith("kib") else statistics.median(values)
+        found[key] = statistics.median(numbers[key] for numbers, _failures, _notes in rounds if key in numbers)
     found[FAILURES] = sum(failures for _numbers, failures, _notes in rounds)
     notes = dict.fromkeys(note for _numbers, _failures, notes in rounds for note in notes)
     if notes:

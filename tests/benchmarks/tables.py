@@ -35,10 +35,16 @@ def column_tables(name: str, results: Results, reference: Optional[str]) -> Iter
         for quantity, meaning in column.quantities.items():
             keys = sizes(quantity, measured)
             if keys:
-                yield captioned(f"{column.title}: {meaning.title}, {meaning.unit}", rows(column, keys, measured, reference, units=False))
-    notes = [f"- {server}: {numbers[NOTE]}" for server, numbers in measured.items() if numbers.get(NOTE)]
+                yield captioned(f"{column.title}: {meaning.title}, {meaning.unit}", rows(column, keys, measured, reference))
+    notes = [f"- {server}: {words(numbers)}" for server, numbers in measured.items() if words(numbers)]
     if notes:
         yield "\n".join(notes)
+
+
+def words(numbers: Dict[str, Any]) -> str:
+    """What has to be said about a column: failures have to, whoever wrote the file."""
+    failed = f"{numbers[FAILURES]} failed" if numbers.get(FAILURES) and not numbers.get(NOTE) else ""
+    return str(numbers.get(NOTE, failed))
 
 
 def anybody_has(key: str, measured: Dict[str, Dict[str, Any]]) -> bool:
@@ -51,22 +57,23 @@ def sizes(quantity: str, measured: Dict[str, Dict[str, Any]]) -> List[str]:
     return sorted(keys, key=lambda key: int(key.partition("_")[2]))
 
 
-def rows(column: Column, keys: List[str], measured: Dict[str, Dict[str, Any]], reference: Optional[str], units: bool = True) -> List[List[Cell]]:
+def rows(column: Column, keys: List[str], measured: Dict[str, Dict[str, Any]], reference: Optional[str]) -> List[List[Cell]]:
     """The cells of a table, headings first."""
-    found = [[("server",), *(heading(column, key, units) for key in keys)]]
+    found = [[("server",), *(heading(column, key) for key in keys)]]
     base = measured.get(reference or "", {})
     for server, numbers in measured.items():
         found.append([(server,), *((cell(column, key, numbers, base),) for key in keys)])
-    if any(numbers.get(FAILURES) for numbers in measured.values()):
+    if column.shown and any(numbers.get(FAILURES) for numbers in measured.values()):
         found[0].append(("failed",))
         for row, numbers in zip(found[1:], measured.values()):
             row.append((str(numbers.get(FAILURES, 0)),))
     return found
 
 
-def heading(column: Column, key: str, units: bool) -> Cell:
+def heading(column: Column, key: str) -> Cell:
+    """Where the caption says what is counted, the situation is enough."""
     quantity, situation = column.describe(key)
-    if not units:
+    if not column.shown:
         return (situation.partition(" ")[0],)
     what = quantity.unit if quantity.title == "rate" else f"{quantity.title} {quantity.unit}"
     return (*textwrap.wrap(situation, NARROW), *textwrap.wrap(what, NARROW))
@@ -78,7 +85,7 @@ def cell(column: Column, key: str, numbers: Dict[str, Any], base: Dict[str, Any]
         return "-"
     text = digits(numbers[key])
     quantity, _situation = column.describe(key)
-    if quantity.title == "rate" and base.get(key):
+    if quantity.title == "rate" and base.get(key) and base is not numbers:
         text += f" ({digits(numbers[key] / base[key])}x)"
     return text
 

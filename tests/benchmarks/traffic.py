@@ -11,6 +11,7 @@ What fails is put down in a `Failures`, by kind, and never tried again in silenc
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections import Counter
 from functools import lru_cache
@@ -63,7 +64,7 @@ def kind(error: OSError) -> str:
     """What to call a failure, in a word or two."""
     if isinstance(error, TimeoutError) and not error.errno:
         return "without an answer"
-    return errno.errorcode.get(error.errno or 0) or str(error) or type(error).__name__
+    return os.strerror(error.errno).lower() if error.errno else str(error)
 
 
 class Ended(ConnectionError):
