@@ -31,6 +31,7 @@ PAYLOAD = 200               # octets of a datagram
 STREAMS = 8
 VISITS = 200                # new connections while idle tunnels are open
 GRACE = 2.0                 # seconds for the last answers
+STARTING = 15.0             # seconds for a load to run
 LOAD = 60.0                 # seconds after which a load ends even if nobody ends it
 SPARE = 200                 # descriptors for everything but tunnels
 SELECT = 512                # sockets that select() takes on Windows
@@ -100,6 +101,7 @@ def visits(m: Measurement, clients: int, targets: List[Place], failures: Failure
     for _ in range(clients):
         m.loop.start(visitor(m.loop, m.job.way, turns, CONNECTION, began + m.job.seconds, times, failures))
     m.loop.run(m.job.seconds, lambda: len(times) >= most)
+    m.loop.run(GRACE, lambda: times or not m.loop.deadlines)     # where the time was too short for a single one
     return times[:], clock() - began
 
 
@@ -111,6 +113,7 @@ def ping_pong(m: Measurement, sockets: List[socket.socket], failures: Failures) 
     for sock in sockets:
         m.loop.start(pinger(m.loop, sock, MESSAGE, began + m.job.seconds, times, busy, failures))
     m.loop.run(m.job.seconds, lambda: not busy[0])
+    m.loop.run(GRACE, lambda: times or not busy[0])
     counted, took = times[:], clock() - began
     m.loop.run(GRACE, lambda: not busy[0])
     if busy[0]:
@@ -144,6 +147,7 @@ def stream(m: Measurement, situation: str, streams: int, failures: Failures) -> 
     m.loop.run(0.2 * m.job.seconds)         # until the windows have grown
     octets, before, began = drain.octets, processes.cpu(m.pid), clock()
     m.loop.run(m.job.seconds)
+    m.loop.run(GRACE, lambda: drain.octets > octets or not tunnels.sockets)
     gib, took = (drain.octets - octets) / 2 ** 30, clock() - began
     m.cost(f"cpu_{situation}", before, gib, 1)
     if gib:
@@ -202,6 +206,7 @@ def juggle(m: Measurement, target: Place, count: int, under_way: int, failures: 
         for juggler in jugglers:
             juggler.look()
         m.loop.run(min(0.1, m.job.seconds / 2))
+    m.loop.run(GRACE, lambda: not jugglers or any(juggler.received for juggler in jugglers))
     echoed, took = sum(juggler.received for juggler in jugglers), clock() - began
     m.cost(f"cpu_{count}", before, echoed, 1e6)
     for juggler in jugglers:
@@ -301,11 +306,13 @@ def fairness(m: Measurement) -> None:
     with m.counting("alone") as failures:
         newcomer(m, "new", targets, failures)
         one_tunnel(m, "ping", targets, failures)
-    with m.counting("beside 8 downloads") as failures, beside(bulk_load, m.job, failures):
-        newcomer(m, "newbulk", targets, failures)
-        one_tunnel(m, "pingbulk", targets, failures)
-    with m.counting("beside a flood") as failures, beside(flood_load, m.job, failures):
-        one_tunnel(m, "pingflood", targets, failures)
+    with m.counting("beside 8 downloads") as failures, beside(bulk_load, m.job, failures) as loaded:
+        if loaded:
+            newcomer(m, "newbulk", targets, failures)
+            one_tunnel(m, "pingbulk", targets, failures)
+    with m.counting("beside a flood") as failures, beside(flood_load, m.job, failures) as loaded:
+        if loaded:
+            one_tunnel(m, "pingflood", targets, failures)
 
 
 def newcomer(m: Measurement, situation: str, targets: List[Place], failures: Failures) -> None:
@@ -328,29 +335,35 @@ Load = Callable[[Job, Connection], None]
 
 
 @contextlib.contextmanager
-def beside(load: Load, job: Job, failures: Failures) -> Iterator[None]:
-    """Have a load run in a process of its own, so that it does not keep this loop busy."""
+def beside(load: Load, job: Job, failures: Failures) -> Iterator[bool]:
+    """
+    Have a load run in a process of its own, so that it does not keep this loop busy.
+
+    Whether it runs as it should: a number beside half a load would be too good to be true.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=load, args=(job, there), daemon=True)
     process.start()
     there.close()
     try:
-        if not here.poll(15):
-            failures.kinds["load that did not come about"] += 1
-        else:
-            try:
-                for what, count in here.recv().items():
-                    failures.kinds[what] += count
-            except EOFError:
-                failures.kinds["load that broke down"] += 1
-        yield
+        trouble = begin(here)
+        failures.kinds.update(trouble)
+        yield not trouble
         if not process.is_alive():
             failures.kinds["load that ended early"] += 1
     finally:
         process.terminate()
         process.join()
         here.close()
+
+
+def begin(load: Connection) -> Dict[str, int]:
+    """Wait until a load runs; what has failed in it so far."""
+    try:
+        return dict(load.recv()) if load.poll(STARTING) else {"load that did not come about": 1}
+    except EOFError:
+        return {"load that broke down": 1}
 
 
 def bulk_load(job: Job, ready: Connection) -> None:

@@ -100,13 +100,17 @@ class Loop:
 
     def leave(self, sock: socket.socket) -> None:
         """Nobody waits for this socket, but it stays open."""
-        if self.tasks.pop(sock.fileno(), None):
-            self.poller.drop(sock.fileno(), False)
+        fd = sock.fileno()
+        task = self.tasks.pop(fd, None)
+        if task is not None:
+            self.poller.drop(fd, False)
 
     def shut(self, sock: socket.socket) -> None:
         """Close this socket, whether somebody waits for it or not."""
-        if self.tasks.pop(sock.fileno(), None):
-            self.poller.drop(sock.fileno(), True)
+        fd = sock.fileno()
+        task = self.tasks.pop(fd, None)     # kept till the end: without it the task ends, and closes its socket
+        if task is not None:
+            self.poller.drop(fd, True)
         sock.close()
 
     def hurry(self, seconds: float) -> None:

@@ -39,7 +39,7 @@ class Column(NamedTuple):
             raise KeyError(key)
         return self.quantities[quantity], self.situations.get(situation) or f"{int(situation):,} tunnels"
 
-    def keys(self) -> List[str]:
+    def all_keys(self) -> List[str]:
         return [f"{quantity}_{situation}" for quantity in self.quantities for situation in self.situations]
 
 

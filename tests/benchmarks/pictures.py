@@ -11,19 +11,19 @@ This is the only file that needs matplotlib, and it is imported only to draw.
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot, ticker  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+from matplotlib import pyplot, ticker
+from matplotlib.axes import Axes
 
-from .measures import COLUMNS, FAILURES, Column  # noqa: E402
-from .results import Results  # noqa: E402
-from .rounds import DIRECT, OURS  # noqa: E402
-from .tables import anybody_has, digits, sizes  # noqa: E402
+from .measures import COLUMNS, FAILURES, Column
+from .results import Results
+from .rounds import DIRECT, OURS
+from .tables import anybody_has, digits, sizes
 
 BLUE, INK, SOFT, PALE = "#0067a5", "#222222", "#6b6b6b", "#c3c3c3"
 GREYS = ("#3f3f3f", "#6f6f6f", "#8f8f8f", "#a9a9a9")        # of lines; their dashes differ as well
@@ -86,7 +86,7 @@ def in_order(column: Column, keys: List[str], measured: Measured) -> List[str]:
 
 
 def chart(axes: Axes, column: Column, key: str, servers: List[str], measured: Measured) -> None:
-    quantity, situation = column.describe(key)
+    __quantity, situation = column.describe(key)
     values = [measured[server].get(key) for server in servers]
     most = max((value for value in values if value is not None), default=1) or 1
     for place, (server, value) in enumerate(zip(servers, values)):

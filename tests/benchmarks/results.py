@@ -56,7 +56,7 @@ def check_number(column: str, key: str, value: Any, where: str) -> None:
         try:
             COLUMNS[column].describe(key)
         except KeyError:
-            raise BadResults(f"{where}: there is no key {key!r}; there are {', '.join(COLUMNS[column].keys())}") from None
+            raise BadResults(f"{where}: there is no key {key!r}; there are {', '.join(COLUMNS[column].all_keys())}") from None
     if isinstance(value, bool) or not (value is None or isinstance(value, (int, float))):
         raise BadResults(f"{where}: {key} is {value!r}, and should be a number")
 

@@ -115,11 +115,15 @@ def simple_table(cells: List[List[Cell]]) -> str:
 
 
 def unfolded(row: List[Cell]) -> List[List[str]]:
-    """A row of cells as lines; an empty first cell makes a line go on with the one above."""
-    height = max(map(len, row))
-    return [[cell[i] if i < len(cell) else "" for cell in row] for i in range(height)]
+    """
+    A row of cells as lines; an empty first cell makes a line go on with the one above.
+
+    The lines of a cell begin at the same place: what is indented would be a quotation.
+    """
+    blocks = [[line.ljust(max(map(len, cell))) for line in cell] for cell in row]
+    return [[block[i] if i < len(block) else "" for block in blocks] for i in range(max(map(len, row)))]
 
 
 def aligned(line: List[str], widths: List[int]) -> str:
     first, *others = zip(line, widths)
-    return "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]).rstrip()
+    return "  ".join([first[0].strip().ljust(first[1]), *(text.rjust(width) for text, width in others)]).rstrip()
