@@ -80,8 +80,8 @@ COLUMNS: Dict[str, Column] = {
     "idle": Column(
         "Idle tunnels",
         {
-            "opened": Quantity("opened", "tunnels", True), "kib": Quantity("memory", "KiB each"),
-            "p50": Quantity("new one p50", "µs"), "p99": Quantity("new one p99", "µs"),
+            "opened": Quantity("opened", "tunnels", True), "kib": Quantity("memory", "KiB/tunnel"),
+            "p50": Quantity("visit p50", "µs"), "p99": Quantity("visit p99", "µs"),
         },
         {str(IDLE): f"{IDLE:,} tunnels"},
         (f"opened_{IDLE}", f"kib_{IDLE}", f"p50_{IDLE}", f"p99_{IDLE}"),
@@ -90,7 +90,7 @@ COLUMNS: Dict[str, Column] = {
     "growth": Column(
         "Growth",
         {
-            "kib": Quantity("memory", "KiB each"), "rate": Quantity("rate", "messages/s", True), "p50": P50, "p99": P99,
+            "kib": Quantity("memory", "KiB/tunnel"), "rate": Quantity("rate", "messages/s", True), "p50": P50, "p99": P99,
             "open": Quantity("to open", "µs each"),
         },
         {str(count): f"{count:,} tunnels" for count in GROWTH},
@@ -101,8 +101,8 @@ COLUMNS: Dict[str, Column] = {
         "Fairness",
         {"p50": P50, "p99": P99},
         {
-            "new": "new one, alone", "newbulk": "new one, 8 downloads",
-            "ping": "message, alone", "pingbulk": "message, 8 downloads", "pingflood": "message, UDP flood",
+            "new": "visit alone", "newbulk": "visit beside 8 downloads",
+            "ping": "message alone", "pingbulk": "message beside 8 downloads", "pingflood": "message beside a UDP flood",
         },
         ("p50_new", "p99_new", "p50_newbulk", "p99_newbulk", "p99_ping", "p99_pingbulk", "p99_pingflood"),
         ("p99_newbulk", "p99_pingbulk", "p99_pingflood"),

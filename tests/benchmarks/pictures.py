@@ -31,6 +31,7 @@ DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 WIDTH = 9.6                 # inches; 72 points each
 PANELS = {"rate": "Messages", "p99": "Latency", "kib": "Memory"}
 NO_PROXY = "no proxy"
+STAR = "*"
 FAR_APART = 20              # times the smallest, and a linear scale would show nothing but the largest
 APART = 0.1               # of the height of a panel, between two names
 STYLE = {
@@ -67,13 +68,17 @@ def bars(column: Column, measured: Measured) -> Any:
     if not keys:
         return None
     servers = in_order(column, keys, measured)
-    height = 1.0 + 0.30 * len(servers)
+    failed = any(measured[server].get(FAILURES) for server in servers)
+    foot = 0.4 if failed else 0.12
+    height = 0.88 + foot + 0.30 * len(servers)
     figure, row = pyplot.subplots(1, len(keys), figsize=(WIDTH, height), sharey=True, squeeze=False)
     for axes, key in zip(row[0], keys):
         chart(axes, column, key, servers, measured)
     name_servers(row[0][0], servers)
     margin = (0.25 + 0.088 * max(map(len, servers))) / WIDTH
-    figure.subplots_adjust(left=margin, right=0.985, top=1 - 0.85 / height, bottom=0.12 / height, wspace=0.12)
+    figure.subplots_adjust(left=margin, right=0.985, top=1 - 0.85 / height, bottom=foot / height, wspace=0.12)
+    if failed:
+        figure.text(margin, 0.12 / height, f"{STAR} some of it has failed: see the table", color=SOFT, fontsize=9)
     return figure
 
 
@@ -92,8 +97,8 @@ def chart(axes: Axes, column: Column, key: str, servers: List[str], measured: Me
     for place, (server, value) in enumerate(zip(servers, values)):
         if value is not None:
             axes.barh(place, value, 0.68, color=BLUE if server == OURS else PALE)
-        failed = " (some failed)" if measured[server].get(FAILURES) else ""
-        text = "none" if value is None else digits(value) + failed
+        failed = STAR if measured[server].get(FAILURES) else ""
+        text = ("none" if value is None else digits(value)) + failed
         axes.text((value or 0) + 0.02 * most, place, text, va="center", **writing(server))
     axes.set_xlim(0, 1.34 * most)
     axes.set_ylim(len(servers) - 0.4, -0.6)
@@ -111,7 +116,7 @@ def writing(server: str) -> Dict[str, Any]:
 
 def unit(column: Column, key: str) -> str:
     quantity, _situation = column.describe(key)
-    what = quantity.unit if quantity.title == "rate" else f"{quantity.title} {quantity.unit}"
+    what = quantity.unit if quantity.title == "rate" else f"{quantity.title} in {quantity.unit}"
     return f"{what}, {'more' if quantity.more_is_better else 'less'} is better"
 
 
