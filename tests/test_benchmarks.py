@@ -117,11 +117,12 @@ def test_the_tables_are_what_is_printed(run: Dict[str, Any]) -> None:
     assert re.search(rf"^{OURS} .*\({digits(1 / faster)}x\)", output, re.MULTILINE)
 
 
-def test_tables_are_restructured_text(run: Dict[str, Any]) -> None:
+def test_tables_and_page_are_restructured_text(run: Dict[str, Any]) -> None:
     rst = pytest.importorskip("readme_renderer.rst", reason="readme_renderer is not installed")
-    html = rst.render(run["output"])
-    assert html is not None
-    assert html.count("<table") >= len(COLUMNS)
+    for text in (run["output"], README):
+        html = rst.render(text)
+        assert html is not None
+        assert html.count("<table") >= len(COLUMNS)
 
 
 def test_the_same_results_make_the_same_pictures(run: Dict[str, Any], tmp_path: Path) -> None:
