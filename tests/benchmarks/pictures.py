@@ -34,7 +34,7 @@ NO_PROXY = "no proxy"
 STAR = "*"
 FAR_APART = 20              # times the smallest, and a linear scale would show nothing but the largest
 APART = 0.1               # of the height of a panel, between two names
-STYLE = {
+STYLE: Dict[Any, Any] = {
     "svg.hashsalt": "socks5srv",        # or ids would be random
     "svg.fonttype": "none",             # text stays text: small files, and small differences
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"], "font.size": 10,
