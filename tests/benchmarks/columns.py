@@ -94,7 +94,11 @@ def words(column: str, situation: object) -> str:
 # --- what several columns do ---
 
 def visits(m: Measurement, clients: int, targets: List[Place], failures: Failures, most: float = float("inf")) -> Tuple[List[float], float]:
-    """Short connections by so many clients; the seconds of each, and of all together."""
+    """
+    Short connections by so many clients; the seconds of each, and how many there were per second.
+
+    Those that are under way at the end add their seconds later, so that the slowest are not forgotten.
+    """
     times: List[float] = []
     turns = itertools.cycle(targets)
     began = clock()
@@ -102,11 +106,11 @@ def visits(m: Measurement, clients: int, targets: List[Place], failures: Failure
         m.loop.start(visitor(m.loop, m.job.way, turns, CONNECTION, began + m.job.seconds, times, failures))
     m.loop.run(m.job.seconds, lambda: len(times) >= most)
     m.loop.run(GRACE, lambda: times or not m.loop.deadlines)     # where the time was too short for a single one
-    return times[:], clock() - began
+    return times, len(times) / (clock() - began)
 
 
 def ping_pong(m: Measurement, sockets: List[socket.socket], failures: Failures) -> Tuple[List[float], float]:
-    """Messages to and fro on all these tunnels; the seconds of each, and of all together."""
+    """Messages to and fro on all these tunnels; the seconds of each, and how many there were per second."""
     times: List[float] = []
     busy = [len(sockets)]
     began = clock()
@@ -114,11 +118,11 @@ def ping_pong(m: Measurement, sockets: List[socket.socket], failures: Failures) 
         m.loop.start(pinger(m.loop, sock, MESSAGE, began + m.job.seconds, times, busy, failures))
     m.loop.run(m.job.seconds, lambda: not busy[0])
     m.loop.run(GRACE, lambda: times or not busy[0])
-    counted, took = times[:], clock() - began
+    rate = len(times) / (clock() - began)
     m.loop.run(GRACE, lambda: not busy[0])
     if busy[0]:
         failures.kinds["without an answer"] += busy[0]
-    return counted, took
+    return times, rate
 
 
 def opening_time(count: int) -> float:
@@ -163,10 +167,10 @@ def connections(m: Measurement) -> None:
     for clients in (1, 16, 128):
         with m.counting(words("connections", clients)) as failures:
             before = processes.cpu(m.pid)
-            times, took = visits(m, clients, targets, failures)
+            times, rate = visits(m, clients, targets, failures)
             m.cost(f"cpu_{clients}", before, len(times), 1e6)
             if times:
-                m.numbers[f"rate_{clients}"] = len(times) / took
+                m.numbers[f"rate_{clients}"] = rate
             m.loop.run(GRACE, lambda: not m.loop.deadlines)
             m.latencies(str(clients), times, "p50", "p99")
 
@@ -178,10 +182,10 @@ def messages(m: Measurement) -> None:
             tunnels = Tunnels(m.loop, m.job.way, failures)
             tunnels.open(count, targets, opening_time(count))
             before = processes.cpu(m.pid)
-            times, took = ping_pong(m, tunnels.sockets, failures)
+            times, rate = ping_pong(m, tunnels.sockets, failures)
             m.cost(f"cpu_{count}", before, len(times), 1e6)
             if times:
-                m.numbers[f"rate_{count}"] = len(times) / took
+                m.numbers[f"rate_{count}"] = rate
             m.latencies(str(count), times, "p50", "p99")
             tunnels.close()
 
@@ -243,7 +247,7 @@ def idle(m: Measurement) -> None:
             tunnels.open(wanted, targets, opening_time(wanted))
             m.numbers[f"opened_{IDLE}"] = len(tunnels.sockets)
             weigh(m, f"kib_{IDLE}", base, len(tunnels.sockets))
-            times, _took = visits(m, 1, targets, failures, VISITS)
+            times, _rate = visits(m, 1, targets, failures, VISITS)
             m.latencies(str(IDLE), times, "p50", "p99")
         tunnels.close()
 
@@ -262,9 +266,9 @@ def growth(m: Measurement) -> None:
                 break
             m.numbers[f"open_{size}"] = took / (size - had) * 1e6
             weigh(m, f"kib_{size}", base, size)
-            times, took = ping_pong(m, tunnels.sockets[::size // BUSY][:BUSY], failures)
+            times, rate = ping_pong(m, tunnels.sockets[::size // BUSY][:BUSY], failures)
             if times:
-                m.numbers[f"rate_{size}"] = len(times) / took
+                m.numbers[f"rate_{size}"] = rate
             m.latencies(str(size), times, "p50", "p99")
         tunnels.close()
 
@@ -316,7 +320,7 @@ def fairness(m: Measurement) -> None:
 
 
 def newcomer(m: Measurement, situation: str, targets: List[Place], failures: Failures) -> None:
-    times, _took = visits(m, 1, targets, failures)
+    times, _rate = visits(m, 1, targets, failures)
     m.loop.run(GRACE, lambda: not m.loop.deadlines)
     m.latencies(situation, times, "p50", "p99")
 
@@ -324,7 +328,7 @@ def newcomer(m: Measurement, situation: str, targets: List[Place], failures: Fai
 def one_tunnel(m: Measurement, situation: str, targets: List[Place], failures: Failures) -> None:
     tunnels = Tunnels(m.loop, m.job.way, failures)
     tunnels.open(1, targets, opening_time(1))
-    times, _took = ping_pong(m, tunnels.sockets, failures)
+    times, _rate = ping_pong(m, tunnels.sockets, failures)
     m.latencies(situation, times, "p50", "p99")
     tunnels.close()
 
