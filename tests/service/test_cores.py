@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -46,7 +47,8 @@ def _free_again() -> Iterator[None]:
     before = os.sched_getaffinity(0) if place else set()
     yield
     for thread in os.listdir("/proc/self/task") if place else ():
-        place(int(thread), before)
+        with contextlib.suppress(ProcessLookupError):
+            place(int(thread), before)
 
 
 def placed(thread: int) -> Set[int]:

@@ -1,0 +1,509 @@
+"""
+Both ends of every connection: the client in front of the proxy, and the target behind it.
+
+They are tasks of one loop, so octets are counted where they arrive, and nothing has to be
+agreed upon between programs.  A `Way` says how a client gets to a target: through a SOCKS5
+server, or straight.  Everything that a client says is put together before it is needed.
+
+What fails is put down in a `Failures`, by kind, and never tried again in silence.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import Counter
+from functools import lru_cache
+from io import BytesIO
+from typing import Callable, Generator, Iterator, List, NamedTuple, Optional, Tuple
+
+from socks5srv.protocol import (
+    UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Datagram, Greeting, Method, MethodSelection, Reply,
+    ReplyCode, Request, Socks5Error,
+)
+
+from .loop import READ, WRITE, Loop, Task, clock
+
+LOCALHOST = "127.0.0.1"
+PATIENCE = 5.0              # seconds for a client to get its tunnel, or to be served altogether
+IN_A_ROW = 5                # failures after which a client tries no more
+OPENERS = 32                # clients that open tunnels at a time
+BLOCK = 256 * 1024          # octets of bulk data in a call
+BACKLOG = 4096
+
+Place = Tuple[str, int]
+Login = Tuple[str, str]
+Opened = Generator[None, None, socket.socket]
+
+NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)
+NOT_YET = {0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)}
+SUCCEEDED = bytes(Reply(ReplyCode.SUCCEEDED))[:2]
+NO_LOGIN = bytes(MethodSelection(Method.NO_AUTHENTICATION_REQUIRED))
+LOGIN = bytes(MethodSelection(Method.USERNAME_PASSWORD))
+WELCOME = bytes(CredentialsReply(CredentialsReply.SUCCESS))
+
+
+class Failures:
+    """How often something has failed, by what it was."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+
+    def add(self, error: OSError) -> None:
+        self.kinds[kind(error)] += 1
+
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {what}" for what, count in sorted(self.kinds.items()))
+
+
+def kind(error: OSError) -> str:
+    """What to call a failure, in a word or two."""
+    if isinstance(error, TimeoutError) and not error.errno:
+        return "without an answer"
+    return os.strerror(error.errno).lower() if error.errno else str(error)
+
+
+class Ended(ConnectionError):
+    """The other end has closed where something was to come."""
+
+    def __init__(self) -> None:
+        super().__init__("closed early")
+
+
+# --- the client ---
+
+class Way(NamedTuple):
+    """How to get to a target: through the server at `proxy`, or straight if that is None."""
+
+    proxy: Optional[Place] = None
+    login: Optional[Login] = None
+
+    def open(self, loop: Loop, target: Place, hello: bytes = b"") -> Opened:
+        """The part of a task that gets a tunnel; `hello` is sent through it as soon as it stands."""
+        if self.proxy is None:
+            return (yield from dial(loop, target, hello))
+        sock, _reply = yield from self.ask(loop, request_to(target))
+        if hello:
+            sock.send(hello)
+        return sock
+
+    def ask(self, loop: Loop, request: bytes) -> Generator[None, None, Tuple[socket.socket, bytes]]:
+        """Greeting, login if the server wants it, and a request; the connection, and the reply."""
+        assert self.proxy is not None
+        sock = yield from dial(loop, self.proxy, greeting(self.login))
+        try:
+            chosen = yield from receive(sock, 2)
+            if chosen == LOGIN and self.login:
+                sock.send(credentials(self.login))
+                if (yield from receive(sock, 2)) != WELCOME:
+                    raise ConnectionError("refused the login")
+            elif chosen != NO_LOGIN:
+                raise ConnectionError("wants a login")
+            sock.send(request)
+            reply = yield from receive(sock, 10)    # all of it, where BND.ADDR is an IPv4 address
+            if reply[:2] != SUCCEEDED:
+                raise ConnectionError(f"refused with reply {reply[1]:02x}")
+            if reply[3] != UNSPECIFIED.address_type:
+                reply += yield from rest_of_reply(sock, reply)
+            return sock, reply
+        except BaseException:
+            loop.shut(sock)
+            raise
+
+
+# Put together once: these are asked for by every connection.
+
+@lru_cache(None)
+def request_to(target: Place) -> bytes:
+    return bytes(Request(Command.CONNECT, Address.of(target)))
+
+
+@lru_cache(None)
+def greeting(login: Optional[Login]) -> bytes:
+    methods = [Method.NO_AUTHENTICATION_REQUIRED] + [Method.USERNAME_PASSWORD] * bool(login)
+    return bytes(Greeting(bytes(methods)))
+
+
+@lru_cache(None)
+def credentials(login: Login) -> bytes:
+    return bytes(Credentials(*(text.encode() for text in login)))
+
+
+def rest_of_reply(sock: socket.socket, reply: bytes) -> Generator[None, None, bytes]:
+    """What a reply with a longer address has beyond ten octets."""
+    more = b""
+    while True:
+        try:
+            Reply.read(BytesIO(reply + more))
+            return more
+        except Socks5Error:
+            more += yield from receive(sock, 1)
+
+
+def dial(loop: Loop, place: Place, hello: bytes) -> Opened:
+    """
+    Connect, and say the first thing.  The socket is watched for reading from then on.
+
+    On loopback the connection mostly stands when connect() returns, so it is worth a try to
+    send at once: that spares a wait.
+    """
+    family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | NONBLOCK)
+    if not NONBLOCK:
+        sock.setblocking(False)
+    try:
+        code = sock.connect_ex(place)
+        if code not in NOT_YET:
+            raise OSError(code, "")
+        try:
+            sock.send(hello)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) and error.errno != errno.ENOTCONN:
+                raise
+            loop.watch(sock, WRITE)
+            yield
+            sock.send(hello)
+            loop.change(sock, READ)
+        else:
+            loop.watch(sock, READ)
+        return sock
+    except BaseException:
+        loop.shut(sock)
+        raise
+
+
+def receive(sock: socket.socket, n: int) -> Generator[None, None, bytes]:
+    """Exactly so many octets."""
+    yield
+    octets = sock.recv(n)
+    while len(octets) < n:
+        if not octets:
+            raise Ended
+        yield
+        more = sock.recv(n - len(octets))
+        if not more:
+            raise Ended
+        octets += more
+    return octets
+
+
+class Tunnels:
+    """Opens many tunnels and keeps them.  The sockets are its own: close() closes them."""
+
+    def __init__(self, loop: Loop, way: Way, failures: Failures) -> None:
+        self.loop, self.way, self.failures = loop, way, failures
+        self.sockets: List[socket.socket] = []
+        self.relays: List[Place] = []           # of UDP associations, where to send to
+
+    def open(self, count: int, targets: List[Place], seconds: float) -> float:
+        """Have `count` of them; fewer if it fails too often or takes too long.  The seconds that it took."""
+        began, wanted = clock(), iter(range(len(self.sockets), count))
+        openers = [0]
+        for _ in range(min(OPENERS, count - len(self.sockets))):
+            openers[0] += 1
+            self.loop.start(self.opener(wanted, targets, openers))
+        self.loop.run(seconds, lambda: not openers[0])
+        took = clock() - began
+        left = openers[0] + sum(1 for _ in wanted)
+        if left:
+            self.failures.kinds["not opened"] += left
+        return took
+
+    def opener(self, wanted: Iterator[int], targets: List[Place], openers: List[int]) -> Task:
+        failed = 0
+        for number in wanted:
+            self.loop.hurry(PATIENCE)
+            try:
+                sock = yield from self.one(targets[number % len(targets)])
+                self.loop.leave(sock)
+                self.sockets.append(sock)
+                failed = 0
+            except OSError as error:
+                self.failures.add(error)
+                failed += 1
+                if failed == IN_A_ROW:
+                    break
+        openers[0] -= 1
+
+    def one(self, target: Place) -> Opened:
+        return self.way.open(self.loop, target)
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            self.loop.shut(sock)
+        self.sockets.clear()
+
+
+class Associations(Tunnels):
+    """The same for UDP: each socket is the connection that keeps an association alive."""
+
+    def one(self, target: Place) -> Opened:
+        assert self.way.proxy is not None
+        sock, reply = yield from self.way.ask(self.loop, bytes(Request(Command.UDP_ASSOCIATE, UNSPECIFIED)))
+        bound = Reply.read(BytesIO(reply)).bound
+        host = self.way.proxy[0] if bound.is_unspecified else bound.host
+        self.relays.append((host, bound.port))
+        return sock
+
+
+def visitor(loop: Loop, way: Way, targets: Iterator[Place], message: bytes, until: float, times: List[float], failures: Failures) -> Task:
+    """A client that comes again and again: a connection, a message, its echo; `times` get the seconds of each."""
+    failed = 0
+    while failed < IN_A_ROW:
+        began = clock()
+        if began > until:
+            return
+        loop.hurry(PATIENCE)
+        try:
+            sock = yield from way.open(loop, next(targets), message)
+            try:
+                yield from receive(sock, len(message))
+            finally:
+                loop.shut(sock)
+            times.append(clock() - began)
+            failed = 0
+        except OSError as error:
+            failures.add(error)
+            failed += 1
+
+
+def pinger(loop: Loop, sock: socket.socket, message: bytes, until: float, times: List[float], busy: List[int], failures: Failures) -> Task:
+    """Ping-pong on a tunnel that stands; `times` get the seconds of each exchange."""
+    buffer, length = bytearray(len(message)), len(message)
+    send, recv_into = sock.send, sock.recv_into
+    loop.watch(sock, READ)
+    try:
+        began = clock()
+        while began < until:
+            send(message)
+            yield
+            missing = length - recv_into(buffer)
+            while missing:
+                if missing == length:
+                    raise Ended
+                yield
+                received = recv_into(buffer, missing)
+                if not received:
+                    raise Ended
+                missing -= received
+            now = clock()
+            times.append(now - began)
+            began = now
+        busy[0] -= 1
+        loop.leave(sock)
+    except OSError as error:
+        busy[0] -= 1
+        failures.add(error)
+        loop.leave(sock)
+
+
+# --- the target ---
+
+Service = Callable[[Loop, socket.socket], Task]
+
+
+def listen(loop: Loop, service: Service, ports: int = 4) -> List[Place]:
+    """
+    Accept connections on free ports, and serve each with a task of its own; the addresses.
+
+    More than one port, since every connection of the last minute still has a pair of ports to itself.
+    """
+    places = []
+    for _ in range(ports):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.bind((LOCALHOST, 0))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        loop.start(acceptor(loop, listener, service))
+        places.append(listener.getsockname())
+    return places
+
+
+def acceptor(loop: Loop, listener: socket.socket, service: Service) -> Task:
+    loop.watch(listener, READ)
+    try:
+        while True:
+            yield
+            try:
+                while True:
+                    sock, _ = listener.accept()
+                    sock.setblocking(False)
+                    loop.start(service(loop, sock))
+            except BlockingIOError:
+                pass
+    finally:
+        loop.shut(listener)
+
+
+def echo(loop: Loop, sock: socket.socket) -> Task:
+    recv, send = sock.recv, sock.send
+    loop.watch(sock, READ)
+    try:
+        while True:
+            yield
+            octets = recv(1024)
+            if not octets:
+                return
+            send(octets)
+    except OSError:             # the client will have noticed
+        pass
+    finally:
+        loop.shut(sock)
+
+
+def source(loop: Loop, sock: socket.socket) -> Task:
+    """As much as the other end takes, once it has sent an octet: then all streams begin together."""
+    loop.watch(sock, READ)
+    try:
+        yield
+        sock.recv(1)
+        yield from pour(loop, sock)
+    except OSError:
+        pass
+    finally:
+        loop.shut(sock)
+
+
+def pour(loop: Loop, sock: socket.socket) -> Task:
+    block, send = memoryview(bytes(BLOCK)), sock.send
+    loop.change(sock, WRITE)
+    while True:
+        yield
+        send(block)
+
+
+class Drain:
+    """Takes what comes, and counts the octets."""
+
+    # On Linux a TCP socket throws octets away without copying them, if asked to: tcp(7).
+    def __init__(self, portable: bool = False) -> None:
+        self.octets = 0
+        self.buffer = bytearray(BLOCK)
+        self.flags = 0 if portable else socket.MSG_TRUNC
+
+    def service(self, loop: Loop, sock: socket.socket) -> Task:
+        recv_into, buffer, flags = sock.recv_into, self.buffer, self.flags
+        loop.watch(sock, READ)
+        try:
+            while True:
+                yield
+                received = recv_into(buffer, BLOCK, flags)
+                if not received:
+                    return
+                self.octets += received
+        except OSError:
+            pass
+        finally:
+            loop.shut(sock)
+
+
+def sending(loop: Loop, sock: socket.socket) -> Task:
+    """The client's end of an upload."""
+    loop.watch(sock, READ)
+    try:
+        yield from pour(loop, sock)
+    except OSError:
+        pass
+    finally:
+        loop.shut(sock)
+
+
+# --- datagrams ---
+
+def datagram_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+    sock.setblocking(False)
+    return sock
+
+
+def datagram_target() -> socket.socket:
+    sock = datagram_socket()
+    sock.bind((LOCALHOST, 0))
+    return sock
+
+
+def datagram_echo(loop: Loop, sock: socket.socket) -> Task:
+    recvfrom, sendto = sock.recvfrom, sock.sendto
+    loop.watch(sock, READ)
+    try:
+        while True:
+            yield
+            try:
+                for _ in range(32):         # then the others have their turn
+                    octets, sender = recvfrom(2048)
+                    sendto(octets, sender)
+            except OSError:                 # nothing more to read, or no room to send: that one is lost
+                pass
+    finally:
+        loop.shut(sock)
+
+
+class Juggler:
+    """Keeps so many datagrams under way in one association, and counts how many come back."""
+
+    def __init__(self, place: Place, header: bytes, payload: bytes, under_way: int) -> None:
+        self.datagram, self.under_way = header + payload, under_way
+        self.sent = self.received = self.wrong = 0
+        self.seen = 0                       # of the received, at the last look
+        self.throwing = True
+        self.sock = datagram_socket()
+        self.sock.connect(place)
+
+    def throw(self, count: int) -> None:
+        try:
+            for _ in range(count):
+                self.sock.send(self.datagram)
+                self.sent += 1
+        except OSError:                     # full, or refused for one before: look() tries again
+            pass
+
+    def catch(self, loop: Loop) -> Task:
+        recv, send, datagram, length = self.sock.recv, self.sock.send, self.datagram, len(self.datagram)
+        loop.watch(self.sock, READ)
+        try:
+            while True:
+                yield
+                try:
+                    for _ in range(32):
+                        if recv(2048)[-length:] != datagram:
+                            self.wrong += 1
+                        self.received += 1
+                        if self.throwing:
+                            send(datagram)
+                            self.sent += 1
+                except OSError:
+                    pass
+        finally:
+            loop.shut(self.sock)
+
+    def look(self) -> None:
+        """If nothing has come back since the last look, those under way are lost: throw others."""
+        if self.seen == self.received:
+            self.throw(self.under_way)
+        self.seen = self.received
+
+
+def header_to(target: Place) -> bytes:
+    """What stands before the payload of a datagram through a proxy.  RFC 1928 section 7."""
+    return bytes(Datagram(Address.of(target), b""))
+
+
+def flood(loop: Loop, sock: socket.socket, datagram: bytes) -> Task:
+    """As many datagrams as the socket takes, and nobody waits for an answer."""
+    loop.watch(sock, WRITE)
+    try:
+        while True:
+            yield
+            try:
+                for _ in range(32):
+                    sock.send(datagram)
+            except OSError:
+                pass
+    finally:
+        loop.shut(sock)
