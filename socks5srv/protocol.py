@@ -30,6 +30,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from ipaddress import IPv6Address, ip_address
+from operator import attrgetter
 from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple
 
 VER = 5                     # of every message but the two of RFC 1929
@@ -204,7 +205,7 @@ class Message:
         raise NotImplementedError
 
     def __bytes__(self) -> bytes:
-        return b"".join([field.octets for field in self.fields()])
+        return b"".join(map(attrgetter("octets"), self.fields()))
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {' '.join(map(str, self.fields()))}"

@@ -548,11 +548,12 @@ class Tunnel:
         if self.patience:
             self.relay.call(lambda: self.relay.watch_idleness(self))
         try:
-            for flow in (self.up, self.down):
-                if flow.source.gettimeout() != 0:       # to ask costs less than to set what is set
-                    flow.source.setblocking(False)
+            up, down = self.up, self.down
+            for sock in (up.source, down.source):
+                if sock.gettimeout() != 0:      # to ask costs less than to set what is set
+                    sock.setblocking(False)
             # The client last: more often than the target it has something to say at once.
-            self.relay.watch(*((flow.source.fileno(), flow, flow.interest) for flow in (self.down, self.up)))
+            self.relay.watch((down.source.fileno(), down, down.interest), (up.source.fileno(), up, up.interest))
         except ValueError:          # it has been aborted already
             pass
         except OSError as error:    # so it has, or the system will not watch any more

@@ -886,11 +886,11 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         """Whether this is one of our own sockets, where the server would talk to itself."""
         if command is Command.UDP_ASSOCIATE:
             return address in self.udp_relays
-        return any(
-            own.port == address.port
-            and (own.host == address.host or (own.is_unspecified and outbound.is_own_address(address.host)))
-            for own in (listener.address for listener in self.listeners)
-        )
+        for listener in self.listeners:
+            own = listener.address
+            if own.port == address.port and (own.host == address.host or (own.is_unspecified and outbound.is_own_address(address.host))):
+                return True
+        return False
 
 
 # What a server can be out of when a client comes: descriptors, memory, buffers.
