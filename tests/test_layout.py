@@ -33,6 +33,7 @@ CORE = {
 # What uses it, or stands beside it: nothing in the core imports these.
 BESIDE = {
     "client": {"protocol"},
+    "check": {"protocol", "client"},
     "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
 }
 FRONT = {"__init__", "__main__"}
