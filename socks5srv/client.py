@@ -231,7 +231,8 @@ class DatagramRelay:
     """
     A proxy's UDP relay.  `address` is where it is; it lives as long as `control`, the TCP connection.
 
-    `socket` is a UDP socket connected to the relay: to wait for, or to give a timeout.
+    `socket` is a UDP socket connected to the relay: to wait for, or to give a timeout (it has
+    none, and UDP may lose what is waited for).
     """
 
     def __init__(self, proxy: Proxy, control: socket.socket, address: Address) -> None:

@@ -56,7 +56,7 @@ class UpstreamHandler(Socks5Handler):
     # --- commands ---
 
     def perform(self, request: Request) -> None:
-        if request.destination.host == self.loop.name:
+        if request.destination.host.lower() == self.loop.name:
             self.session.command, self.session.destination = request.command, request.destination
             self.loop.found()
             self.server.warn("loop", "the upstream %s leads back to this server: nobody can be served", Proxy.parse(self.upstream))

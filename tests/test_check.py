@@ -29,6 +29,7 @@ from socks5srv.protocol import (
     ProtocolError, Reply, ReplyCode, Request, RequestFailed,
 )
 from socks5srv.server import Socks5Handler
+from socks5srv.upstream import UpstreamHandler
 
 from .clients.harness import need
 from .conftest import LOCALHOST, TIMEOUT, eventually, handler_with, needs_ipv6, needs_neighbour
@@ -236,8 +237,8 @@ def let_anybody_in(self: Any, listener: socket.socket, _expected: Any, until: fl
 
 
 def listen_for_ever(_self: Any, listener: socket.socket, _expected: Any, _until: float) -> Any:
-    select([listener], [], [], 0.7)
-    select([], [], [], 0.7)
+    select([listener], [], [], 1.5)
+    select([], [], [], 1.5)
     raise RequestFailed(ReplyCode.TTL_EXPIRED)
 
 
@@ -376,7 +377,7 @@ LOGIN_FAULTS = [
 
 
 def found(server: Any, name: str, login: bool = False) -> Answer:
-    examiner = Examiner(proxy_of(server, login), timeout=0.5)
+    examiner = Examiner(proxy_of(server, login), timeout=1)
     examiner.wants_a_login = login
     return examiner.answer(BY_NAME[name])
 
@@ -448,7 +449,7 @@ def listens(port: int) -> bool:
 def differences(port: int, login: bool = False) -> Dict[str, str]:
     eventually(lambda: listens(port))
     proxy = Proxy(LOCALHOST, port, b"anna", b"sesame") if login else Proxy(LOCALHOST, port)
-    return verdicts(Examiner(proxy, timeout=1).examine(), "fail", "warn")
+    return verdicts(Examiner(proxy, timeout=3).examine(), "fail", "warn")
 
 
 @needs_ipv6
@@ -460,22 +461,48 @@ def test_microsocks_differs_where_we_know_it(login: bool) -> None:
         assert differences(port, login) == (MICROSOCKS_WITH_A_LOGIN if login else MICROSOCKS)
 
 
+@pytest.fixture
+def start_dante(tmp_path: Path) -> Iterator[Callable[[], int]]:
+    """Start Dante; its port."""
+    with contextlib.ExitStack() as stack:
+        def start() -> int:
+            danted, port = need("danted", "sockd"), free_port()
+            (tmp_path / "conf").write_text(f"""
+                errorlog: /dev/null
+                internal: {LOCALHOST} port = {port}
+                external: {LOCALHOST}
+                socksmethod: none
+                clientmethod: none
+                user.unprivileged: {getpass.getuser()}
+                client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
+                socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: bind connect udpassociate bindreply udpreply }}
+            """)
+            stack.enter_context(program(danted, "-f", tmp_path / "conf"))
+            eventually(lambda: listens(port))
+            return port
+
+        yield start
+
+
 @needs_ipv6
 @needs_neighbour
-def test_dante_differs_where_we_know_it(tmp_path: Path) -> None:
-    danted, port = need("danted", "sockd"), free_port()
-    (tmp_path / "conf").write_text(f"""
-        errorlog: /dev/null
-        internal: {LOCALHOST} port = {port}
-        external: {LOCALHOST}
-        socksmethod: none
-        clientmethod: none
-        user.unprivileged: {getpass.getuser()}
-        client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
-        socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: bind connect udpassociate bindreply udpreply }}
-    """)
-    with program(danted, "-f", tmp_path / "conf"):
-        assert differences(port) == DANTE
+def test_dante_differs_where_we_know_it(start_dante: Any) -> None:
+    assert differences(start_dante()) == DANTE
+
+
+@needs_ipv6
+@needs_neighbour
+def test_a_server_behind_ours_makes_no_difference_if_it_is_ours(start_server: Any) -> None:
+    near = start_server(type("Near", (UpstreamHandler,), {"upstream": proxy_of(start_server())}))
+    assert verdicts(Examiner(proxy_of(near)).examine(), "fail", "warn") == {}
+
+
+@needs_ipv6
+@needs_neighbour
+def test_dante_behind_our_server(start_server: Any, start_dante: Any) -> None:
+    near = start_server(type("Near", (UpstreamHandler,), {"upstream": Proxy(LOCALHOST, start_dante())}))
+    answers = Examiner(proxy_of(near), timeout=3).examine()
+    assert verdicts(answers, "fail", "warn") == {"connect_ipv6": "warn", "udp_ipv6": "warn", "reset": "warn"}
 
 
 # --- the program ---
