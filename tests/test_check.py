@@ -236,9 +236,9 @@ def let_anybody_in(self: Any, listener: socket.socket, _expected: Any, until: fl
     return Socks5Handler.await_peer(self, listener, [], until)
 
 
-def listen_for_ever(_self: Any, listener: socket.socket, _expected: Any, _until: float) -> Any:
-    select([listener], [], [], 1.5)
-    select([], [], [], 1.5)
+def listen_for_ever(self: Any, _listener: socket.socket, _expected: Any, _until: float) -> Any:
+    while not self.server.stopping:
+        select([], [], [], 0.05)
     raise RequestFailed(ReplyCode.TTL_EXPIRED)
 
 
