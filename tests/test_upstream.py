@@ -156,7 +156,8 @@ def test_an_upstream_that_hangs_up_or_is_none_is_a_general_failure(
     said = in_thread(client.ask, Command.CONNECT, (LOCALHOST, 80))
     with odd.accept()[0] as accepted:
         accepted.sendall(answers)
-        accepted.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):      # we may have had enough already
+            accepted.shutdown(socket.SHUT_WR)
         assert said().code is ReplyCode.GENERAL_FAILURE
     near.next_ended()
 
