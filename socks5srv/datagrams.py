@@ -112,7 +112,7 @@ class Association:
         connection.setblocking(False)
         self.control = Control(self, connection)
         try:
-            self.relay.watch((connection.fileno(), self.control, READ), (self.inner.socket.fileno(), self.inner, READ))
+            self.relay.watch((connection, self.control, READ), (self.inner.socket, self.inner, READ))
         except ValueError:              # it has been aborted already, and did not know this one
             connection.close()
         except OSError as error:
@@ -199,7 +199,7 @@ class Association:
             if sock.getsockname()[1] == 0:      # a port is needed before it can be waited for
                 sock.bind(("", 0))
             self.outer[family] = Outer(self, sock)
-            self.relay.watch((sock.fileno(), self.outer[family], READ))
+            self.relay.watch((sock, self.outer[family], READ))
         return self.outer[family].socket
 
     # --- names ---

@@ -34,7 +34,7 @@ import struct
 import threading
 import time
 from collections import deque
-from typing import Callable, Deque, Dict, Iterable, List, Optional, Protocol, Set, Tuple
+from typing import Callable, Deque, Dict, Iterable, List, Optional, Protocol, Sequence, Set, Tuple
 
 from .session import Session
 
@@ -105,7 +105,7 @@ class SelectorWaiter:
     """
     Elsewhere: kqueue, or select() on Windows, through the standard library's selectors.
 
-    A selector must not change while it waits, so what other threads add has to queue up.
+    A selector must not change while it waits, so only the relay thread may change it.
     """
 
     live = False
@@ -113,14 +113,9 @@ class SelectorWaiter:
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self.added: Deque[Tuple[int, int]] = deque()
-        self.owner: Optional[int] = None
 
     def add(self, fd: int, interest: int) -> None:
-        if threading.get_ident() == self.owner:
-            self.change(fd, interest)
-        else:
-            self.added.append((fd, interest))
+        self.change(fd, interest)
 
     def change(self, fd: int, interest: int) -> None:
         if fd in self.selector.get_map():
@@ -133,9 +128,6 @@ class SelectorWaiter:
         self.change(fd, 0)
 
     def wait(self, timeout: float) -> Iterable[Tuple[int, int]]:
-        self.owner = threading.get_ident()
-        while self.added:
-            self.change(*self.added.popleft())
         for key, events in self.selector.select(None if timeout < 0 else timeout):
             yield key.fd, (events & selectors.EVENT_READ and READ) | (events & selectors.EVENT_WRITE and WRITE)
 
@@ -177,7 +169,8 @@ class Relay:
         self.wake_reader, self.wake_writer = socket.socketpair()
         self.wake_reader.setblocking(False)
         self.wake_writer.setblocking(False)
-        self.watch((self.wake_reader.fileno(), self, READ))
+        self.watched[self.wake_reader.fileno()] = self
+        self.add([(self.wake_reader, self, READ)])
         self.thread = threading.Thread(target=self.run, name=name, daemon=True)
         self.thread.start()
 
@@ -187,21 +180,28 @@ class Relay:
         """Whether another tunnel fits into what the system can wait for at once."""
         return len(self.watched) + 4 <= self.waiter.room
 
-    def watch(self, *newcomers: Tuple[int, Watched, int]) -> None:
+    def watch(self, *newcomers: Tuple[socket.socket, Watched, int]) -> None:
         """
-        Call ``ready(events)`` of each whenever its descriptor has something of interest:
-        ``watch((descriptor, watched, interest), ...)``.
+        Call ``ready(events)`` of each whenever its socket has something of interest:
+        ``watch((socket, watched, interest), ...)``.  ValueError if one has been closed.
 
         All of them or none: an event that comes before the last is known has to wait.  So what
         belongs together is never met half registered.
         """
         with self.adding:
-            for fd, _watched, interest in newcomers:
-                self.waiter.add(fd, interest)
-            for fd, watched, _interest in newcomers:
-                self.watched[fd] = watched
+            if self.waiter.live:
+                for sock, _watched, interest in newcomers:
+                    self.waiter.add(sock.fileno(), interest)
+            for sock, watched, _interest in newcomers:
+                self.watched[sock.fileno()] = watched
         if not self.waiter.live:
-            self.wake()
+            self.call(lambda: self.add(newcomers))
+
+    def add(self, newcomers: Sequence[Tuple[socket.socket, Watched, int]]) -> None:
+        """Have the waiter look at them, in the relay thread; not at those that have been aborted meanwhile."""
+        for sock, _watched, interest in newcomers:
+            if sock.fileno() >= 0:
+                self.waiter.add(sock.fileno(), interest)
 
     def call(self, function: Callable[[], None]) -> None:
         """Have the relay thread call this, soon."""
@@ -553,7 +553,7 @@ class Tunnel:
                 if sock.gettimeout() != 0:      # to ask costs less than to set what is set
                     sock.setblocking(False)
             # The client last: more often than the target it has something to say at once.
-            self.relay.watch((down.source.fileno(), down, down.interest), (up.source.fileno(), up, up.interest))
+            self.relay.watch((down.source, down, down.interest), (up.source, up, up.interest))
         except ValueError:          # it has been aborted already
             pass
         except OSError as error:    # so it has, or the system will not watch any more

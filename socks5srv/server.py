@@ -257,14 +257,18 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         # DST.ADDR, where the client will send from, is not looked at: behind NAT it is wrong,
         # and many write zeros or nonsense.  The connection's own peer is the better witness.
         with outbound.reporting("UDP relay"):
-            here = Address.of(self.connection.getsockname()).host
-            association = Association(self, self.server.relay_thread(), here, self.server.route, self.server.reassemble)
+            association = self.association()
         with association:       # closes it, unless it has been handed over
             self.server.udp_relays.add(association.bound)
             self.succeed(association.bound)
             self.in_tunnel = self.handed_over = True
             self.carried = association
             association.start(self.connection)
+
+    def association(self) -> Association:
+        """The relay for do_UDP_ASSOCIATE, not started yet."""
+        here = Address.of(self.connection.getsockname()).host
+        return Association(self, self.server.relay_thread(), here, self.server.route, self.server.reassemble)
 
     # --- decisions ---
 

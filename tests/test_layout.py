@@ -30,6 +30,12 @@ CORE = {
     "datagrams": {"protocol", "session", "relay", "outbound"},
     "server": {"protocol", "session", "users", "rules", "strangers", "listener", "relay", "outbound", "datagrams"},
 }
+# What uses it, or stands beside it: nothing in the core imports these.
+BESIDE = {
+    "client": {"protocol"},
+    "check": {"protocol", "client"},
+    "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
+}
 FRONT = {"__init__", "__main__"}
 A_PROGRAMS_BUSINESS = {"argparse", "signal", "getpass", "sys", "subprocess", "atexit", "json"}
 
@@ -74,7 +80,7 @@ def python(*arguments, cwd=None, path=None):
 
 
 def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(CORE) | FRONT
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(CORE) | set(BESIDE) | FRONT
 
 
 @pytest.mark.parametrize("module", CORE)
@@ -84,6 +90,11 @@ def test_imports_go_one_way(module):
         below.discard(name)
         assert CORE[name] <= below
     assert ours(PACKAGE / f"{module}.py") <= CORE[module]
+
+
+@pytest.mark.parametrize("module", BESIDE)
+def test_who_stands_beside_the_core_imports_only_what_it_needs(module):
+    assert ours(PACKAGE / f"{module}.py") <= BESIDE[module]
 
 
 @modules

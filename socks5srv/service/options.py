@@ -17,6 +17,7 @@ import sys
 from typing import Any, Dict, FrozenSet, List, NoReturn, Optional, Sequence, Tuple, Union
 
 from .. import __version__
+from ..client import Proxy
 from ..protocol import Command
 from ..rules import BadRule, Network, Rule
 from ..session import COMMAND_WORDS
@@ -110,6 +111,8 @@ def build_parser() -> Parser:
     family.add_argument("-4", dest="family", action="store_const", const=4, help="use IPv4 only")
     family.add_argument("-6", dest="family", action="store_const", const=6, help="use IPv6 only")
     out.add_argument("--source", type=ip_address, metavar="ADDRESS", help="go out from this address")
+    out.add_argument("--upstream", type=proxy_url, metavar="URL",
+                     help="go out through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT; names are left to it. A URL with a password belongs into an @FILE")
 
     many = parser.add_argument_group("how many")
     many.add_argument("--max-clients", type=count, metavar="N", help="at most so many clients at a time (default: what the descriptors allow)")
@@ -217,6 +220,13 @@ def ip_address(text: str) -> str:
         return str(ipaddress.ip_address(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no IP address") from None
+
+
+def proxy_url(text: str) -> Proxy:
+    try:
+        return Proxy.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def network(text: str) -> Network:

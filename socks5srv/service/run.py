@@ -16,11 +16,13 @@ import signal
 import socket
 import sys
 import tempfile
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Type
 
-from ..outbound import Route, is_own_address
-from ..protocol import Address
+from ..client import Proxy
+from ..outbound import Route, is_own_address, look_up
+from ..protocol import Address, Command
 from ..server import Socks5Handler, Socks5Server
+from ..upstream import UpstreamHandler
 from . import log
 from .banner import Tally, banner, is_loopback, listening
 from .cores import OneCore
@@ -67,6 +69,13 @@ class ServiceHandler(Socks5Handler):
     def session_ended(self) -> None:
         self.server.tally.add(self.session)
         super().session_ended()
+
+
+def handler_class(options: argparse.Namespace) -> Type[ServiceHandler]:
+    """The handler for these options."""
+    if options.upstream is None:
+        return ServiceHandler
+    return type("ServiceUpstreamHandler", (ServiceHandler, UpstreamHandler), {"upstream": options.upstream})
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
@@ -152,11 +161,12 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     """A server that listens on all the addresses; with port 0, on the same free port of each."""
     port = options.port
     with explained(addresses[0], port):
-        server = ServiceServer((addresses[0], port), ServiceHandler, users=options.users, rules=options.rules)
+        server = ServiceServer((addresses[0], port), handler_class(options), users=options.users, rules=options.rules)
     try:
         for address in addresses[1:]:
             with explained(address, port):
                 server.add_listener((address, server.server_address[1]))
+        refuse_to_be_its_own_upstream(server, options.upstream)
     except BaseException:
         server.server_close()
         raise
@@ -165,6 +175,18 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     family = {4: socket.AF_INET, 6: socket.AF_INET6}.get(options.family, socket.AF_UNSPEC)
     server.route = Route(family, options.source)
     return server
+
+
+def refuse_to_be_its_own_upstream(server: ServiceServer, proxy: Optional[Proxy]) -> None:
+    """As far as that can be seen now; longer loops are found when they are used."""
+    if proxy is None or all(listener.address.port != proxy.port for listener in server.listeners):
+        return
+    try:
+        hosts = look_up(proxy.host)
+    except (OSError, UnicodeError):         # it may be known later, when the network is there
+        return
+    if any(server.is_own(Command.CONNECT, Address.numeric(host, proxy.port).dialled) for host in hosts):
+        raise CannotStart(f"--upstream {proxy} is this server itself", "give the address of another proxy, or leave it out", code=2)
 
 
 @contextlib.contextmanager
@@ -200,6 +222,8 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     read_users_on_hangup(server)
     with port_file(options.port_file, addresses[0].port):
         greet(server, options, addresses)
+        if options.upstream is not None:
+            logger.info("going out through %s", options.upstream)
         gc.freeze()                 # what is here by now stays: the collector need not look at it again
         server.serve_forever()
     server.server_close()

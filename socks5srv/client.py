@@ -1,0 +1,337 @@
+"""
+A small blocking SOCKS5 client: CONNECT, BIND and UDP ASSOCIATE through any proxy.
+
+    with connect("socks5h://anna:sesame@127.0.0.1:1080", "example.com", 80) as sock: ...
+    with bind(url, "ftp.example.com") as waiting: tell(waiting.address); sock, peer = waiting.accept()
+    with udp_associate(url) as relay: relay.sendto(b"?", ("ns.example.com", 53)); data, source = relay.recvfrom()
+
+The URL says who looks names up, as it does for curl: with ``socks5h://`` the proxy, with
+``socks5://`` this computer, before it asks the proxy for the addresses, one after the other.
+In a login, whatever has a meaning in URLs is percent-encoded.
+
+The one idea: a message is read with exactly as many octets as it has, so what the target says
+behind it stays in the socket, and what a function returns is an ordinary socket.  One deadline,
+`timeout`, covers connecting to the proxy and all that is said until the command has succeeded;
+only this computer's resolver, which cannot be stopped, takes the time that it takes.
+
+What can go wrong, as exceptions: OSError (the proxy cannot be reached; `socket.timeout` at the
+deadline), and of protocol.py `NoAcceptableMethod`, `LoginFailed`, `RequestFailed` with the reply's
+code, and `ProtocolError` for an answer that is no SOCKS5.  No socket is left open then.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from io import BytesIO
+from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Tuple, Type, TypeVar, Union
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+
+from .protocol import (
+    UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed,
+    Message, Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
+)
+
+TIMEOUT = 30.0      # seconds; servers give a target 10 or more to answer
+
+M = TypeVar("M", MethodSelection, CredentialsReply, Reply)
+Methods = Mapping[int, Callable[["Conversation"], None]]    # ways to authenticate, by METHOD
+NO_OTHERS: Methods = {}
+
+
+class Proxy(NamedTuple):
+    """Where a proxy is, and who we are to it.  Its text never has the password in it."""
+
+    host: str
+    port: int = 1080
+    username: bytes = b""           # empty: no login
+    password: bytes = b""
+    names_there: bool = True        # socks5h: the proxy looks names up
+
+    @classmethod
+    def parse(cls, url: Union[str, Proxy]) -> Proxy:
+        """``socks5h://[NAME:PASSWORD@]HOST[:PORT]`` or ``socks5://``; ValueError for anything else."""
+        if isinstance(url, Proxy):
+            return url
+        try:
+            parts = urlsplit(url)
+            host, port = unquote(parts.hostname or ""), parts.port
+        except ValueError:
+            host, port, parts = "", None, urlsplit("")
+        if parts.scheme not in ("socks5", "socks5h") or not host or port == 0 or parts.path not in ("", "/") or parts.query or parts.fragment:
+            # What was written is not shown: it may have a password in it.
+            raise ValueError("the address of a proxy is socks5h://[NAME:PASSWORD@]HOST:PORT, with %40 for @, %3A for : and %2F for / in a login")
+        username, password = (unquote_to_bytes(text or "") for text in (parts.username, parts.password))
+        if max(len(username), len(password)) > 255:
+            raise ValueError("the name and the password for a proxy have 255 octets at most")
+        return cls(host, 1080 if port is None else port, username, password, parts.scheme == "socks5h")
+
+    def __str__(self) -> str:
+        login = f"{quote(self.username, safe='')}:***@" if self.username else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"socks5{'h' * self.names_there}://{login}{host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"<Proxy {self}>"
+
+
+class Conversation:
+    """
+    What is said on one connection to a proxy, until its command has succeeded.
+
+    It is a binary stream of what the proxy sends.  `socket` is the connection; who authenticates
+    with a method that encapsulates what follows puts another one in its place.
+    """
+
+    def __init__(self, sock: socket.socket, until: float) -> None:
+        self.socket = sock
+        self.until = until          # the deadline, by time.monotonic()
+
+    def read(self, n: int = -1, /) -> bytes:
+        """1 to `n` octets."""
+        if n == 0:
+            return b""
+        self.socket.settimeout(seconds_until(self.until))
+        octets = self.socket.recv(n)
+        if not octets:
+            raise ProtocolError("the proxy has closed the connection instead of answering")
+        return octets
+
+    def write(self, octets: bytes) -> None:
+        self.socket.settimeout(seconds_until(self.until))
+        self.socket.sendall(octets)
+
+    def send(self, message: Message) -> None:
+        self.write(bytes(message))
+
+    def receive(self, message: Type[M]) -> M:
+        try:
+            return message.read(self)
+        except RequestFailed as error:      # what it was raised for is a request of ours elsewhere
+            raise ProtocolError(f"the proxy's answer cannot be read: {error}") from error
+
+    def negotiate(self, proxy: Proxy, methods: Methods = NO_OTHERS) -> None:
+        """Agree on a method and carry it out.  RFC 1928 section 3."""
+        ways = {Method.NO_AUTHENTICATION_REQUIRED: no_authentication, **methods}
+        if proxy.username:
+            ways.setdefault(Method.USERNAME_PASSWORD, lambda conversation: conversation.log_in(proxy))
+        self.send(Greeting(bytes(ways)))
+        method = self.receive(MethodSelection).method
+        if method == Method.NO_ACCEPTABLE_METHODS:
+            raise NoAcceptableMethod("the proxy wants a login" + (" of another kind" if proxy.username else ", and there is none in its URL"))
+        if method not in ways:
+            raise ProtocolError(f"the proxy has chosen method {method:02x}, which was not offered")
+        ways[method](self)
+
+    def log_in(self, proxy: Proxy) -> None:
+        """RFC 1929."""
+        self.send(Credentials(proxy.username, proxy.password))
+        if self.receive(CredentialsReply).status != CredentialsReply.SUCCESS:
+            raise LoginFailed("the proxy does not accept the name or the password", repr(proxy.username)[2:-1])
+
+    def ask(self, command: Command, destination: Address) -> Address:
+        """Send the request; BND.ADDR and BND.PORT of the reply.  RFC 1928 sections 4 to 6."""
+        self.send(Request(command, destination))
+        return self.success()
+
+    def success(self) -> Address:
+        """The address in a reply, which has to be one of success."""
+        reply = self.receive(Reply)
+        if reply.code == ReplyCode.SUCCEEDED:
+            return reply.bound
+        if isinstance(reply.code, ReplyCode):
+            raise RequestFailed(reply.code, f"the proxy says: {reply.code.phrase}")
+        raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"the proxy says {reply.code:02x}, which means nothing")
+
+    def here(self, bound: Address) -> Address:
+        """
+        The address in a reply as one that can be reached: zeros stand for the proxy's own host.
+
+        The RFC does not say so, but servers that listen on a wildcard answer with it.
+        """
+        return Address.of((self.socket.getpeername()[0], bound.port)) if bound.is_unspecified else bound
+
+
+def no_authentication(conversation: Conversation) -> None:
+    """Method 00: there is nothing to do."""
+
+
+def connect(proxy: Union[str, Proxy], host: str, port: int, *, timeout: float = TIMEOUT, methods: Methods = NO_OTHERS) -> socket.socket:
+    """
+    A blocking socket, connected to `host` through the proxy.
+
+    `methods` has further ways to authenticate, by their METHOD: functions that are called with
+    the `Conversation` when the proxy has chosen them, and raise `LoginFailed`.
+    """
+    proxy, until = Proxy.parse(proxy), time.monotonic() + timeout
+    *others, last = destinations(proxy, host, port)
+    for destination in others:
+        try:
+            return asked(proxy, Command.CONNECT, destination, until, methods)[0].socket
+        except RequestFailed:       # a name may have a dead address first
+            pass
+    return asked(proxy, Command.CONNECT, last, until, methods)[0].socket
+
+
+def bind(proxy: Union[str, Proxy], host: str = "0.0.0.0", port: int = 0, *, timeout: float = TIMEOUT, methods: Methods = NO_OTHERS) -> Waiting:
+    """Have the proxy listen for one connection from `host`, or from anyone.  `timeout` is that of accept(), too."""
+    proxy = Proxy.parse(proxy)
+    destination = destinations(proxy, host, port)[0]
+    return Waiting(*asked(proxy, Command.BIND, destination, time.monotonic() + timeout, methods), timeout)
+
+
+class Waiting:
+    """A proxy that listens for us: at `address`, which the peer has to be told."""
+
+    def __init__(self, conversation: Conversation, bound: Address, timeout: float) -> None:
+        self.conversation: Optional[Conversation] = conversation
+        self.timeout = timeout
+        self.address = conversation.here(bound)
+
+    def accept(self) -> Tuple[socket.socket, Address]:
+        """Wait for the peer: a blocking socket, which is the caller's from now on, and where it calls from."""
+        if self.conversation is None:
+            raise ValueError("BIND is for one connection, and it has been taken, or closed")
+        self.conversation.until = time.monotonic() + self.timeout
+        try:
+            peer = self.conversation.success()
+        except BaseException:
+            self.close()
+            raise
+        sock, self.conversation = self.conversation.socket, None
+        sock.settimeout(None)
+        return sock, peer
+
+    def close(self) -> None:
+        """Wait no more; the proxy closes its port."""
+        if self.conversation is not None:
+            self.conversation.socket.close()
+            self.conversation = None
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+def udp_associate(proxy: Union[str, Proxy], *, timeout: float = TIMEOUT, methods: Methods = NO_OTHERS) -> DatagramRelay:
+    """Send and receive datagrams through the proxy."""
+    proxy = Proxy.parse(proxy)
+    # All zeros: we cannot know the address that the proxy will see.
+    conversation, bound = asked(proxy, Command.UDP_ASSOCIATE, UNSPECIFIED, time.monotonic() + timeout, methods)
+    try:
+        return DatagramRelay(proxy, conversation.socket, conversation.here(bound))
+    except BaseException:
+        conversation.socket.close()
+        raise
+
+
+class DatagramRelay:
+    """
+    A proxy's UDP relay.  `address` is where it is; it lives as long as `control`, the TCP connection.
+
+    `socket` is a UDP socket connected to the relay: to wait for, or to give a timeout (it has
+    none, and UDP may lose what is waited for).
+    """
+
+    def __init__(self, proxy: Proxy, control: socket.socket, address: Address) -> None:
+        self.proxy = proxy
+        self.control = control
+        self.address = address
+        family, kind, number, _name, there = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)[0]
+        self.socket = socket.socket(family, kind, number)
+        try:
+            if family == control.family:        # the proxy hears only the host that it has been asked by
+                here: Tuple[Any, ...] = control.getsockname()
+                self.socket.bind((here[0], 0, *here[2:]))
+            self.socket.connect(there)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def sendto(self, data: bytes, destination: Tuple[str, int]) -> None:
+        """Send a datagram to a host and port.  As UDP is, it may get lost."""
+        address = destinations(self.proxy, *destination)[0]
+        self.socket.send(bytes(Datagram(address, data)))
+
+    def recvfrom(self) -> Tuple[bytes, Tuple[str, int]]:
+        """The next datagram, and the host and port that have sent it."""
+        while True:
+            octets = self.socket.recv(65535)
+            try:
+                datagram = Datagram.read(BytesIO(octets))
+            except (ProtocolError, RequestFailed):
+                continue
+            if not datagram.frag:       # without reassembly, the RFC has fragments dropped
+                return datagram.data, (datagram.address.host, datagram.address.port)
+
+    def close(self) -> None:
+        """End the association."""
+        self.socket.close()
+        self.control.close()
+
+    def __enter__(self) -> DatagramRelay:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+# --- the steps ---
+
+def asked(proxy: Proxy, command: Command, destination: Address, until: float, methods: Methods) -> Tuple[Conversation, Address]:
+    """A conversation in which `command` has succeeded, its socket blocking again, and the reply's address."""
+    conversation = Conversation(dial(proxy, until), until)
+    try:
+        conversation.negotiate(proxy, methods)
+        bound = conversation.ask(command, destination)
+        conversation.socket.settimeout(None)
+    except BaseException:
+        conversation.socket.close()
+        raise
+    return conversation, bound
+
+
+def dial(proxy: Proxy, until: float) -> socket.socket:
+    """A connection to the proxy itself, to the first of its addresses that answers."""
+    *others, last = socket.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
+    for row in others:
+        try:
+            return dial_address(row, until)
+        except OSError:
+            pass
+    return dial_address(last, until)
+
+
+def dial_address(row: Tuple[Any, ...], until: float) -> socket.socket:
+    family, kind, number, _name, there = row
+    sock = socket.socket(family, kind, number)
+    try:
+        sock.settimeout(seconds_until(until))
+        sock.connect(there)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def destinations(proxy: Proxy, host: str, port: int) -> List[Address]:
+    """What to write for a host, at least one: it as it is, or the addresses that it has here."""
+    if not 0 <= port < 65536:
+        raise ValueError(f"{port} is no port")
+    if not host.isascii():
+        host = host.encode("idna").decode()
+    address = Address.named(host, port)
+    if proxy.names_there or address.address_type is not AddressType.DOMAINNAME:
+        return [address]
+    rows = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return [Address.numeric(str(row[4][0]), port) for row in rows]
+
+
+def seconds_until(until: float) -> float:
+    """How long a socket may still take; `socket.timeout` if the time has come."""
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        raise socket.timeout("the proxy did not answer in time")
+    return seconds

@@ -1,0 +1,370 @@
+"""
+Another proxy in front of us: every command of our clients goes through one more SOCKS5 server.
+
+    client  --->  this server  --->  the upstream  --->  target
+
+    class Chained(UpstreamHandler):
+        upstream = "socks5h://anna:sesame@192.0.2.1:1080"
+
+It is a handler like any other, with `connect()`, BIND and UDP ASSOCIATE overridden: to our client
+it is the server, to the upstream a client (client.py).  Names are left to the upstream, under
+either scheme.  What it answers is what our client gets, reply code and address; what goes
+wrong with the upstream itself is reply 01, and the log says what.
+
+The one idea: what is judged is what is sent on.  A name or a literal address can be judged here;
+the addresses that a name has over there cannot.  So a rule that allows a network allows no names,
+and one that denies a network does not see what is behind a name.
+
+A chain may lead back to us, and would go in circles until nobody has descriptors left.  When
+suspiciously many clients wait for the upstream, we ask it for a name that nobody has; if we
+are asked for that name ourselves, there is a loop, and all who wait are told so.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union, cast
+
+from . import outbound
+from .client import Conversation, Proxy
+from .datagrams import TURN, Association, Outer, Target, header_length, udp_socket
+from .outbound import ClientGone
+from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
+from .relay import READ, WRITE
+from .rules import Rules
+from .server import Socks5Handler
+
+SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
+LOOK_AGAIN = 60.0   # seconds until we ask once more whether there is a loop
+
+
+class UpstreamHandler(Socks5Handler):
+    """A handler that reaches everything through the proxy `upstream`."""
+
+    upstream: Union[str, Proxy]             # to be set in a subclass; see Proxy.parse()
+    loop: Loop
+    far_end: Optional[Address] = None       # where the upstream's own connection to the target begins
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.loop = Loop()
+
+    # --- commands ---
+
+    def perform(self, request: Request) -> None:
+        if request.destination.host.lower() == self.loop.name:
+            self.session.command, self.session.destination = request.command, request.destination
+            self.loop.found()
+            self.server.warn("loop", "the upstream %s leads back to this server: nobody can be served", Proxy.parse(self.upstream))
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, LEADS_BACK)
+        super().perform(request)
+
+    def do_CONNECT(self, request: Request) -> None:
+        with outbound.reporting(request.destination):
+            target = self.connect(request)
+        self.open_tunnel(target, self.far_end or Address.of(target.getsockname()))
+
+    def connect(self, request: Request) -> socket.socket:
+        """A non-blocking socket to the upstream, on which it carries our client's octets."""
+        call, bound = self.ask(request.command, self.judged(request), time.monotonic() + self.server.connect_timeout)
+        self.far_end = bound.literal or UNSPECIFIED         # some clients cannot read a name here
+        return call.socket
+
+    def do_BIND(self, request: Request) -> None:
+        """The upstream's two replies become ours."""
+        until = time.monotonic() + self.server.bind_timeout
+        call, bound = self.ask(request.command, self.judged(request), min(until, time.monotonic() + self.server.connect_timeout))
+        try:
+            self.succeed(call.here(bound))
+            self.wait_for_peer(call.socket, until)
+            peer = self.peer(call)
+        except BaseException:
+            call.socket.close()
+            raise
+        self.open_tunnel(call.socket, peer)
+
+    def peer(self, call: Call) -> Address:
+        """Who has called the upstream, which says so already; not everybody may."""
+        call.until = time.monotonic() + self.server.connect_timeout
+        with self.told():
+            peer = call.success()
+        call.socket.setblocking(False)
+        peer = peer.literal or UNSPECIFIED
+        self.check(Command.BIND, peer)
+        return peer
+
+    def association(self) -> Association:
+        call, bound = self.ask(Command.UDP_ASSOCIATE, UNSPECIFIED, time.monotonic() + self.server.connect_timeout)
+        try:
+            relay = call.here(bound).literal
+            if relay is None:
+                raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"the upstream's UDP relay is {bound}, and that is no address")
+            return ChainedAssociation(self, call, relay)
+        except BaseException:
+            call.socket.close()
+            raise
+
+    # --- decisions ---
+
+    def judged(self, request: Request) -> Address:
+        """What to ask the upstream for; RequestFailed 02 if it may not be reached."""
+        if request.command is Command.BIND and request.destination.is_unspecified:
+            address = UNSPECIFIED
+        else:
+            address = spelled_out(request.destination)
+        self.check(request.command, address)
+        return address
+
+    def refusal(self, command: Command, address: Address, name: Optional[str] = None) -> str:
+        if address.address_type is AddressType.DOMAINNAME:
+            # It will not be looked up here, so no network will ever match, and the rules for names decide.
+            rule = Rules(rule for rule in self.server.rules if rule.network is None).decide_by_name(address)
+            if rule is not None and not rule.allows:
+                return f"rule: {rule.text}"
+        return super().refusal(command, address, name)
+
+    # --- the upstream ---
+
+    def ask(self, command: Command, destination: Address, until: float) -> Tuple[Call, Address]:
+        """A call in which the upstream has said yes, its socket non-blocking, and the address in its reply."""
+        with self.loop.one_more_waits() as suspicious:
+            if suspicious:
+                self.look_for_a_loop(until)
+            if self.loop.is_there:
+                raise RequestFailed(ReplyCode.GENERAL_FAILURE, LEADS_BACK)
+            return self.ask_anyway(command, destination, until)
+
+    def ask_anyway(self, command: Command, destination: Address, until: float) -> Tuple[Call, Address]:
+        with self.in_trouble():
+            call = self.call(until)
+        try:
+            with self.in_trouble():
+                call.negotiate(Proxy.parse(self.upstream))
+            with self.told():
+                bound = call.ask(command, destination)
+            call.socket.setblocking(False)
+        except BaseException:
+            call.socket.close()
+            raise
+        return call, bound
+
+    def call(self, until: float) -> Call:
+        """A connection to the upstream."""
+        addresses = self.addresses_of_upstream(until)
+        if any(self.server.is_own(Command.CONNECT, address) for address in addresses):
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, "it is this server itself")
+        sock, self.session.peer = outbound.connect(addresses, self.server.route, self.connection, until)
+        return Call(sock, until, self.connection)
+
+    def addresses_of_upstream(self, until: float) -> List[Address]:
+        proxy = Proxy.parse(self.upstream)
+        place = Address.named(proxy.host, proxy.port)
+        if place.literal is not None:
+            return [place.literal.dialled]
+        hosts = outbound.in_time(lambda host: outbound.look_up(host, self.server.route.family), proxy.host, self.connection, until)
+        return outbound.interleave(Address.numeric(host, proxy.port).dialled for host in hosts)
+
+    def look_for_a_loop(self, until: float) -> None:
+        try:
+            self.ask_anyway(Command.CONNECT, Address(self.loop.name, 1, AddressType.DOMAINNAME), until)[0].socket.close()
+        except RequestFailed:       # as it should be: there is no such name
+            pass
+
+    @contextmanager
+    def in_trouble(self) -> Iterator[None]:
+        """Whatever goes wrong with the upstream itself is reply 01: the target has no part in it."""
+        try:
+            yield
+        except ClientGone:
+            raise
+        except (OSError, ValueError, Socks5Error) as error:
+            proxy, text = Proxy.parse(self.upstream), getattr(error, "strerror", None) or error
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"upstream {proxy.host} port {proxy.port}: {text}") from error
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """What the upstream says about the target is passed on; and silence then is the target's."""
+        try:
+            with self.in_trouble():
+                yield
+        except RequestFailed as error:
+            cause = error.__cause__
+            if isinstance(cause, RequestFailed):
+                raise RequestFailed(cause.code, str(error)) from error
+            if isinstance(cause, socket.timeout):
+                raise RequestFailed(ReplyCode.TTL_EXPIRED, str(error)) from error
+            raise
+
+
+LEADS_BACK = "the upstream leads back to this server"
+
+
+class Call(Conversation):
+    """A conversation with the upstream, given up when our own client leaves."""
+
+    def __init__(self, sock: socket.socket, until: float, client: socket.socket) -> None:
+        super().__init__(sock, until)
+        self.client = client
+
+    def read(self, n: int = -1, /) -> bytes:
+        if n:
+            self.wait(READ)
+        return super().read(n)
+
+    def write(self, octets: bytes) -> None:
+        self.wait(WRITE)
+        super().write(octets)       # which finds room for all of it: a message is short
+
+    def wait(self, interest: int) -> None:
+        if not outbound.wait({self.socket.fileno(): interest}, self.client, self.until):
+            raise socket.timeout("it did not answer in time")
+
+
+def spelled_out(address: Address) -> Address:
+    """
+    The address as it is to be judged and sent: an IP address as one, in whatever spelling it came.
+
+    Resolvers take 127.1 and 0x7f.1 for addresses.  Sent on as names they would pass the rules.
+    """
+    if address.literal is not None:
+        return address.literal.dialled
+    try:
+        octets = socket.inet_aton(address.host)     # which knows all the spellings
+    except (OSError, ValueError):
+        return address
+    return Address.numeric(socket.inet_ntoa(octets), address.port).dialled
+
+
+class Loop:
+    """Whether the upstream leads back to us: known for a minute, and asked only under suspicion."""
+
+    def __init__(self) -> None:
+        self.name = f"{secrets.token_hex(16)}.invalid"      # RFC 6761: nobody has such a name
+        self.lock = threading.Lock()
+        self.waiting = 0
+        self.next_look = self.until = 0.0                   # by time.monotonic()
+
+    @contextmanager
+    def one_more_waits(self) -> Iterator[bool]:
+        """Count those who wait for the upstream; whether it is time to be suspicious."""
+        with self.lock:
+            self.waiting += 1
+            suspicious = self.waiting >= SUSPICIOUS and time.monotonic() >= self.next_look
+            if suspicious:
+                self.next_look = time.monotonic() + LOOK_AGAIN
+        try:
+            yield suspicious
+        finally:
+            with self.lock:
+                self.waiting -= 1
+
+    def found(self) -> None:
+        self.until = time.monotonic() + LOOK_AGAIN
+
+    @property
+    def is_there(self) -> bool:
+        return time.monotonic() < self.until
+
+
+# --- UDP ---
+
+class ChainedAssociation(Association):
+    """
+    A client's UDP relay whose outer side is the upstream's relay: a header leaves as it came.
+
+    It lives in the relay thread, by both control connections.
+    """
+
+    def __init__(self, handler: UpstreamHandler, call: Call, relay: Address) -> None:
+        here = Address.of(handler.connection.getsockname()).host
+        super().__init__(handler, handler.server.relay_thread(), here, handler.server.route, handler.server.reassemble)
+        try:
+            self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname())))
+        except BaseException:
+            self.inner.socket.close()
+            raise
+        self.outer = {0: self.answers, 1: Lifeline(self, call.socket)}
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        if self.control is None:
+            for outer in self.outer.values():
+                outer.socket.close()
+
+    def start(self, connection: socket.socket) -> None:
+        super().start(connection)
+        self.relay.call(self.watch_upstream)
+
+    # --- in the relay thread ---
+
+    def watch_upstream(self) -> None:
+        if self.ended:              # its sockets are closed already
+            return
+        try:
+            self.relay.watch(*((outer.socket, outer, READ) for outer in self.outer.values()))
+        except OSError as error:
+            self.abort(str(error))
+
+    def open_towards(self, addresses: Sequence[Address], name: Optional[str]) -> Optional[Target]:
+        """For the one address, or name, if it is allowed: the upstream's relay."""
+        (address,) = addresses
+        if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
+            return None
+        return cast(Target, (self.answers, bytes(Datagram(address, b""))))
+
+    def look_up(self, header: bytes, address: Address, payload: bytes) -> None:
+        """Not here: the name goes on as it is."""
+        self.remember(header, self.open_towards([spelled_out(address)], None))
+        self.send_out(header, memoryview(payload))
+
+
+class Answers(Outer):
+    """The socket that is connected to the upstream's relay, for the ways of all targets."""
+
+    def sendto(self, payload: memoryview, header: bytes) -> int:
+        """What a target's socket does elsewhere; here the payload gets its header again.  How many octets of it have gone."""
+        return self.socket.send(b"".join((header, payload))) - len(header)
+
+    def ready(self, events: int) -> None:
+        association, down = self.association, 0
+        chunk = association.relay.chunk
+        for _ in range(TURN):
+            try:
+                octets = chunk[:self.socket.recv_into(chunk)]
+                length = header_length(octets)
+                if 0 < length <= len(octets) and not octets[2]:        # nor a fragment
+                    down += association.inner.socket.send(octets) - length
+            except BlockingIOError:
+                break
+            except OSError:             # an ICMP error of an earlier one; or the client has sent nothing yet
+                continue
+        association.session.down += down
+
+
+class Lifeline(Outer):
+    """Our control connection to the upstream: its end is the end."""
+
+    def ready(self, events: int) -> None:
+        try:
+            if not self.socket.recv(4096):
+                self.association.abort("upstream closed")
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.association.abort(f"upstream: {error.strerror or error}")
+
+
+def udp_towards(relay: Address, here: Address) -> socket.socket:
+    """A UDP socket connected to `relay`, from the address that it expects us at, if we can."""
+    wildcard = "::" if relay.address_type is AddressType.IPV6 else "0.0.0.0"
+    sock = udp_socket(here.host if here.address_type is relay.address_type else wildcard)
+    try:
+        sock.connect((relay.host, relay.port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock

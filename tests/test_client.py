@@ -1,0 +1,526 @@
+"""
+The client, against our own server, and against proxies that say what a test tells them to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from typing import Any, Callable, List, Tuple
+
+import pytest
+
+from socks5srv import client
+from socks5srv.client import Conversation, Proxy, bind, connect, udp_associate
+from socks5srv.protocol import (
+    UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed, Message,
+    Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
+)
+
+from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, in_thread, needs_ipv6
+
+CHOSEN = bytes(MethodSelection(Method.NO_AUTHENTICATION_REQUIRED))
+SUCCESS = bytes(Reply(ReplyCode.SUCCEEDED))
+SOON = 0.3          # seconds, for deadlines that have to pass
+
+
+def url_of(server: Any, scheme: str = "socks5h", login: str = "") -> str:
+    host, port = server.server_address[:2]
+    return f"{scheme}://{login}{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Connection:
+    """The proxy's end of a connection, as a stream for messages."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+
+    def read(self, n: int = -1, /) -> bytes:
+        return self.socket.recv(n)
+
+    def send(self, *messages: Any) -> None:
+        self.socket.sendall(b"".join(map(bytes, messages)))
+
+
+@pytest.fixture
+def proxy_that(listen: Callable[..., socket.socket]) -> Callable[..., str]:
+    """The URL of a proxy for one client, with which it does what the function says, and closes."""
+    def make(script: Callable[[Connection], object], login: str = "") -> str:
+        listener = listen()
+
+        def serve() -> None:
+            sock, _address = listener.accept()
+            with sock:
+                sock.settimeout(TIMEOUT)
+                script(Connection(sock))
+
+        make.done = in_thread(serve)        # type: ignore[attr-defined]
+        return f"socks5h://{login}{LOCALHOST}:{listener.getsockname()[1]}"
+
+    return make
+
+
+def until_the_client_leaves(connection: Connection) -> None:
+    try:
+        while connection.read(4096):
+            pass
+    except ConnectionError:     # it has left something unread
+        pass
+
+
+# --- the URL ---
+
+@pytest.mark.parametrize(("url", "proxy"), [
+    ("socks5h://127.0.0.1:1081", Proxy("127.0.0.1", 1081)),
+    ("socks5h://proxy.example", Proxy("proxy.example", 1080)),
+    ("socks5h://[::1]:1081/", Proxy("::1", 1081)),
+    ("SOCKS5://proxy.example:1", Proxy("proxy.example", 1, names_there=False)),
+    ("socks5h://anna:sesame@h:1", Proxy("h", 1, b"anna", b"sesame")),
+    ("socks5h://anna@h:1", Proxy("h", 1, b"anna")),
+    ("socks5h://anna:@h:1", Proxy("h", 1, b"anna")),
+    ("socks5h://an%3ana:s%40%2f%25%00@h:1", Proxy("h", 1, b"an:na", b"s@/%\0")),
+    ("socks5h://j\u00fcrgen:%c3%bc@h:1", Proxy("h", 1, "j\u00fcrgen".encode(), "\u00fc".encode())),
+    ("socks5h://[fe80::1%25eth0]:1", Proxy("fe80::1%eth0", 1)),
+])
+def test_a_url_says_where_the_proxy_is_who_we_are_and_who_looks_names_up(url: str, proxy: Proxy) -> None:
+    assert Proxy.parse(url) == proxy
+    assert Proxy.parse(proxy) is proxy
+
+
+@pytest.mark.parametrize("url", [
+    "", "127.0.0.1:1080", "http://h:1", "socks4://h:1", "socks5h://", "socks5h://:1", "socks5h://h:0", "socks5h://h:65536",
+    "socks5h://h:x", "socks5h://h:1/path", "socks5h://h:1?q", "socks5h://h:1#f", "socks5h://anna:se/sesame@h:1", "socks5h://[::1:1",
+    "socks5h://anna:se#sesame@h:1", f"socks5h://anna:{'x' * 256}@h:1", f"socks5h://{'x' * 256}@h:1",
+])
+def test_what_is_no_url_of_a_proxy_is_told_without_the_password(url: str) -> None:
+    with pytest.raises(ValueError, match="255 octets at most" if "xxx" in url else "HOST:PORT") as raised:
+        Proxy.parse(url)
+    assert "sesame" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["socks5h://h:1", "socks5://[::1]:1", "socks5h://a%3ab:***@h:1"])
+def test_the_text_of_a_proxy_is_its_url_without_the_password(url: str) -> None:
+    proxy = Proxy.parse(url.replace("***", "sesame"))
+    assert str(proxy) == url.replace("%3a", "%3A")
+    assert "sesame" not in repr(proxy)
+
+
+# --- CONNECT ---
+
+@pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_connect_returns_a_blocking_socket_to_the_target(start_server: Any, start_echo: Any, host: str, scheme: str) -> None:
+    server = start_server(address=(host, 0))
+    with connect(url_of(server, scheme), *start_echo(host).server_address[:2]) as sock:
+        assert sock.gettimeout() is None
+        exchange(sock)
+    assert server.next_ended().destination.address_type is (AddressType.IPV6 if ":" in host else AddressType.IPV4)
+
+
+def test_socks5h_leaves_the_name_to_the_proxy(start_server: Any, echo: Any) -> None:
+    server = start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST]))
+    with connect(url_of(server), "only.there.example", echo[1]) as sock:
+        exchange(sock)
+    assert server.next_ended().destination == Address("only.there.example", echo[1], AddressType.DOMAINNAME)
+
+
+def test_socks5_looks_the_name_up_here_and_tries_one_address_after_the_other(
+    start_server: Any, echo: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = socket.getaddrinfo
+
+    def resolver(host: Any, *arguments: Any, **keywords: Any) -> List[Any]:
+        if host != "only.here.example":
+            return ours(host, *arguments, **keywords)
+        return [row for there in ("127.0.0.9", LOCALHOST) for row in ours(there, *arguments, **keywords)]
+
+    monkeypatch.setattr(client.socket, "getaddrinfo", resolver)
+    server = start_server()
+    server.rules = type(server.rules).parse(["deny 127.0.0.9"])
+    with connect(url_of(server, "socks5"), "only.here.example", echo[1]) as sock:
+        exchange(sock)
+    assert [str(server.next_ended().destination.host) for _ in range(2)] == ["127.0.0.9", LOCALHOST]
+
+
+def test_a_name_beyond_ascii_goes_as_idna_has_it(proxy_that: Any) -> None:
+    asked: List[Request] = []
+
+    def script(connection: Connection) -> None:
+        connection.send(CHOSEN)
+        Greeting.read(connection)
+        asked.append(Request.read(connection))
+        connection.send(SUCCESS)
+
+    connect(proxy_that(script), "m\u00fcnchen.example", 80).close()
+    proxy_that.done()
+    assert asked[0].destination.host == "xn--mnchen-3ya.example"
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_what_is_no_port_is_told_before_anything_is_sent(port: int) -> None:
+    with pytest.raises(ValueError, match="is no port"):
+        connect("socks5h://127.0.0.1:1", "h", port)
+
+
+def test_what_the_target_says_first_stays_in_the_socket(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.send(CHOSEN, SUCCESS, b"220 hello")      # all in one segment, before it is asked
+        until_the_client_leaves(connection)
+
+    with connect(proxy_that(script), "h", 80) as sock:
+        assert sock.recv(100) == b"220 hello"
+    proxy_that.done()
+
+
+def test_answers_may_come_octet_by_octet(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        name = Reply(ReplyCode.SUCCEEDED, Address("a.name.example", 80, AddressType.DOMAINNAME))
+        for octet in CHOSEN + bytes(name) + b"hello":
+            connection.send(bytes([octet]))
+        connection.socket.shutdown(socket.SHUT_WR)
+        until_the_client_leaves(connection)
+
+    with connect(proxy_that(script), "h", 80) as sock:
+        assert b"".join(iter(lambda: sock.recv(100), b"")) == b"hello"
+    proxy_that.done()
+
+
+# --- what goes wrong ---
+
+@pytest.mark.parametrize("code", [code for code in ReplyCode if code is not ReplyCode.SUCCEEDED])
+def test_every_failure_has_its_code(start_server: Any, code: ReplyCode) -> None:
+    def refuse(_self: Any, _request: Request) -> Any:
+        raise RequestFailed(code)
+
+    server = start_server(handler_with(connect=refuse))
+    with pytest.raises(RequestFailed, match=code.phrase) as raised:
+        connect(url_of(server), LOCALHOST, 80)
+    assert raised.value.code is code
+
+
+@pytest.mark.parametrize(("answer", "error", "words"), [
+    (b"", ProtocolError, "closed the connection"),
+    (b"HTTP/1.1 400 Bad Request\r\n", ProtocolError, "VER of the method selection"),
+    (b"\x05", ProtocolError, "closed"),
+    (b"\x05\x02", ProtocolError, "02, which was not offered"),
+    (b"\x05\xff", NoAcceptableMethod, "there is none in its URL"),
+    (CHOSEN, ProtocolError, "closed"),
+    (CHOSEN + SUCCESS[:7], ProtocolError, "closed"),
+    (CHOSEN + b"\x04" + SUCCESS[1:], ProtocolError, "VER of the reply"),
+    (CHOSEN + b"\x05\x00\x00\x02" + bytes(6), ProtocolError, "cannot be read"),
+    (CHOSEN + b"\x05\x42" + SUCCESS[2:], RequestFailed, "42, which means nothing"),
+])
+def test_what_is_no_answer_is_told(proxy_that: Any, answer: bytes, error: Any, words: str) -> None:
+    def script(connection: Connection) -> None:
+        connection.send(answer)
+        with contextlib.suppress(OSError):      # it may have had enough already
+            connection.socket.shutdown(socket.SHUT_WR)
+        until_the_client_leaves(connection)
+
+    with pytest.raises(error, match=words):
+        connect(proxy_that(script), "h", 80)
+    proxy_that.done()
+
+
+@pytest.mark.parametrize("answer", [b"", CHOSEN, CHOSEN + SUCCESS[:9]])
+@pytest.mark.parametrize("command", ["connect", "bind", "udp"])
+def test_a_silent_proxy_is_left_at_the_deadline(proxy_that: Any, answer: bytes, command: str) -> None:
+    def script(connection: Connection) -> None:
+        connection.send(answer)
+        until_the_client_leaves(connection)
+
+    ask = {"connect": lambda url: connect(url, "h", 80, timeout=SOON), "bind": lambda url: bind(url, timeout=SOON),
+           "udp": lambda url: udp_associate(url, timeout=SOON)}[command]
+    with pytest.raises(socket.timeout):
+        ask(proxy_that(script))
+    proxy_that.done()       # which it is only if the socket has been closed
+
+
+def test_the_deadline_is_one_for_all_octets(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.socket.settimeout(SOON / 4)
+        name = Reply(ReplyCode.SUCCEEDED, Address("a" * 255, 80, AddressType.DOMAINNAME))
+        for octet in CHOSEN + bytes(name):
+            try:
+                connection.send(bytes([octet]))
+                while connection.read(100):
+                    pass
+                return
+            except socket.timeout:      # in time for a deadline of each octet's own
+                continue
+
+    began = time.monotonic()
+    with pytest.raises(socket.timeout):
+        connect(proxy_that(script), "h", 80, timeout=SOON)
+    assert time.monotonic() - began < SOON * 5
+    proxy_that.done()
+
+
+def test_a_proxy_that_is_not_there_is_an_os_error(refusing: Any) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        connect("socks5h://%s:%d" % refusing(), "h", 80)
+
+
+def test_a_proxy_that_does_not_answer_is_given_up(silent: Any) -> None:
+    with pytest.raises(socket.timeout):
+        connect("socks5h://%s:%d" % silent(), "h", 80, timeout=SOON)
+
+
+@needs_ipv6
+def test_every_address_of_the_proxy_is_tried(start_server: Any, echo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, ours = start_server(), socket.getaddrinfo
+
+    def resolver(_host: Any, *arguments: Any, **keywords: Any) -> List[Any]:
+        return ours("::1", *arguments, **keywords) + ours(LOCALHOST, *arguments, **keywords)
+
+    monkeypatch.setattr(client.socket, "getaddrinfo", resolver)
+    with connect(f"socks5h://proxy.example:{server.server_address[1]}", *echo) as sock:
+        exchange(sock)
+
+
+# --- logins ---
+
+@pytest.mark.parametrize(("username", "password"), [("anna", "sesame"), ("a:b@c", "/?#%"), ("j\u00fcrgen", "\u00fc" * 127)])
+def test_the_login_is_in_the_url(start_server: Any, echo: Any, username: str, password: str) -> None:
+    server = start_server(users={username: password})
+    with connect(Proxy(*server.server_address, username.encode(), password.encode()), *echo) as sock:
+        exchange(sock)
+    assert server.next_ended().user == username
+
+
+def test_a_wrong_login_is_told_without_the_password(start_server: Any, echo: Any) -> None:
+    server = start_server(users={"anna": "sesame"})
+    with pytest.raises(LoginFailed) as raised:
+        connect(url_of(server, login="anna:guessed@"), *echo)
+    assert raised.value.username == "anna"
+    assert "guessed" not in str(raised.value)
+
+
+def test_a_login_that_is_wanted_and_not_there_is_told(start_server: Any, echo: Any) -> None:
+    with pytest.raises(NoAcceptableMethod, match="none in its URL"):
+        connect(url_of(start_server(users={"anna": "sesame"})), *echo)
+
+
+def test_a_login_that_nobody_wants_does_no_harm(start_server: Any, echo: Any) -> None:
+    with connect(url_of(start_server(), login="anna:sesame@"), *echo) as sock:
+        exchange(sock)
+
+
+def test_the_version_of_the_logins_reply_is_looked_at(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.send(MethodSelection(Method.USERNAME_PASSWORD), b"\x05\x00")
+        until_the_client_leaves(connection)
+
+    with pytest.raises(ProtocolError, match="VER of the login's reply"):
+        connect(proxy_that(script, "anna:sesame@"), "h", 80)
+    proxy_that.done()
+
+
+def test_another_method_is_a_function_that_authenticates_the_conversation(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        assert 0x80 in Greeting.read(connection).methods
+        connection.send(MethodSelection(0x80))
+        assert connection.read(100) == b"knock knock"
+        connection.send(b"who's there?", SUCCESS)
+        until_the_client_leaves(connection)
+
+    heard: List[bytes] = []
+
+    def knock(conversation: Conversation) -> None:
+        conversation.write(b"knock knock")
+        heard.append(conversation.read(12))
+
+    connect(proxy_that(script), "h", 80, methods={0x80: knock}).close()
+    proxy_that.done()
+    assert heard == [b"who's there?"]
+
+
+def test_what_another_method_raises_closes_the_connection(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.send(MethodSelection(0x80))
+        until_the_client_leaves(connection)
+
+    def fail(_conversation: Conversation) -> None:
+        raise LoginFailed("no ticket")
+
+    with pytest.raises(LoginFailed, match="no ticket"):
+        connect(proxy_that(script), "h", 80, methods={0x80: fail})
+    proxy_that.done()
+
+
+# --- BIND ---
+
+@pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
+def test_bind_gives_the_address_at_once_and_the_peer_later(start_server: Any, host: str) -> None:
+    with bind(url_of(start_server(address=(host, 0))), host) as waiting:
+        with socket.create_connection(waiting.address[:2], TIMEOUT) as peer:
+            sock, address = waiting.accept()
+            with sock:
+                assert address == Address.of(peer.getsockname())
+                assert sock.gettimeout() is None
+                sock.sendall(b"there")
+                assert peer.recv(100) == b"there"
+                with pytest.raises(ValueError, match="for one connection"):
+                    waiting.accept()
+        waiting.close()     # does not concern the socket any more
+
+
+def test_to_leave_the_block_is_to_wait_no_more(start_server: Any) -> None:
+    server = start_server()
+    with bind(url_of(server)):
+        pass
+    assert server.next_ended().command is Command.BIND
+
+
+def test_a_peer_that_does_not_come_is_given_up(start_server: Any) -> None:
+    server = start_server()
+    with bind(url_of(server), timeout=SOON) as waiting:
+        with pytest.raises(socket.timeout):
+            waiting.accept()
+        assert server.next_ended()
+        with pytest.raises(ValueError, match="closed"):
+            waiting.accept()
+
+
+def test_the_second_reply_may_be_a_failure(start_server: Any) -> None:
+    with bind(url_of(start_server(bind_timeout=SOON))) as waiting, pytest.raises(RequestFailed) as raised:
+        waiting.accept()
+    assert raised.value.code is ReplyCode.TTL_EXPIRED
+
+
+def test_zeros_in_a_reply_stand_for_the_proxys_host(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address("0.0.0.0", 4711, AddressType.IPV4)))
+        until_the_client_leaves(connection)
+
+    with bind(proxy_that(script)) as waiting:
+        assert waiting.address == Address(LOCALHOST, 4711, AddressType.IPV4)
+    proxy_that.done()
+    with udp_associate(proxy_that(script)) as relay:
+        assert relay.address == Address(LOCALHOST, 4711, AddressType.IPV4)
+    proxy_that.done()
+
+
+# --- UDP ---
+
+def udp_target(host: str = LOCALHOST) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(TIMEOUT)
+    sock.bind((host, 0))
+    return sock
+
+
+@pytest.mark.parametrize(("proxy_host", "target_host"), [
+    (LOCALHOST, LOCALHOST), pytest.param("::1", "::1", marks=needs_ipv6), pytest.param(LOCALHOST, "::1", marks=needs_ipv6),
+])
+def test_datagrams_go_both_ways(start_server: Any, proxy_host: str, target_host: str) -> None:
+    server = start_server(address=(proxy_host, 0))
+    with udp_target(target_host) as target, udp_associate(url_of(server)) as relay:
+        relay.socket.settimeout(TIMEOUT)
+        for data in (b"there", b"", b"x" * 1000):
+            relay.sendto(data, target.getsockname()[:2])
+            received, source = target.recvfrom(2000)
+            assert received == data
+            target.sendto(received[::-1], source)
+            assert relay.recvfrom() == (data[::-1], target.getsockname()[:2])
+
+
+@pytest.mark.parametrize(("scheme", "looked_up_there"), [("socks5h", ["localhost"]), ("socks5", [])])
+def test_names_of_datagrams_are_looked_up_where_the_url_says(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch, scheme: str, looked_up_there: List[str],
+) -> None:
+    looked_up: List[str] = []
+
+    def resolve(_self: Any, host: str) -> List[str]:
+        looked_up.append(host)
+        return [LOCALHOST]
+
+    ours = socket.getaddrinfo
+    monkeypatch.setattr(client.socket, "getaddrinfo", lambda host, *words, **more: ours(
+        LOCALHOST if host == "localhost" else host, *words, **more))
+    server = start_server(handler_with(resolve=resolve))
+    with udp_target() as target, udp_associate(url_of(server, scheme)) as relay:
+        relay.sendto(b"there", ("localhost", target.getsockname()[1]))
+        assert target.recv(100) == b"there"
+    assert looked_up == looked_up_there
+
+
+def test_the_control_connection_is_kept_until_close(start_server: Any) -> None:
+    server = start_server()
+    relay = udp_associate(url_of(server))
+    assert relay.control.gettimeout() is None
+    assert len(server.sessions) == 1
+    relay.close()
+    assert server.next_ended().reason == "client closed"
+
+
+def test_fragments_and_nonsense_are_not_handed_out(proxy_that: Any) -> None:
+    there = Address(LOCALHOST, 53, AddressType.IPV4)
+    with udp_target() as relay_socket:
+        def script(connection: Connection) -> None:
+            connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address.of(relay_socket.getsockname())))
+            until_the_client_leaves(connection)
+
+        with udp_associate(proxy_that(script)) as relay:
+            relay.socket.settimeout(TIMEOUT)
+            relay.sendto(b"?", there[:2])
+            octets, source = relay_socket.recvfrom(100)
+            assert octets == bytes(Datagram(there, b"?"))
+            messages: Tuple[Any, ...] = (b"", b"\0\0\0", b"\0\0\0\2", Datagram(there, b"part", frag=1), Datagram(there, b"whole"))
+            for message in messages:
+                relay_socket.sendto(bytes(message), source)
+            assert relay.recvfrom() == (b"whole", there[:2])
+        proxy_that.done()
+
+
+def test_only_the_relay_is_heard(start_server: Any) -> None:
+    server = start_server()
+    with udp_target() as target, udp_target() as stranger, udp_associate(url_of(server)) as relay:
+        relay.socket.settimeout(TIMEOUT)
+        stranger.sendto(bytes(Datagram(Address.of(target.getsockname()), b"forged")), relay.socket.getsockname())
+        relay.sendto(b"there", target.getsockname())
+        target.sendto(b"true", target.recvfrom(100)[1])
+        assert relay.recvfrom() == (b"true", target.getsockname())
+
+
+def test_a_relay_that_cannot_be_reached_leaves_nothing_open(proxy_that: Any) -> None:
+    def script(connection: Connection) -> None:
+        connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address("no such host.invalid".replace(" ", "-"), 1, AddressType.DOMAINNAME)))
+        until_the_client_leaves(connection)
+
+    with pytest.raises(OSError):        # noqa: PT011
+        udp_associate(proxy_that(script))
+    proxy_that.done()
+
+
+def test_every_message_is_one_of_the_protocols(proxy_that: Any) -> None:
+    """What is sent is what protocol.py has, octet for octet."""
+    received: List[Message] = []
+
+    def script(connection: Connection) -> None:
+        connection.send(MethodSelection(Method.USERNAME_PASSWORD), CredentialsReply(CredentialsReply.SUCCESS), SUCCESS)
+        received.extend([Greeting.read(connection), Credentials.read(connection), Request.read(connection)])
+        assert eventually(lambda: connection.read(1) == b"")
+
+    connect(proxy_that(script, "anna:sesame@"), "example.com", 80).close()
+    proxy_that.done()
+    assert received == [
+        Greeting(bytes([0, 2])), Credentials(b"anna", b"sesame"),
+        Request(Command.CONNECT, Address("example.com", 80, AddressType.DOMAINNAME)),
+    ]
+
+
+def test_an_association_is_asked_for_with_zeros(proxy_that: Any) -> None:
+    asked: List[Request] = []
+
+    def script(connection: Connection) -> None:
+        connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address(LOCALHOST, 4711, AddressType.IPV4)))
+        Greeting.read(connection)
+        asked.append(Request.read(connection))
+        until_the_client_leaves(connection)
+
+    udp_associate(proxy_that(script)).close()
+    proxy_that.done()
+    assert asked == [Request(Command.UDP_ASSOCIATE, UNSPECIFIED)]
