@@ -105,7 +105,21 @@ class Tally:
         else:
             code = f" ({session.reply:02x})" if session.reply else ""
             self.failures[f"{target} {session.event.replace('_', ' ')}{code}"] += 1
-        # Both could grow without end on a server that runs for months.
+        self.keep_the_largest()
+
+    def merge(self, other: Tally) -> None:
+        """Add what another one has counted.  `most` is not a sum: each counts over all."""
+        self.events += other.events
+        self.clients |= other.clients
+        self.octets.update(other.octets)
+        self.failures.update(other.failures)
+        self.up += other.up
+        self.down += other.down
+        self.most = max(self.most, other.most)
+        self.keep_the_largest()
+
+    def keep_the_largest(self) -> None:
+        """Both could grow without end on a server that runs for months."""
         for counter in (self.octets, self.failures):
             if len(counter) > 10000:
                 for key, _count in counter.most_common()[5000:]:
