@@ -110,21 +110,25 @@ class Line:
 
 class Board:
     """
-    Two numbers of each worker, in memory that all of them share: how many `clients` it has
-    let in, and the last of its session `ids`.
+    What the workers count together, in a file that has no name and is open in all of them.
 
-    Each writes only its own, and all may read: there is nothing to lock.
+    Its content is one number for each: the `clients` that it has let in.  Each writes only its
+    own, and all may read: there is nothing to lock.  Its position is the last session id; the
+    system moves it for one process at a time.
     """
 
     def __init__(self, descriptor: int, workers: int) -> None:
-        self.memory = mmap.mmap(descriptor, 16 * workers)
-        self.numbers = memoryview(self.memory).cast("Q")        # of 8 octets, which are written at once
-        self.clients, self.ids = self.numbers[:workers], self.numbers[workers:]
+        self.descriptor = descriptor
+        self.memory = mmap.mmap(descriptor, 8 * workers)
+        self.clients = memoryview(self.memory).cast("Q")        # 8 octets, which are written at once
+
+    def next_id(self) -> int:
+        return os.lseek(self.descriptor, 1, os.SEEK_CUR)
 
     def close(self) -> None:
-        for view in (self.clients, self.ids, self.numbers):
-            view.release()
+        self.clients.release()
         self.memory.close()
+        os.close(self.descriptor)
 
 
 class Orders(NamedTuple):
@@ -136,7 +140,6 @@ class Orders(NamedTuple):
     users: Optional[Mapping[str, str]]      # by name: hashes if they come from a file, else passwords
     listeners: List[int]            # descriptors
     board: int                      # another
-    first_id: int
     failures: OrderedDict[str, Tuple[int, float]]       # of logins, by address: see users.Guessing
     relays: Dict[int, Set[Address]]         # for datagrams, of the other workers by their numbers
 
@@ -150,11 +153,17 @@ class HandedUsers(UsersFile):
         self.key = os.urandom(32)
         self.hashes = dict(hashes)
         self.verified = {}
-        self.handed: Optional[Dict[str, str]] = None
+        self.gone: queue.SimpleQueue[Set[str]] = queue.SimpleQueue()
+
+    def hand(self, hashes: Dict[str, str]) -> None:
+        """They count from now on; refresh() tells whom to cut off."""
+        self.gone.put(self.replace(hashes))
 
     def refresh(self) -> Set[str]:
-        hashes, self.handed = self.handed, None
-        return self.replace(hashes) if hashes is not None else set()
+        gone: Set[str] = set()
+        while not self.gone.empty():
+            gone |= self.gone.get()
+        return gone
 
 
 class SharedGuessing(Guessing):
@@ -235,11 +244,9 @@ class WorkerServer(ServiceServer):
         self.number = orders.number
         self.sockets = [socket.socket(fileno=descriptor) for descriptor in orders.listeners]
         self.board = Board(orders.board, orders.workers)
-        os.close(orders.board)
         self.most = self.most_told = 0      # clients at a time, of all workers
         self.told_to_stop = threading.Event()
         self.serving = False                # and the parent knows
-        self.counting = threading.Lock()
         self.questions = itertools.count()
         self.answers: Dict[int, queue.SimpleQueue[bool]] = {}      # that are to come, by question
         users: Any = orders.users
@@ -247,7 +254,6 @@ class WorkerServer(ServiceServer):
             users = HandedUsers(users, orders.workers)
         super().__init__(self.sockets[0].getsockname(), ServiceHandler, users=users, rules=orders.options.rules)
         self.listeners[:] = [SharedListener(self, sock) for sock in self.sockets]
-        self.ids = itertools.count(orders.first_id, orders.workers)
         self.guessing = SharedGuessing(line.hint, orders.failures)
         self.udp_relays = self.relays_of_all = SharedRelays(line.hint, orders.relays)
 
@@ -285,7 +291,7 @@ class WorkerServer(ServiceServer):
         self.told_to_stop.set()
 
     def on_users(self, hashes: Dict[str, str]) -> None:
-        cast(HandedUsers, self.users).handed = hashes
+        cast(HandedUsers, self.users).hand(hashes)
         self.bell.ring()
 
     def on_failed(self, host: str) -> None:
@@ -293,6 +299,10 @@ class WorkerServer(ServiceServer):
 
     def on_succeeded(self, host: str) -> None:
         Guessing.succeeded(self.guessing, host)
+
+    def on_news(self, kind: str) -> None:
+        """Another one has told of it."""
+        super().is_news(kind)
 
     def on_opened(self, number: int, address: Address) -> None:
         self.relays_of_all.elsewhere.setdefault(number, set()).add(address)
@@ -323,13 +333,17 @@ class WorkerServer(ServiceServer):
             tally.most = self.most_told = self.most
             self.line.send("tally", tally)
 
+    def is_news(self, kind: str) -> bool:
+        """Once a minute over all workers."""
+        news = super().is_news(kind)
+        if news:
+            self.line.hint("news", kind)
+        return news
+
     # --- what is counted over all workers ---
 
     def next_id(self) -> int:
-        """Every worker has its own, in steps of as many as there are workers."""
-        with self.counting:
-            self.board.ids[self.number] = number = super().next_id()
-        return number
+        return self.board.next_id()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """

@@ -105,7 +105,6 @@ class Workers(ServiceServer):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.places: List[Place] = []
         self.board: Optional[Board] = None
-        self.board_descriptor = -1
         self.selector = selectors.DefaultSelector()
         super().__init__(*arguments, **keywords)
         self.bell = Wakeup()
@@ -118,8 +117,7 @@ class Workers(ServiceServer):
         """Start all, and wait until they serve.  CannotStart if they do not live."""
         self.bookkeeper = threading.current_thread()
         number = self.options.workers
-        self.board_descriptor = shared_memory(16 * number)
-        self.board = Board(self.board_descriptor, number)
+        self.board = Board(shared_memory(8 * number), number)
         self.places = [Place() for _ in range(number)]
         while not self.stopping and not all(place.worker and place.worker.serving for place in self.places):
             self.look_after_all(0.5)
@@ -173,8 +171,9 @@ class Workers(ServiceServer):
     # --- the life of a worker ---
 
     def start(self, number: int) -> None:
+        assert self.board is not None
         ours, theirs = socket.socketpair()
-        descriptors = [theirs.fileno(), self.board_descriptor, *(listener.socket.fileno() for listener in self.listeners)]
+        descriptors = [theirs.fileno(), self.board.descriptor, *(listener.socket.fileno() for listener in self.listeners)]
         try:
             with theirs, signals_blocked():
                 process = subprocess.Popen(command(theirs.fileno()), pass_fds=descriptors, env=environment())
@@ -186,7 +185,6 @@ class Workers(ServiceServer):
         self.selector.register(ours, selectors.EVENT_READ, worker)
         worker.line.send(self.orders(number))
         self.places[number].worker = worker
-        logger.debug("worker %d is process %d", number + 1, process.pid)
 
     def orders(self, number: int) -> Orders:
         assert self.board is not None
@@ -195,8 +193,7 @@ class Workers(ServiceServer):
         options.parser = options.users = options.user = None       # two that cannot travel, and one that need not
         return Orders(
             number, len(self.places), options, users, [listener.socket.fileno() for listener in self.listeners],
-            self.board_descriptor, first_id=(self.board.ids[number] or number + 1 - len(self.places)) + len(self.places),
-            failures=self.guessing.failures, relays={worker.number: worker.relays for worker in self.workers},
+            self.board.descriptor, failures=self.guessing.failures, relays={worker.number: worker.relays for worker in self.workers},
         )
 
     def hear(self, worker: Worker) -> None:
@@ -216,7 +213,7 @@ class Workers(ServiceServer):
         self.places[worker.number].worker = None
         if not self.stopping:
             self.tell_all("gone", worker.number)
-            self.try_again(worker.number, worker.cause_of_death, time.monotonic() - worker.started < YOUNG)
+            self.try_again(worker.number, f"process {worker.process.pid}, {worker.cause_of_death}", time.monotonic() - worker.started < YOUNG)
 
     def try_again(self, number: int, cause: str, young: bool = True) -> None:
         place = self.places[number]
@@ -248,6 +245,9 @@ class Workers(ServiceServer):
     def hear_succeeded(self, worker: Worker, host: str) -> None:
         self.guessing.succeeded(host)
         self.tell_all("succeeded", host, but=worker, hint=True)
+
+    def hear_news(self, worker: Worker, kind: str) -> None:
+        self.tell_all("news", kind, but=worker, hint=True)
 
     def hear_opened(self, worker: Worker, address: Address) -> None:
         worker.relays.add(address)
@@ -292,7 +292,6 @@ class Workers(ServiceServer):
             self.bell.close()
         if self.board is not None:
             self.board.close()
-            os.close(self.board_descriptor)
             self.board = None
 
     def kill(self) -> None:

@@ -586,7 +586,9 @@ def test_a_browser_finds_its_configuration(start: Callable[..., Any], new_client
 # --- the log cannot be written ---
 
 @needs_full_disk
-def test_a_full_disk_stops_only_the_log(start: Callable[..., Any], new_client: Callable[..., Client], echo: Place) -> None:
+def test_a_full_disk_stops_only_the_log(
+    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place, processes: int,
+) -> None:
     service = start("--log-file", "/dev/full", "-vv")
     for _ in range(5):
         client = new_client(service)
@@ -594,7 +596,7 @@ def test_a_full_disk_stops_only_the_log(start: Callable[..., Any], new_client: C
         exchange(client)
     assert service.stop() == 0
     assert service.stderr.startswith("socks5srv: error: the log cannot be written: ")
-    assert service.stderr.count("cannot be written") == 1
+    assert service.stderr.count("cannot be written") <= processes
     assert "Traceback" not in service.stderr
     assert "Exception ignored" not in service.stderr
 
