@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, cast
 
 from ..listener import Listener
 from ..protocol import Address
@@ -82,18 +82,23 @@ class Line:
 
     def receive(self) -> List[Tuple[Any, ...]]:
         """The messages that have come; EOFError when the other end is gone, after the last one."""
+        self.fill()
+        return list(self.messages())
+
+    def fill(self) -> None:
+        """Take what has come."""
         try:
             octets = self.socket.recv(65536)
         except BlockingIOError:
-            return []
+            return
         except OSError as error:
             raise EOFError from error
         if not octets:
             raise EOFError
         self.incoming += octets
-        return list(self.messages())
 
-    def messages(self) -> Iterable[Tuple[Any, ...]]:
+    def messages(self) -> Iterator[Tuple[Any, ...]]:
+        """One by one what is there as a whole, and is taken away."""
         while len(self.incoming) >= LENGTH.size:
             end = LENGTH.size + LENGTH.unpack_from(self.incoming)[0]
             if len(self.incoming) < end:
@@ -271,9 +276,10 @@ class WorkerServer(ServiceServer):
             selector.register(self.line.socket, selectors.EVENT_READ)
             try:
                 while not self.told_to_stop.is_set():
+                    for word, *details in self.line.messages():     # some may have come with the orders
+                        getattr(self, f"on_{word}")(*details)
                     if selector.select(0.5):
-                        for word, *details in self.line.receive():
-                            getattr(self, f"on_{word}")(*details)
+                        self.line.fill()
                     self.line.flush()
             except EOFError:
                 pass
@@ -419,9 +425,11 @@ def main(descriptor: int) -> NoReturn:
 
 
 def hear_orders(line: Line) -> Orders:
+    """The first message; what has come with it stays where it is."""
     line.socket.setblocking(True)
     while True:
-        for message in line.receive():
+        line.fill()
+        for message in line.messages():
             line.socket.setblocking(False)
             return cast(Orders, message[0])
 

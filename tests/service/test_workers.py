@@ -385,8 +385,11 @@ def test_the_clients_of_a_dead_worker_do_not_count(
 ) -> None:
     service = start(option, "6")
     clients = on_each(service)
-    while comes_in(service):
-        new_client(service).greet()
+    refused = False
+    while not refused:
+        client = new_client(service)
+        client.send(b"\5\1\0")
+        refused = first_octets(client) == b""
     (pid, _client), *_others = clients.items()
     os.kill(pid, signal.SIGKILL)
     service.wait_for("has died")
@@ -674,6 +677,17 @@ def test_a_signal_for_a_worker_alone_is_not_heard(start: Callable[..., Any], on_
             os.kill(pid, number)
     tunnels(on_each(service), echo)
     assert workers_of(service) == pids
+
+
+@needs_linux
+def test_a_worker_that_has_hardly_started_stops_as_fast(start: Callable[..., Any]) -> None:
+    service = start()
+    os.kill(min(workers_of(service)), signal.SIGKILL)
+    service.wait_for("has died")
+    began = time.monotonic()
+    assert service.stop() == 0
+    assert time.monotonic() - began < 3
+    assert "does not stop" not in service.stderr
 
 
 @needs_linux
