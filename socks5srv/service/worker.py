@@ -283,6 +283,9 @@ class WorkerServer(ServiceServer):
                     self.line.flush()
             except EOFError:
                 pass
+            except Exception:           # who is deaf would never stop
+                logger.exception("a bug, met while obeying")
+                os._exit(1)
         self.end()
 
     def end(self) -> None:

@@ -54,6 +54,16 @@ from socks5srv.service import run, worker, workers
 sys.exit(run.main())
 """
 
+SLOW_SECOND = """
+started, command = [], workers.command
+def slowly(descriptor):
+    words = command(descriptor)
+    words[2] = f"import time; time.sleep({len(started)}); " + words[2]
+    started.append(descriptor)
+    return words
+workers.command = slowly
+"""
+
 
 @pytest.fixture
 def start(start: Callable[..., Any]) -> Callable[..., Any]:
@@ -223,8 +233,8 @@ def test_no_password_is_in_the_arguments_or_the_environment_of_a_worker(
 
 def test_the_port_file_and_the_first_line_come_when_all_serve(start: Callable[..., Any]) -> None:
     began = time.monotonic()
-    service = start(command=changed('workers.PROGRAM = "import time, sys; time.sleep(0.3 * int(sys.argv[2]) / 5);" + workers.PROGRAM'))
-    assert time.monotonic() - began > 0.3
+    service = start(command=changed(SLOW_SECOND))
+    assert time.monotonic() - began > 1
     assert service.stderr.count(" listening ") == 1
 
 
@@ -381,18 +391,22 @@ def test_another_address_has_places_of_its_own(start: Callable[..., Any], new_cl
 @needs_linux
 @pytest.mark.parametrize("option", ["--max-clients", "--max-per-client"])
 def test_the_clients_of_a_dead_worker_do_not_count(
-    option: str, start: Callable[..., Any], on_each: Callable[..., Any], new_client: Callable[..., Client],
+    option: str, start: Callable[..., Any], client_at: Callable[..., Client], new_client: Callable[..., Client],
 ) -> None:
-    service = start(option, "6")
-    clients = on_each(service)
+    # The first one who dies is replaced at once, the next one so late that nobody else can have forgotten its clients.
+    service = start(option, "6", command=changed("workers.PAUSE = 60"))
+    killed, other = workers_of(service)
+    os.kill(killed, signal.SIGKILL)
+    (successor,) = eventually(lambda: workers_of(service) - {killed, other})
+    clients = [client_at(service, successor)]
     refused = False
     while not refused:
-        client = new_client(service)
-        client.send(b"\5\1\0")
-        refused = first_octets(client) == b""
-    (pid, _client), *_others = clients.items()
-    os.kill(pid, signal.SIGKILL)
-    service.wait_for("has died")
+        clients.append(new_client(service))
+        clients[-1].send(b"\5\1\0")
+        refused = first_octets(clients[-1]) == b""
+    os.kill(successor, signal.SIGKILL)
+    eventually(lambda: service.stderr.count("has died") == 2)
+    assert not workers_of(service) - {other}
     eventually(lambda: comes_in(service))
 
 
@@ -463,23 +477,21 @@ def test_a_successor_knows_the_users_although_their_file_is_damaged_by_now(
 
 @needs_linux
 def test_the_relay_of_another_workers_client_is_no_target(
-    start: Callable[..., Any], on_each: Callable[..., Any], client_at: Callable[..., Client],
+    start: Callable[..., Any], client_at: Callable[..., Client],
 ) -> None:
     service = start()
-    (one, _), (_, other) = on_each(service).items()
-    there = other.ask(Command.UDP_ASSOCIATE, ("0.0.0.0", 0)).bound
+    one, other = workers_of(service)
     with udp() as sender, udp() as target:
-        straight = Datagram(Address.of(target.getsockname()), b"straight")
-        through_both = Datagram(there, bytes(Datagram(straight.address, b"through both")))
+        def says(text: bytes) -> bytes:
+            return bytes(Datagram(Address.of(target.getsockname()), text))
 
         def is_dropped() -> bool:
-            here = client_at(service, one).ask(Command.UDP_ASSOCIATE, ("0.0.0.0", 0)).bound
-            sender.sendto(bytes(through_both), here[:2])
-            sender.sendto(bytes(straight), here[:2])
-            first = target.recv(100)
-            if first != b"straight":
-                target.recv(100)
-            return first == b"straight"
+            here, there = (client_at(service, pid).ask(Command.UDP_ASSOCIATE, ("0.0.0.0", 0)).bound for pid in (one, other))
+            sender.sendto(bytes(Datagram(there, says(b"through both"))), here[:2])
+            sender.sendto(says(b"straight"), here[:2])
+            assert target.recv(100) == b"straight"
+            sender.sendto(says(b"through the other"), there[:2])      # who takes only what its first sender sends
+            return target.recv(100) == b"through the other"
 
         eventually(is_dropped)          # the news of a relay takes a moment
 
@@ -578,8 +590,10 @@ def test_session_numbers_go_on_after_a_worker_has_been_replaced(
 
 
 def test_workers_that_die_as_soon_as_they_start_end_the_server(start: Callable[..., Any], tmp_path: Path) -> None:
+    began = time.monotonic()
     with pytest.raises(AssertionError, match="it ended instead of the port file") as failure:
-        start(command=changed('workers.PROGRAM = "import sys; sys.exit(3)"'))
+        start(command=changed('workers.PAUSE, workers.PROGRAM = 0.2, "import sys; sys.exit(3)"'))
+    assert time.monotonic() - began >= 0.2 + 0.4 + 0.8
     message = str(failure.value)            # pytest indents it
     assert "socks5srv: error: the workers end as soon as they have started: " in message
     assert ", exit code 3\n    without --workers one process serves" in message
