@@ -363,23 +363,23 @@ class WorkerServer(ServiceServer):
         """
         if not super().verify_request(request, client_address):
             return False
-        host = Address.of(client_address).host
-        clients = self.note_clients()
+        self.note_clients()
+        clients = sum(self.board.clients)
         if self.max_clients is not None and clients > self.max_clients:
             self.warn("full", "%d clients are being served, and more do not fit: see --max-clients", self.max_clients)
-        elif self.max_per_client is not None and not self.ask("came", host):
+        elif self.max_per_client is not None and not self.ask(Address.of(client_address).host):
+            host = Address.of(client_address).host
             self.warn("full " + host, "%s has %d connections, and may have no more", host, self.max_per_client)
         else:
             self.most = max(self.most, clients)
             return True
-        self.uncount(host)
+        self.uncount(Address.of(client_address).host)
         return False
 
-    def note_clients(self) -> int:
-        """Write down how many there are here; how many there are with all workers."""
+    def note_clients(self) -> None:
+        """Write down how many there are here."""
         with self.lock:
             self.board.clients[self.number] = self.clients
-        return sum(self.board.clients)
 
     def uncount(self, host: str) -> None:
         with self.lock:
@@ -389,15 +389,15 @@ class WorkerServer(ServiceServer):
                 del self.hosts[host]
         self.note_clients()
 
-    def ask(self, *question: Any) -> bool:
-        """Ask the parent, and wait for its answer."""
+    def ask(self, host: str) -> bool:
+        """Ask the parent whether one more may come from there, and wait for its answer."""
         number = next(self.questions)
         answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.answers[number] = answer
         try:
             if self.told_to_stop.is_set():
                 return False
-            self.line.send("question", number, *question)
+            self.line.send("came", number, host)
             return answer.get()
         finally:
             del self.answers[number]

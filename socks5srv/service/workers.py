@@ -257,7 +257,7 @@ class Workers(ServiceServer):
         worker.relays.discard(address)
         self.tell_all("closed", worker.number, address, but=worker, hint=True)
 
-    def hear_question(self, worker: Worker, question: int, _word: str, host: str) -> None:
+    def hear_came(self, worker: Worker, question: int, host: str) -> None:
         """Whether one more client may come from this host."""
         assert self.max_per_client is not None
         yes = sum(other.hosts[host] for other in self.workers) < self.max_per_client

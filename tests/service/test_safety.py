@@ -503,7 +503,7 @@ def test_a_value_that_does_not_do_is_told_with_what_was_expected(
 # --- how many ---
 
 def test_more_clients_than_allowed_are_turned_away_until_one_leaves(
-    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
+    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place, processes: int,
 ) -> None:
     service = start("--max-clients", "2")
     clients = [new_client(service) for _ in range(2)]
@@ -516,7 +516,7 @@ def test_more_clients_than_allowed_are_turned_away_until_one_leaves(
         exchange(client)
     clients[0].close()
     eventually(lambda: first_answer(new_client(service)) == b"\x05\x00")
-    assert service.stderr.count("WARNING") == 1
+    assert service.stderr.count("WARNING") <= processes
 
 
 @needs_neighbour
