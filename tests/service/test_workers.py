@@ -150,6 +150,7 @@ def client_at(new_client: Callable[..., Client]) -> Callable[..., Client]:
             client = new_client(service)
             if eventually(lambda client=client: owner(service, client)) == pid:
                 return client
+            client.close()
         raise AssertionError("that worker gets no clients")
 
     return visit
