@@ -759,9 +759,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             return False
         with self.lock:         # counted here, or a burst would pass all at once
             full = self.clients >= self.most_clients
-            greedy = not full and self.max_per_client is not None and not self.one_more(client_address)
-            if not full and not greedy:
-                self.clients += 1
+            if not full and self.one_more(client_address):
                 return True
         if full:
             self.warn("full", "%d clients are being served, and more do not fit: see --max-clients", self.clients)
@@ -771,17 +769,22 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         return False
 
     def one_more(self, client_address: Any) -> bool:
-        """Count one more client of this host, if it may have one; to be called with the lock."""
-        host = Address.of(client_address).host
-        if self.hosts[host] >= cast(int, self.max_per_client):
-            return False
-        self.hosts[host] += 1
+        """Count one more client, unless its host has enough of them; to be called with the lock."""
+        if self.max_per_client is not None:
+            host = Address.of(client_address).host
+            if self.hosts[host] >= self.max_per_client:
+                return False
+            self.hosts[host] += 1
+        self.clients += 1
         return True
 
     def one_less(self, host: str) -> None:
-        self.hosts[host] -= 1
-        if self.hosts[host] <= 0:
-            del self.hosts[host]
+        """Count one client of this host less; to be called with the lock."""
+        self.clients -= 1
+        if self.max_per_client is not None:
+            self.hosts[host] -= 1
+            if self.hosts[host] <= 0:
+                del self.hosts[host]
 
     @cached_property
     def most_clients(self) -> float:
@@ -842,11 +845,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def finished(self, handler: Socks5Handler) -> None:
         with self.lock:
-            self.clients -= 1
+            self.one_less(handler.session.client.host)
             self.live.pop(handler.session.id, None)
             self.handshakes.pop(handler.session.id, None)
-            if self.max_per_client is not None:
-                self.one_less(handler.session.client.host)
             if isinstance(handler.carried, Association):
                 self.udp_relays.discard(handler.carried.bound)
         self.ended.append(handler)

@@ -118,12 +118,17 @@ class UsersFile(Users):
         except BadUsersFile as error:
             logger.error("the users stay as they were: %s", error)
             return set()
+        gone = self.replace(hashes)
+        logger.info("%d users read from %s", len(hashes), self.path)
+        return gone
+
+    def replace(self, hashes: Dict[str, str]) -> Set[str]:
+        """Have these users instead; those that are none any more, or have another password."""
         with self.lock:
             gone = {name for name, hash in self.hashes.items() if hashes.get(name) != hash}
             self.hashes = hashes
             for name in gone:
                 self.verified.pop(name, None)
-        logger.info("%d users read from %s", len(hashes), self.path)
         return gone
 
     def signature(self) -> Tuple[int, ...]:

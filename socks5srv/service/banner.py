@@ -107,11 +107,19 @@ class Tally:
             self.count(self.failures, f"{session.destination or '-'} {event.replace('_', ' ')}{code}", 1)
 
     def count(self, counter: CounterType[str], key: str, number: int) -> None:
-        """Add to one of the two that could grow without end, on a server that runs for months."""
         counter[key] += number
-        if len(counter) > 10000:
-            for rare, _count in counter.most_common()[5000:]:
-                del counter[rare]
+        keep_the_largest(counter)
+
+    def merge(self, other: Tally) -> None:
+        """Add what another one has counted.  `most` is not a sum: each counts over all."""
+        self.events += other.events
+        self.clients |= other.clients
+        self.up += other.up
+        self.down += other.down
+        self.most = max(self.most, other.most)
+        for ours, theirs in ((self.octets, other.octets), (self.failures, other.failures)):
+            ours.update(theirs)
+            keep_the_largest(ours)
 
     def facts(self) -> Dict[str, Any]:
         return {
@@ -135,3 +143,10 @@ class Tally:
                 lines.append(f"  {title:<12}  {shown(target)}  {number}")
                 title = ""
         return "\n".join(lines)
+
+
+def keep_the_largest(counter: CounterType[str]) -> None:
+    """On a server that runs for months it could grow without end."""
+    if len(counter) > 10000:
+        for key, _count in counter.most_common()[5000:]:
+            del counter[key]

@@ -24,6 +24,7 @@ from ..session import COMMAND_WORDS
 from ..users import BadUsersFile, UsersFile, hash_password
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 1080
+MOST_WORKERS = 256      # more are a slip of the finger
 
 DESCRIPTION = """\
 A SOCKS5 proxy server.  Without options it serves this computer only, on
@@ -117,6 +118,9 @@ def build_parser() -> Parser:
     many = parser.add_argument_group("how many")
     many.add_argument("--max-clients", type=count, metavar="N", help="at most so many clients at a time (default: what the descriptors allow)")
     many.add_argument("--max-per-client", type=count, metavar="N", help="of those from one address (default: no limit)")
+
+    many.add_argument("--workers", type=workers, default=1, metavar="N|auto",
+                      help="serve with so many processes; auto: one for each CPU (default: 1). Limits are of all together")
 
     limits = parser.add_argument_group("how long it waits, in seconds")
     for name, default, meaning in (
@@ -241,6 +245,22 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
+
+
+def workers(text: str) -> int:
+    number = cpus() if text == "auto" else int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
+    if not 0 < number <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: 1 to {MOST_WORKERS}, or auto, is")
+    if number > 1 and os.name != "posix":
+        raise argparse.ArgumentTypeError("several processes cannot share a listening socket on this system; leave the option out")
+    return number
+
+
+def cpus() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def seconds(text: str) -> float:

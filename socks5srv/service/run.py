@@ -43,6 +43,8 @@ class CannotStart(Exception):
 class ServiceServer(Socks5Server):
     """A server that counts for the summary, and keeps its threads together when that is faster."""
 
+    options: argparse.Namespace
+
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.tally = Tally()
         self.core = OneCore()
@@ -61,6 +63,13 @@ class ServiceServer(Socks5Server):
     def service_actions(self) -> None:
         super().service_actions()
         self.core.follow(self.newest)
+
+    def get_ready(self) -> bool:
+        """Before serve_forever(), whatever it takes to serve; False if a signal says to stop meanwhile."""
+        return not self.stopping
+
+    def kill(self) -> None:
+        """The process is about to end in the middle of everything."""
 
 
 class ServiceHandler(Socks5Handler):
@@ -161,7 +170,7 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     """A server that listens on all the addresses; with port 0, on the same free port of each."""
     port = options.port
     with explained(addresses[0], port):
-        server = ServiceServer((addresses[0], port), handler_class(options), users=options.users, rules=options.rules)
+        server = server_class(options)((addresses[0], port), handler_class(options), users=options.users, rules=options.rules)
     try:
         for address in addresses[1:]:
             with explained(address, port):
@@ -170,11 +179,24 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     except BaseException:
         server.server_close()
         raise
+    configure(server, options)
+    return server
+
+
+def server_class(options: argparse.Namespace) -> Type[ServiceServer]:
+    if options.workers == 1:
+        return ServiceServer
+    from .workers import Workers        # which costs a while to import, and few need it
+
+    return Workers
+
+
+def configure(server: ServiceServer, options: argparse.Namespace) -> None:
+    server.options = options
     for name, value in settings(options).items():
         setattr(server, name, value)
     family = {4: socket.AF_INET, 6: socket.AF_INET6}.get(options.family, socket.AF_UNSPEC)
     server.route = Route(family, options.source)
-    return server
 
 
 def refuse_to_be_its_own_upstream(server: ServiceServer, proxy: Optional[Proxy]) -> None:
@@ -220,12 +242,13 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     addresses = [listener.address for listener in server.listeners]
     stop_on_signals(server)
     read_users_on_hangup(server)
-    with port_file(options.port_file, addresses[0].port):
-        greet(server, options, addresses)
-        if options.upstream is not None:
-            logger.info("going out through %s", options.upstream)
-        gc.freeze()                 # what is here by now stays: the collector need not look at it again
-        server.serve_forever()
+    if server.get_ready():
+        with port_file(options.port_file, addresses[0].port):
+            greet(server, options, addresses)
+            if options.upstream is not None:
+                logger.info("going out through %s", options.upstream)
+            gc.freeze()             # what is here by now stays: the collector need not look at it again
+            server.serve_forever()
     server.server_close()
     logger.info("%s", farewell(server), extra={"event": "stop", "facts": server.tally.facts()})
     return 0
@@ -249,7 +272,7 @@ def farewell(server: ServiceServer) -> str:
     return text if sys.stderr.isatty() else " ".join(text.split("\n")[:2])
 
 
-def stop_on_signals(server: Socks5Server) -> None:
+def stop_on_signals(server: ServiceServer) -> None:
     """
     Ctrl-C and SIGTERM end serve_forever(); the second Ctrl-C ends the process.
 
@@ -259,6 +282,7 @@ def stop_on_signals(server: Socks5Server) -> None:
 
     def stop(number: int, _frame: Any) -> None:
         if asked and number == signal.SIGINT:
+            server.kill()
             os._exit(130)
         asked.append(number)
         server.shutdown()

@@ -143,7 +143,7 @@ class Proxy:
         self.news = threading.Condition()
         argv = [
             sys.executable, "-m", "socks5srv", "0", "--bind", host, "--port-file", str(self.port_file),
-            "--log-format", "json", "-vv", *options,
+            "--log-format", "json", "-vv", "--workers", os.environ.get("SOCKS5SRV_TEST_WORKERS", "1"), *options,
         ]
         self.process = subprocess.Popen(argv, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.reader = threading.Thread(target=self.read_log, daemon=True)

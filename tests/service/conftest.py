@@ -1,5 +1,7 @@
 """
 ``python -m socks5srv`` as its users start it: a process of its own, a file or a terminal to write to.
+
+With SOCKS5SRV_TEST_WORKERS=2 in the environment all that `start` starts has two workers.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -20,6 +22,7 @@ from tests.conftest import LOCALHOST, TIMEOUT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = (sys.executable, "-m", "socks5srv")
+WORKERS = "SOCKS5SRV_TEST_WORKERS"
 
 # Opens the terminal that it is told as its own, as a login does, and becomes what else it is told.
 IN_TERMINAL = """
@@ -41,10 +44,22 @@ def environment(**changes: str) -> Dict[str, str]:
     return {**ours, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", **changes}
 
 
+def with_workers() -> List[str]:
+    """The options for as many workers as the environment of the tests asks for."""
+    number = os.environ.get(WORKERS)
+    return ["--workers", number] if number else []
+
+
+@pytest.fixture
+def processes() -> int:
+    """How many `start` starts."""
+    return int(os.environ.get(WORKERS, 0)) + 1
+
+
 @pytest.fixture(autouse=True)
 def _no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith("SOCKS5SRV_"):
+        if name.startswith("SOCKS5SRV_") and name != WORKERS:
             monkeypatch.delenv(name)
 
 
@@ -137,7 +152,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
         def started(*words: str, port: Optional[str] = "0", command: Tuple[str, ...] = COMMAND, **variables: str) -> Service:
             directory = tmp_path / f"service-{len(list(tmp_path.iterdir()))}"
             directory.mkdir()
-            service = Service(directory, (*command, *words, *([port] if port else [])), variables)
+            service = Service(directory, (*command, *with_workers(), *words, *([port] if port else [])), variables)
             stack.callback(service.kill)
             service.wait_until_it_serves()
             return service

@@ -257,3 +257,26 @@ def test_what_is_remembered_for_the_summary_does_not_grow_without_end() -> None:
     assert len(tally.octets) <= 10_000
     assert "busy.example:80  1.0M" in str(tally)
     assert tally.facts()["sessions"] == 11_999
+
+
+def test_the_summaries_of_several_processes_are_one(tally: Tally) -> None:
+    twice = Tally()
+    twice.merge(tally)
+    assert {**twice.facts(), "seconds": 0} == {**tally.facts(), "seconds": 0}
+    assert str(twice).split("\n")[1:] == str(tally).split("\n")[1:]
+    twice.merge(tally)
+    assert twice.facts()["sessions"] == 2 * tally.facts()["sessions"]
+    assert twice.facts()["clients"] == tally.facts()["clients"], "the same ones"
+    assert twice.facts()["most_at_once"] == 3, "each has counted over all"
+    assert "a.example:80  50.0k" in str(twice)
+
+
+def test_what_is_remembered_of_other_summaries_does_not_grow_without_end() -> None:
+    sum = Tally()
+    for some in range(0, 12_000, 3000):
+        tally = Tally()
+        for id in range(some, some + 3000):
+            tally.add(session(id, host=f"host{id}.example", down=1))
+        sum.merge(tally)
+    assert len(sum.octets) <= 10_000
+    assert sum.facts()["sessions"] == 12_000

@@ -334,13 +334,13 @@ def test_at_a_terminal_a_log_file_leaves_the_banner_on_the_screen(at_terminal: C
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_log_file_that_is_full_is_told_once_and_serving_goes_on(
-    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
+    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place, processes: int,
 ) -> None:
     service = start("-v", "--log-file", "/dev/full")
     for _ in range(3):
         new_client(service).connect(echo)
     assert service.stop() == 0
-    assert service.stderr.count("the log cannot be written: ") == 1
+    assert 1 <= service.stderr.count("the log cannot be written: ") <= processes
     assert "Traceback" not in service.stderr
 
 

@@ -503,7 +503,7 @@ def test_a_value_that_does_not_do_is_told_with_what_was_expected(
 # --- how many ---
 
 def test_more_clients_than_allowed_are_turned_away_until_one_leaves(
-    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
+    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place, processes: int,
 ) -> None:
     service = start("--max-clients", "2")
     clients = [new_client(service) for _ in range(2)]
@@ -516,7 +516,7 @@ def test_more_clients_than_allowed_are_turned_away_until_one_leaves(
         exchange(client)
     clients[0].close()
     eventually(lambda: first_answer(new_client(service)) == b"\x05\x00")
-    assert service.stderr.count("WARNING") == 1
+    assert service.stderr.count("WARNING") <= processes
 
 
 @needs_neighbour
@@ -586,7 +586,9 @@ def test_a_browser_finds_its_configuration(start: Callable[..., Any], new_client
 # --- the log cannot be written ---
 
 @needs_full_disk
-def test_a_full_disk_stops_only_the_log(start: Callable[..., Any], new_client: Callable[..., Client], echo: Place) -> None:
+def test_a_full_disk_stops_only_the_log(
+    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place, processes: int,
+) -> None:
     service = start("--log-file", "/dev/full", "-vv")
     for _ in range(5):
         client = new_client(service)
@@ -594,7 +596,7 @@ def test_a_full_disk_stops_only_the_log(start: Callable[..., Any], new_client: C
         exchange(client)
     assert service.stop() == 0
     assert service.stderr.startswith("socks5srv: error: the log cannot be written: ")
-    assert service.stderr.count("cannot be written") == 1
+    assert service.stderr.count("cannot be written") <= processes
     assert "Traceback" not in service.stderr
     assert "Exception ignored" not in service.stderr
 
