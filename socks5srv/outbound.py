@@ -306,12 +306,13 @@ class Race:
             address = self.waiting.popleft()
             try:
                 sock = self.route.socket(address)
+                tune(sock)          # before it is connected, or each option would set its timer anew
             except (OSError, RequestFailed) as error:
                 self.failures.append(failure(error, address))
                 continue
             code = begin_connecting(sock, (address.host, address.port))
             if code == 0:
-                return self.won(sock, address)
+                return sock, address
             if code in UNDER_WAY:
                 self.running[sock.fileno()] = sock, address
             else:
@@ -326,13 +327,9 @@ class Race:
             sock, address = self.running.pop(fd)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code == 0:
-                return self.won(sock, address)
+                return sock, address
             self.lost(sock, address, code)
         return None
-
-    def won(self, sock: socket.socket, address: Address) -> Tuple[socket.socket, Address]:
-        tune(sock)
-        return sock, address
 
     def lost(self, sock: socket.socket, address: Address, code: int) -> None:
         sock.close()

@@ -29,6 +29,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from operator import attrgetter
 from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple
@@ -98,6 +99,9 @@ class ReplyCode(IntEnum):
 METHODS: Dict[int, Method] = {method: method for method in Method}
 COMMANDS: Dict[int, Command] = {command: command for command in Command}
 REPLY_CODES: Dict[int, ReplyCode] = {code: code for code in ReplyCode}
+CODES: Dict[str, Mapping[int, Enum]] = {
+    "METHOD": METHODS, "CMD": COMMANDS, "REP": REPLY_CODES, "ATYP": {kind: kind for kind in AddressType},
+}
 
 
 # --- the errors, each with its answer ---
@@ -165,14 +169,15 @@ def in_words(meaning: object) -> str:
     return meaning.name if isinstance(meaning, Enum) else str(meaning)
 
 
-def meaning(code: int, names: Mapping[int, Enum]) -> object:
-    """What the code stands for; its octet in hexadecimal, where the RFC has no name for it."""
-    return names.get(code, f"{code:02x}")
-
-
 def octet(value: int) -> bytes:
     """The number as one octet."""
     return bytes((value,))
+
+
+@lru_cache(maxsize=None)
+def code_field(name: str, code: int) -> Field:
+    """The box of a code; there are so few that each is made once.  Without a name in the RFC it is hexadecimal."""
+    return Field(name, octet(code), CODES[name].get(code, f"{code:02x}"))
 
 
 VERSION = Field("VER", octet(VER), VER)         # the boxes that are the same in every message
@@ -319,7 +324,7 @@ class Address(NamedTuple):
     def fields(self, prefix: str) -> List[Field]:
         """ATYP, `prefix`.ADDR and `prefix`.PORT."""
         return [
-            Field("ATYP", octet(self.address_type), self.address_type),
+            code_field("ATYP", self.address_type),
             Field(prefix + ".ADDR", self.octets(), self.host),
             Field(prefix + ".PORT", self.port.to_bytes(2, "big"), self.port),
         ]
@@ -379,7 +384,7 @@ class Greeting(Message):
         return [
             VERSION,
             Field("NMETHODS", octet(len(self.methods)), len(self.methods)),
-            Field("METHODS", self.methods, ",".join(in_words(meaning(code, METHODS)) for code in self.methods)),
+            Field("METHODS", self.methods, ",".join(in_words(METHODS.get(code, f"{code:02x}")) for code in self.methods)),
         ]
 
 
@@ -407,7 +412,7 @@ class MethodSelection(Message):
     def fields(self) -> List[Field]:
         return [
             VERSION,
-            Field("METHOD", octet(self.method), meaning(self.method, METHODS)),
+            code_field("METHOD", self.method),
         ]
 
 
@@ -515,7 +520,7 @@ class Request(Message):
     def fields(self) -> List[Field]:
         return [
             VERSION,
-            Field("CMD", octet(self.command), self.command),
+            code_field("CMD", self.command),
             Field("RSV", octet(self.rsv), f"{self.rsv:02x}"),
             *self.destination.fields("DST"),
         ]
@@ -550,7 +555,7 @@ class Reply(Message):
     def fields(self) -> List[Field]:
         return [
             VERSION,
-            Field("REP", octet(self.code), meaning(self.code, REPLY_CODES)),
+            code_field("REP", self.code),
             RESERVED,
             *self.bound.fields("BND"),
         ]

@@ -15,11 +15,12 @@ Linux only: elsewhere no program can say where its threads run, and nothing happ
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Set
 
 MANY, FEW = 300.0, 100.0    # clients a second: from the one on together, below the other free again
-LOOK = 0.04                 # seconds between two looks, at least: for a rate that means something
+LOOK = 0.01                 # seconds between two looks, at least: for a rate that means something
 
 
 class OneCore:
@@ -30,20 +31,32 @@ class OneCore:
         self.tied = False
         self.clients = 0
         self.looked = time.monotonic()
+        self.looking = threading.Lock()
 
-    def follow(self, clients: int) -> None:
-        """Tie or untie, as the number of all `clients` so far has grown since the last look."""
+    def follow(self, clients: int) -> bool:
+        """
+        Tie or untie, as the number of all `clients` so far has grown since the last look.
+
+        Any thread may call it, and as often as it likes.  Whether something has changed.
+        """
+        if len(self.cores) < 2 or not self.looking.acquire(blocking=False):
+            return False
+        try:
+            return self.look(clients)
+        finally:
+            self.looking.release()
+
+    def look(self, clients: int) -> bool:
         now = time.monotonic()
-        if len(self.cores) < 2 or now - self.looked < LOOK:
-            return
-        rate = (clients - self.clients) / (now - self.looked)
+        seconds, more = now - self.looked, clients - self.clients
+        if seconds < LOOK:
+            return False
         self.clients, self.looked = clients, now
-        if not self.tied and rate >= MANY:
-            place_threads({current_core()} & self.cores or self.cores)
-            self.tied = True
-        elif self.tied and rate < FEW:
-            place_threads(self.cores)
-            self.tied = False
+        if self.tied == (more >= (FEW if self.tied else MANY) * seconds):
+            return False
+        self.tied = not self.tied
+        place_threads({current_core()} if self.tied else self.cores)
+        return True
 
 
 def current_core() -> int:
@@ -58,5 +71,5 @@ def place_threads(cores: Set[int]) -> None:
     for thread in os.listdir("/proc/self/task"):
         try:
             os.sched_setaffinity(int(thread), cores)
-        except ProcessLookupError:      # it has just ended
+        except OSError:     # it has just ended; or the core has been taken from us, then it stays where it may be
             pass

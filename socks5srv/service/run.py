@@ -54,6 +54,8 @@ class ServiceServer(Socks5Server):
     def begin(self, handler: Socks5Handler) -> None:
         super().begin(handler)
         self.newest = handler.session.id
+        if self.newest % 32 == 0 and self.core.follow(self.newest):
+            self.bell.ring()        # to look more often from now on
         if self.clients > self.tally.most:
             self.tally.most = self.clients
 
