@@ -17,18 +17,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import faults, targets
     from .proxy import Proxy, start
 
-__all__ = ["Proxy", "faults", "start", "targets"]
+__all__ = ["Proxy", "start"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first used: pytest loads this package, for its plugin, in every run.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in __all__:
+        return getattr(import_module(".proxy", __name__), name)
     if name in ("faults", "targets"):
         return import_module("." + name, __name__)
-    return getattr(import_module(".proxy", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

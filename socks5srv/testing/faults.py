@@ -20,7 +20,7 @@ from __future__ import annotations
 import socket
 import threading
 from io import BytesIO
-from typing import Dict, List, Optional, Protocol, Tuple, Type
+from typing import Dict, Iterator, List, Optional, Protocol, Tuple, Type
 
 from ..protocol import (
     Address, Credentials, CredentialsReply, Datagram, Field, Greeting, Message, MethodSelection, ProtocolError, Reply,
@@ -104,9 +104,13 @@ class Fault:
         raise Broken(str(self))
 
     def __repr__(self) -> str:
-        words = [word.__name__ if isinstance(word, type) else str(word) if isinstance(word, ReplyCode) else repr(word) for word in self.words]
-        selectors = [f"{name}={getattr(self, name)!r}" for name in ("times", "host") if getattr(self, name) is not None]
+        words = [word.__name__ if isinstance(word, type) else str(int(word)) if isinstance(word, int) else repr(word) for word in self.words]
+        selectors = [f"{name}={value!r}" for name, value in self.selectors().items()]
         return f"{type(self).__name__}({', '.join(words + selectors)})"
+
+    def selectors(self) -> Dict[str, object]:
+        """Those that were given."""
+        return {name: value for name, value in (("times", self.times), ("host", self.host)) if value is not None}
 
     def __str__(self) -> str:
         return f"fault: {self!r}"
@@ -287,6 +291,9 @@ class DropDatagrams(Fault):
         self.way = way
         self.every = every
 
+    def selectors(self) -> Dict[str, object]:
+        return {**({"every": self.every} if self.every > 1 else {}), **super().selectors()}
+
     def pass_on(self, octets: bytes) -> List[bytes]:
         """What becomes of a datagram that is struck."""
         return []
@@ -355,10 +362,13 @@ class Faults:
         with self.lock:
             self.armed.clear()
 
-    def striking(self, message: MessageClass, host: str = "") -> List[Fault]:
-        """Which of them strike a message that is for this host."""
-        with self.lock:
-            return [armed.fault for armed in self.armed if armed.strikes(message, host)]
+    def striking(self, message: MessageClass, host: str = "") -> Iterator[Fault]:
+        """Which of them strike a message that is for this host; each is asked only when its turn has come."""
+        for armed in list(self.armed):
+            with self.lock:
+                strikes = armed.strikes(message, host)
+            if strikes:
+                yield armed.fault
 
     def of_datagrams(self) -> bool:
         """Whether datagrams have to take the bad line."""

@@ -381,7 +381,7 @@ class Observed(Socks5Handler):
 
     # --- what goes wrong ---
 
-    def striking(self, message: MessageClass) -> List[Fault]:
+    def striking(self, message: MessageClass) -> Iterator[Fault]:
         destination = self.session.destination
         return self.proxy.faults.striking(message, destination.host if destination else "")
 
@@ -400,10 +400,10 @@ class Observed(Socks5Handler):
 
     def send(self, message: Message) -> None:
         self.proxy.tell()
-        faults = self.striking(type(message))
-        changed = self.on_bad_line(message)
-        for fault in faults:
+        changed, faults = self.on_bad_line(message), []
+        for fault in self.striking(type(message)):
             changed = fault.sending(self, changed)
+            faults.append(fault)
         super().send(changed)
         for fault in faults:
             fault.sent(self, message)

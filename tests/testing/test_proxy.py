@@ -8,7 +8,7 @@ import socket
 import statistics
 import threading
 import time
-from typing import Any, Callable, Iterator, List
+from typing import Any, Iterator, List
 
 import pytest
 
@@ -397,12 +397,15 @@ def test_so_is_what_an_assertion_or_pytest_itself_raises(echo: EchoServer) -> No
         def allow(self, command: Command, address: Address) -> bool:
             pytest.fail("not this one")
 
-    with pytest.raises(pytest.fail.Exception, match="not this one"), start(Checked) as proxy, Client(proxy.address) as client:
+    proxy = start(Checked)
+    with Client(proxy.address) as client:
         client.send(b"\5\1\0", Request(Command.CONNECT, Address.numeric(*echo.address)))
         client.rest()
+    with pytest.raises(pytest.fail.Exception, match="not this one"):
+        proxy.stop()
 
 
-def test_so_is_what_is_raised_for_a_datagram(proxy: Proxy, echo: EchoServer) -> None:
+def test_so_is_what_is_raised_for_a_datagram() -> None:
     class OnlyTcp(Socks5Handler):
         def allow(self, command: Command, address: Address) -> bool:
             if command is Command.UDP_ASSOCIATE:
@@ -435,9 +438,13 @@ def test_the_end_of_a_block_raises_it_too_even_if_the_block_has_failed_from_it(e
 
 
 def test_but_not_over_ctrl_c(echo: EchoServer) -> None:
-    with pytest.raises(KeyboardInterrupt), start(handler_with(connect=raising)) as proxy, Client(proxy.address) as client:
-        client.ask(Command.CONNECT, echo.address)
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with start(handler_with(connect=raising)) as proxy, Client(proxy.address) as client:
+            client.ask(Command.CONNECT, echo.address)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
 
 
 def test_a_handler_of_the_test_s_keeps_its_name_and_its_methods(echo: EchoServer) -> None:
