@@ -106,9 +106,9 @@ class TcpServer(socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         thread = threading.Thread(target=self.converse, args=(request, client_address), name="target", daemon=True)
-        with self.target.lock:
-            self.connections[request] = thread
         thread.start()
+        self.connections = {known: other for known, other in self.connections.items() if other.is_alive()}
+        self.connections[request] = thread
 
     def converse(self, request: Any, client_address: Any) -> None:
         request.settimeout(PATIENCE)
@@ -117,15 +117,11 @@ class TcpServer(socketserver.TCPServer):
         except (OSError, ValueError, IndexError):       # the client has left, or says what no toy understands
             pass
         finally:
-            with self.target.lock:
-                self.connections.pop(request, None)
             self.shutdown_request(request)
 
     def server_close(self) -> None:
         super().server_close()
-        with self.target.lock:
-            connections = dict(self.connections)
-        for connection, thread in connections.items():
+        for connection, thread in self.connections.items():
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
