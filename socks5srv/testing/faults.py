@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from enum import Enum
 from io import BytesIO
 from typing import Dict, Iterator, List, Optional, Protocol, Tuple, Type
 
@@ -104,7 +105,7 @@ class Fault:
         raise Broken(str(self))
 
     def __repr__(self) -> str:
-        words = [word.__name__ if isinstance(word, type) else str(int(word)) if isinstance(word, int) else repr(word) for word in self.words]
+        words = [spelled(word) for word in self.words]
         selectors = [f"{name}={value!r}" for name, value in self.selectors().items()]
         return f"{type(self).__name__}({', '.join(words + selectors)})"
 
@@ -114,6 +115,13 @@ class Fault:
 
     def __str__(self) -> str:
         return f"fault: {self!r}"
+
+
+def spelled(word: object) -> str:
+    """As it was typed, or might have been."""
+    if isinstance(word, Enum):
+        return f"{type(word).__name__}.{word.name}"
+    return word.__name__ if isinstance(word, type) else repr(word)
 
 
 def octet_at(message: Message, place: int, octet: int) -> Message:
@@ -132,8 +140,8 @@ class ReplyWith(Fault):
 
     def __init__(self, code: int, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
         bytes((code,))              # ValueError if it is none
-        super().__init__(code, times=times, host=host)
         self.code = REPLY_CODES.get(code, code)
+        super().__init__(self.code, times=times, host=host)
 
     def received(self, conversation: Conversation) -> None:
         raise RequestFailed(self.code, str(self))       # type: ignore[arg-type]    # it may be a bare number

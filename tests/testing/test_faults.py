@@ -77,7 +77,7 @@ def test_a_request_gets_any_reply_and_nothing_is_tried(proxy: Proxy, echo: EchoS
         assert client.rest() == b""
     (session,) = proxy.wait_for(closed=True)
     assert session.reply == code
-    assert f"fault: ReplyWith({code})" in session.reason
+    assert session.reason == f"fault: {ReplyWith(code)!r}"
     assert session.destination == Address.numeric(*echo.address)
     assert not echo.clients
 
@@ -309,7 +309,10 @@ def test_what_is_no_fault_is_an_error_at_once(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize(("fault", "text"), [
-    (ReplyWith(ReplyCode.CONNECTION_REFUSED, times=2), "ReplyWith(5, times=2)"),
+    (ReplyWith(ReplyCode.CONNECTION_REFUSED, times=2), "ReplyWith(ReplyCode.CONNECTION_REFUSED, times=2)"),
+    (ReplyWith(5), "ReplyWith(ReplyCode.CONNECTION_REFUSED)"),
+    (ReplyWith(9), "ReplyWith(9)"),
+    (SelectMethod(Method.GSSAPI), "SelectMethod(Method.GSSAPI)"),
     (Truncate(Reply, 3, host="a.example"), "Truncate(Reply, 3, host='a.example')"),
     (Delay(Greeting, 0.5), "Delay(Greeting, 0.5)"),
     (Raw(MethodSelection, b"\0"), "Raw(MethodSelection, b'\\x00')"),
