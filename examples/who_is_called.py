@@ -54,15 +54,15 @@ print('"nothing to see here"')
 
 
 def main():
-    with WebServer({"/": "Hello."}) as web, WebServer() as metrics:
-        with start(hosts={"api.example.com": web.address, "metrics.example.net": metrics.address}) as proxy:
-            done = subprocess.run([sys.executable, "-c", PROGRAM], env=proxy.env, stdout=subprocess.PIPE, text=True, timeout=10, check=True)
-            print("the program says    ", done.stdout.strip())
-            title = "the proxy says"
-            for session in proxy.wait_for(3, closed=True):
-                told = f"{session.up} octets sent" if session.reply == 0 else f"refused: {session.reason}"
-                print(f"{title:<20} {str(session.destination):<24} {told}")
-                title = ""
+    with WebServer() as web, WebServer() as metrics, \
+         start(hosts={"api.example.com": web.address, "metrics.example.net": metrics.address}) as proxy:
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=proxy.env, stdout=subprocess.PIPE, text=True, timeout=10, check=True)
+        print("the program says    ", done.stdout.strip())
+        title = "the proxy says"
+        for session in proxy.wait_for(3, closed=True):
+            told = f"{session.up} octets sent" if session.reply == 0 else f"refused: {session.reason}"
+            print(f"{title:<20} {session.destination!s:<24} {told}")
+            title = ""
 
 
 if __name__ == "__main__":
