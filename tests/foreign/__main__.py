@@ -34,7 +34,7 @@ class Suite(NamedTuple):
 SUITES = [
     Suite(
         "PySocks", ["pytest", "psutil"],
-        [["three_proxy.py", "test/bin/3proxy"], ["test_server_of_pysocks.py", "test_server.py"]],
+        [["three_proxy.py", "test/bin/3proxy"], ["web_server_of_pysocks.py", "test_server.py"]],
         # The one test that is left out connects to 10.0.0.0, to see nobody answer: that would leave this computer.
         ["test/test_pysocks.py", "-k", "socks5 and not connect_timeout"],
     ),
