@@ -166,6 +166,12 @@ def test_the_folder_works_as_a_part_of_another_tree(tmp_path):
     assert python("-m", "vendor.socks5srv", "--version", cwd=tmp_path).strip().endswith(socks5srv.__version__)
 
 
+def test_so_does_what_is_there_for_tests(tmp_path):
+    copy(tmp_path / "vendor" / "socks5srv")
+    run = "from vendor.socks5srv.testing import start, faults, targets; start().stop(); import sys; print('socks5srv' in sys.modules)"
+    assert python("-c", run, cwd=tmp_path) == "False\n"
+
+
 def test_the_package_works_out_of_a_zip_file(tmp_path):
     """setup.cfg says so."""
     copy(tmp_path / "tree" / "socks5srv")

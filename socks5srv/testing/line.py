@@ -28,9 +28,8 @@ class Line:
         self.held: Dict[str, Dict[Any, bytes]] = {"up": {}, "down": {}}
         self.client: Optional[Tuple[Any, ...]] = None       # where its datagrams come from
         self.client_host = client_host
+        self.inside = udp_socket(client_host, relay)        # the relay hears the client's host only
         self.outside = udp_socket(relay.host)
-        self.inside = udp_socket(client_host)               # the relay hears the client's host only
-        self.inside.connect((relay.host, relay.port))
         self.bound = Address.of(self.outside.getsockname())
         self.end, self.ended = socket.socketpair()
         self.thread = threading.Thread(target=self.run, name="socks5srv-line", daemon=True)
@@ -71,10 +70,13 @@ class Line:
                 self.outside.sendto(datagram, self.client)
 
 
-def udp_socket(host: str) -> socket.socket:
+def udp_socket(host: str, to: Optional[Address] = None) -> socket.socket:
+    """On a free port of this host, and connected if it is to send to one place only."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
     try:
         sock.bind((host, 0))
+        if to is not None:
+            sock.connect((to.host, to.port))
     except BaseException:
         sock.close()
         raise

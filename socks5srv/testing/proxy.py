@@ -55,7 +55,7 @@ def start(handler: Type[Socks5Handler] = Socks5Handler, *, host: str = "127.0.0.
     `faults`    from faults.py
 
     Any other keyword is a setting of Socks5Server, such as `commands` or `idle_timeout`.  OSError if it cannot
-    listen there; TypeError for a setting that there is not.
+    listen there; TypeError for a setting that there is not, ValueError for `hosts` that are no addresses.
     """
     return Proxy(handler, host, port, hosts or {}, internet, users, list(rules), faults, settings)
 
@@ -79,7 +79,7 @@ class Proxy:
                 raise TypeError(f"a proxy has no {name}=; README.rst has a table of its settings")
         self.handler = handler
         self.host = host
-        self.hosts = {normal(name): place for name, place in hosts.items()}
+        self.hosts = {normal(name): as_place(name, place) for name, place in hosts.items()}
         self.internet = internet
         self.users = users
         self.rules = rules
@@ -274,16 +274,23 @@ class Proxy:
 
     def place_of(self, host: str) -> Optional[Tuple[Any, ...]]:
         """Where `hosts` says that this is: an IP address, and perhaps a port."""
-        place = self.hosts.get(normal(host))
-        return (place,) if isinstance(place, str) else place
+        return self.hosts.get(normal(host))
 
     def may_be_reached(self, address: Address) -> bool:
         """Whether the test has said that this may be reached, or it is on this computer anyway."""
         literal = address.literal
         if self.internet or literal is None or literal.is_unspecified or ip_address(literal.host).is_loopback:
             return True
-        given = (place if isinstance(place, str) else place[0] for place in self.hosts.values())
-        return literal.host in {*self.hosts, *given}
+        return literal.host in {*self.hosts, *(place[0] for place in self.hosts.values())}
+
+
+def as_place(name: str, place: Place) -> Tuple[Any, ...]:
+    """An IP address, and a port if there is one; ValueError if it is something else."""
+    parts = (place,) if isinstance(place, str) else place[:2]
+    try:
+        return (str(ip_address(parts[0])), *map(int, parts[1:]))
+    except (ValueError, IndexError):
+        raise ValueError(f"hosts: {name!r} has to be an IP address as text, or (IP address, port), not {place!r}") from None
 
 
 def is_setting(name: str) -> bool:

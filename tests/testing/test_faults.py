@@ -21,7 +21,7 @@ from socks5srv.testing.faults import (
 from socks5srv.testing.proxy import Proxy, start
 from socks5srv.testing.targets import EchoServer
 
-from ..conftest import LOCALHOST, Client, exchange, in_thread, name, server_threads
+from ..conftest import LOCALHOST, Client, eventually, exchange, in_thread, name, server_threads
 
 LOGIN = {"anna": "sesame"}
 
@@ -204,8 +204,7 @@ def test_to_stop_does_not_wait_for_a_delay(proxy: Proxy) -> None:
     proxy.inject(Delay(Request, 60))
     with Client(proxy.address) as client:
         answer = in_thread(lambda: client.ask(Command.CONNECT, (LOCALHOST, 1)))
-        while not proxy.find(host=LOCALHOST):
-            pass
+        eventually(lambda: proxy.find(host=LOCALHOST))
         began = time.monotonic()
         proxy.stop()
         assert time.monotonic() - began < 1

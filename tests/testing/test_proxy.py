@@ -198,6 +198,12 @@ def test_a_name_may_lead_to_another_port_too(echo: EchoServer) -> None:
         assert proxy.last().peer == Address.numeric(*echo.address)
 
 
+@pytest.mark.parametrize("place", ["localhost", "", ("localhost", 80), ("127.0.0.1", "http"), ()])
+def test_what_is_no_place_is_an_error_at_once(place: Any) -> None:
+    with pytest.raises(ValueError, match=r"'a.example' has to be an IP address"):
+        start(hosts={"a.example": place})
+
+
 def test_rules_go_for_names_that_lead_to_another_port(echo: EchoServer) -> None:
     with start(hosts={"api.example.com": echo.address}, rules=["deny api.example.com"]) as proxy, Client(proxy.address) as client:
         assert client.ask(Command.CONNECT, ("api.example.com", 443)).code is ReplyCode.NOT_ALLOWED

@@ -17,8 +17,9 @@ from typing import Any, Iterator, List, Tuple
 import pytest
 
 from socks5srv.protocol import Command, Reply, ReplyCode
+from socks5srv.testing import targets
 from socks5srv.testing.proxy import start
-from socks5srv.testing.targets import DnsServer, EchoServer, FtpServer, WebServer
+from socks5srv.testing.targets import DnsServer, EchoServer, FtpServer, UdpServer, WebServer
 
 from ..conftest import LOCALHOST, TIMEOUT, Client, exchange, in_thread, needs_ipv6
 
@@ -87,6 +88,20 @@ def test_the_echo_says_what_it_hears_over_udp_on_the_same_port(host: str) -> Non
             sock.sendto(octets, echo.address)
             assert sock.recv(65535) == octets
         assert echo.datagrams == [b"hello", b"", b"y" * 20_000]
+
+
+def test_the_echo_looks_for_a_port_that_is_free_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: List[int] = []
+
+    def in_use(*arguments: Any) -> Any:
+        tried.append(arguments[-1])
+        if len(tried) < 3:
+            raise OSError("in use")
+        return UdpServer(*arguments)
+
+    monkeypatch.setattr(targets, "UdpServer", in_use)
+    with EchoServer() as echo:
+        assert echo.port == tried[2]
 
 
 # --- HTTP ---
