@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import socket
 import statistics
-import threading
 import time
 from typing import Any, Iterator, List
 
@@ -19,7 +18,7 @@ from socks5srv.server import Socks5Handler
 from socks5srv.testing.proxy import Proxy, start
 from socks5srv.testing.targets import EchoServer
 
-from ..conftest import LOCALHOST, Client, exchange, handler_with, in_thread, name, needs_ipv6, server_threads
+from ..conftest import LOCALHOST, Client, eventually, exchange, handler_with, in_thread, name, needs_ipv6, server_threads
 
 
 @pytest.fixture(autouse=True)
@@ -392,6 +391,8 @@ def test_what_a_method_raises_is_raised_by_stop(method: str, echo: EchoServer) -
         client.send(b"\5\1\0", Request(Command.CONNECT, name("localhost", echo.port)))
         client.end()
         client.rest()
+    eventually(lambda: proxy.errors)
+    assert len(proxy.errors) == 1
     with pytest.raises(Mistake) as raised:
         proxy.stop()
     assert raised.traceback[-1].name == "raising"
@@ -422,9 +423,7 @@ def test_so_is_what_is_raised_for_a_datagram() -> None:
     with Client(proxy.address) as client, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         bound = client.ask(Command.UDP_ASSOCIATE, (LOCALHOST, 0)).bound
         udp.sendto(b"\0\0\0\1\x7f\0\0\1\0\x50hello", bound[:2])
-        until = time.monotonic() + 5
-        while not proxy.errors and time.monotonic() < until:
-            threading.Event().wait(0.002)
+        eventually(lambda: proxy.errors)
     with pytest.raises(Mistake):
         proxy.stop()
 
