@@ -391,7 +391,7 @@ def test_what_a_method_raises_is_raised_by_stop(method: str, echo: EchoServer) -
         client.send(b"\5\1\0", Request(Command.CONNECT, name("localhost", echo.port)))
         client.end()
         client.rest()
-    eventually(lambda: proxy.errors)
+    proxy.close()
     assert len(proxy.errors) == 1
     with pytest.raises(Mistake) as raised:
         proxy.stop()
