@@ -26,7 +26,7 @@ import pytest
 
 if TYPE_CHECKING:
     from .proxy import Proxy
-    from .targets import Target
+    from .targets import DnsServer, EchoServer, FtpServer, Target, WebServer
 
 proxies_of = pytest.StashKey[List["Proxy"]]()
 
@@ -84,7 +84,12 @@ def socks5_proxy_auth(make_socks5_proxy: Callable[..., Proxy]) -> Proxy:
 
 
 class Targets:
-    """Servers on this computer, each started when it is first asked for: `echo`, `web`, `ftp`, `dns`."""
+    """Servers on this computer, each started when it is first asked for."""
+
+    echo: EchoServer
+    web: WebServer
+    ftp: FtpServer
+    dns: DnsServer
 
     def __init__(self) -> None:
         self.started: List[Target] = []
