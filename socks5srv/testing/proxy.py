@@ -207,9 +207,8 @@ class Proxy:
         with self.news:
             while len(found()) < count:
                 if not self.news.wait(until - time.monotonic()):
-                    kind = "closed" if closed else "answered"
-                    asked = selection(host, port, command, user)
-                    raise AssertionError(f"{len(found())} of {count} sessions{asked} {kind} within {timeout:g} s\n{self.report()}")
+                    asked = selection(host, port, command, user) + (" closed" if closed else " answered")
+                    raise AssertionError(f"{len(found())} of {count} sessions{asked} within {timeout:g} s\n{self.report()}")
             return found()
 
     def assert_used(self, host: Optional[str] = None, port: Optional[int] = None, times: Optional[int] = None, *,
@@ -233,7 +232,8 @@ class Proxy:
     def report(self) -> str:
         """All sessions, a line for each."""
         sessions = self.sessions
-        return "\n".join([f"{self} has had {len(sessions)} session{'s' * (len(sessions) != 1)}", *(f"  {session}" for session in sessions)])
+        head = f"{self} has had {len(sessions)} session{'' if len(sessions) == 1 else 's'}"
+        return "\n".join([head, *(f"  {session}" for session in sessions)])
 
     def __repr__(self) -> str:
         return f"<Proxy {Address.named(self.host, self.port)}{'' if self.server else ' stopped'}>"
@@ -373,11 +373,11 @@ class Observed(Socks5Handler):
         place = self.proxy.place_of(host)
         if place is not None:
             return [place[0]]
-        known = super().resolve
-        if not self.proxy.internet and normal(host) != "localhost" and known.__func__ is Socks5Handler.resolve:   # type: ignore[attr-defined]
+        own = self.proxy.handler.resolve is not Socks5Handler.resolve
+        if not (own or self.proxy.internet or normal(host) == "localhost"):
             raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{host} is not in hosts=, and only internet=True looks further")
         with self.proxy.keeping_bugs(Socks5Error, OSError, UnicodeError):
-            return known(host)
+            return super().resolve(host)
 
     def connect(self, request: Request) -> Any:
         place = self.proxy.place_of(request.destination.host)

@@ -241,12 +241,11 @@ class Page(BaseHTTPRequestHandler):
         with target.lock:
             target.requests.append(Seen(self.command, self.path, dict(self.headers.items()), body))
         page = target.pages.get(self.path)
-        kind = "text/html; charset=utf-8"
         if page is None:
-            page, kind = json.dumps({"method": self.command, "path": self.path, "host": self.headers.get("Host", "").split(":")[0]}), "application/json"
+            page = json.dumps({"method": self.command, "path": self.path, "host": self.headers.get("Host", "").split(":")[0]})
         octets = page.encode() if isinstance(page, str) else page
         self.send_response(200)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if self.path in target.pages else "application/json")
         self.send_header("Content-Length", str(len(octets)))
         self.end_headers()
         if self.command != "HEAD":
