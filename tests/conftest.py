@@ -29,6 +29,8 @@ from socks5srv.protocol import (
 from socks5srv.server import Socks5Handler, Socks5Server
 from socks5srv.session import Session
 
+pytest_plugins = ["socks5srv.testing.pytest_plugin"]       # installed or not
+
 TIMEOUT = 10.0              # seconds after which something that was waited for does not come
 LOCALHOST = "127.0.0.1"
 

@@ -27,7 +27,7 @@ VARIABLE = [
     (r"\b\d{5}\b", "PORT"),
     (r"(7f 00 00 01|6c 6f 63 61 6c 68 6f 73 74) [0-9a-f]{2} [0-9a-f]{2}\b", r"\1 PO RT"),
     (r"PORT (127,0,0,1),\d+,\d+", r"PORT \1,PO,RT"),
-    (r"\b\d+\.\ds\b", "SECONDS"),
+    (r"\b\d+\.\d+s\b", "SECONDS"),
 ]
 
 

@@ -37,6 +37,7 @@ BESIDE = {
     "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
 }
 FRONT = {"__init__", "__main__"}
+PLUGINS = {"pytest_plugin": {"pytest"}}     # only pytest imports it
 A_PROGRAMS_BUSINESS = {"argparse", "signal", "getpass", "sys", "subprocess", "atexit", "json"}
 
 modules = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -101,7 +102,7 @@ def test_who_stands_beside_the_core_imports_only_what_it_needs(module):
 def test_nothing_is_imported_but_the_standard_library(path):
     if not hasattr(sys, "stdlib_module_names"):
         pytest.skip("not on this platform: Python before 3.10 does not know what its library has")
-    assert others(path) <= sys.stdlib_module_names
+    assert others(path) - PLUGINS.get(path.stem, set()) <= sys.stdlib_module_names
 
 
 @modules
@@ -174,6 +175,12 @@ def test_the_folder_works_as_a_part_of_another_tree(tmp_path):
     """
     assert python("-c", run, cwd=tmp_path).endswith("\n[]\n"), "it went back to the one that is installed"
     assert python("-m", "vendor.socks5srv", "--version", cwd=tmp_path).strip().endswith(socks5srv.__version__)
+
+
+def test_so_does_what_is_there_for_tests(tmp_path):
+    copy(tmp_path / "vendor" / "socks5srv")
+    run = "from vendor.socks5srv.testing import start, faults, targets; start().stop(); import sys; print('socks5srv' in sys.modules)"
+    assert python("-c", run, cwd=tmp_path) == "False\n"
 
 
 def test_the_package_works_out_of_a_zip_file(tmp_path):

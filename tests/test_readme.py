@@ -18,12 +18,13 @@ from typing import Any, Dict, List, Set, Tuple
 
 import pytest
 
-from socks5srv import Socks5Handler, Socks5Server
+from socks5srv import Socks5Handler, Socks5Server, testing
 from socks5srv.protocol import Address, Command, ReplyCode
 from socks5srv.service import run
 from socks5srv.service.banner import Tally, banner, listening
 from socks5srv.service.options import build_parser
 from socks5srv.session import Session
+from socks5srv.testing import faults
 
 from .conftest import TIMEOUT
 
@@ -104,16 +105,21 @@ def test_the_terminal_session_shows_what_is_really_printed() -> None:
 
 # --- snippets ---
 
-def test_the_test_in_the_readme_passes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "passed"), [(0, "1 passed"), (1, "1 passed"), (2, "9 passed")])
+def test_the_tests_in_the_readme_pass(tmp_path: Path, number: int, passed: str) -> None:
     pytest.importorskip("requests")
     pytest.importorskip("socks")
-    (snippet,) = blocks("python", section("In your tests"))
-    (tmp_path / "test_mine.py").write_text(snippet)
+    (tmp_path / "test_mine.py").write_text(blocks("python", section("In your tests"))[number])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "socks5srv.testing.pytest_plugin", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=30, text=True, check=False,
     )
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert passed in done.stdout, done.stdout + done.stderr
+
+
+def test_the_first_test_takes_six_lines() -> None:
+    assert "\nSix lines, with pytest." in section("In your tests")
+    assert len(blocks("python", section("In your tests"))[0].splitlines()) == 6
 
 
 def test_the_script_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +133,7 @@ def test_the_script_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_snippets_are_python_38() -> None:
     snippets = blocks("python")
-    assert len(snippets) == 2
+    assert len(snippets) == 4
     for snippet in snippets:
         ast.parse(snippet, feature_version=(3, 8))
 
@@ -199,6 +205,33 @@ def test_the_table_of_settings_is_right() -> None:
         assert repr(server.route) == repr(type(server.route)())
 
 
+def test_the_table_of_fixtures_has_those_of_the_plugin() -> None:
+    documented = {literals(name)[0] for name, _what in table("Fixture", section("In your tests"))}
+    plugin = (PACKAGE / "testing" / "pytest_plugin.py").read_text(encoding="utf-8")
+    assert documented == set(re.findall(r"^@pytest.fixture\ndef (\w+)", plugin, re.MULTILINE))
+
+
+def test_the_table_of_keywords_has_those_of_start() -> None:
+    documented = [keyword for keywords, _meaning in table("Keyword", section("In your tests")) for keyword in literals(keywords)]
+    assert documented == [name for name in signature(testing.start).parameters if name != "settings"]
+
+
+def test_the_table_of_the_proxy_has_what_it_has() -> None:
+    rows = table("Proxy", section("In your tests"))
+    with testing.start() as proxy:
+        for name, _what in rows:
+            assert hasattr(proxy, literals(name)[0].rstrip("()"))
+    told = set(re.findall(r"\w+", " ".join(literals(section("In your tests")))))
+    internal = {"add", "tell", "keep", "keeping_bugs", "place_of", "may_be_reached", "check", "close", "report"}
+    assert {name for name in vars(testing.Proxy) if not name.startswith("_")} - internal <= told
+
+
+def test_the_table_of_faults_has_all_of_them() -> None:
+    documented = [literals(name)[0].partition("(")[0] for name, _what in table("Fault", section("In your tests"))]
+    kinds = [name for name in faults.__all__ if isinstance(getattr(faults, name), type) and issubclass(getattr(faults, name), faults.Fault)]
+    assert sorted([*documented, "Fault"]) == sorted(kinds)
+
+
 # --- the house ---
 
 def reading_order() -> List[Tuple[str, int, int]]:
@@ -221,9 +254,9 @@ def test_nobody_imports_from_a_floor_above() -> None:
     (picture,) = [block for block in blocks("text") if "service/" in block]
     floors = [re.findall(r"\b(\w+)(?:\.py|/)", line) for line in picture.splitlines() if "|" in line]
     height = {room: floor for floor, rooms in enumerate(reversed(floors)) for room in rooms}
-    assert set(height) == {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")} | {"service"}
+    assert set(height) == {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")} | {"service", "testing"}
     for room in height:
-        if room != "service":
+        if room not in ("service", "testing"):
             for imported in imports(PACKAGE / f"{room}.py"):
                 assert height[imported] < height[room], f"{room} imports {imported}"
 

@@ -1,0 +1,115 @@
+"""
+Fixtures for pytest: a proxy for each test, and what is behind it.
+
+    def test_my_program_uses_the_proxy(socks5_proxy, socks5_targets):
+        my_program.fetch(socks5_targets.web.url, proxy=socks5_proxy.url)
+        socks5_proxy.assert_used(port=socks5_targets.web.port, times=1)
+
+    socks5_proxy        a Proxy without a login
+    socks5_proxy_auth   one with a login, whose `user` and `password` are random
+    make_socks5_proxy   a function like start(): as many as you like, of any kind
+    socks5_targets      servers, started when they are first asked for: .echo .web .ftp .dns
+
+Each test gets its own, and its end stops them.  ``@pytest.mark.socks5(...)`` gives keywords of start() to all
+proxies of a test: without ``internet=True`` nothing leaves this computer.  When a test fails its report shows
+the sessions of its proxies.
+
+pytest imports this in each run of each project that has the package installed, so it imports nothing else before
+a fixture is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, List
+
+import pytest
+
+if TYPE_CHECKING:
+    from .proxy import Proxy
+    from .targets import DnsServer, EchoServer, FtpServer, Target, WebServer
+
+proxies_of = pytest.StashKey[List["Proxy"]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "socks5(**keywords): of socks5srv.testing.start(), for all proxies of the test; internet=True leads beyond loopback",
+    )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    """The sessions of a test that has failed, in a section of its report."""
+    outcome = yield
+    report = outcome.get_result()
+    proxies = item.stash.get(proxies_of, [])
+    if report.failed and proxies:
+        report.sections.append(("socks5", "\n".join(proxy.report() for proxy in proxies)))
+
+
+@pytest.fixture
+def make_socks5_proxy(request: pytest.FixtureRequest) -> Iterator[Callable[..., Proxy]]:
+    """A function that starts proxies, with the keywords of socks5srv.testing.start(), and those of the mark."""
+    from contextlib import ExitStack
+
+    from .proxy import start
+
+    marked: Dict[str, Any] = {}
+    for mark in reversed(list(request.node.iter_markers("socks5"))):        # the nearest is the last to speak
+        marked.update(mark.kwargs)
+    started = request.node.stash.setdefault(proxies_of, [])
+
+    with ExitStack() as stack:
+        def make(*arguments: Any, **keywords: Any) -> Proxy:
+            proxy = start(*arguments, **{**marked, **keywords})
+            started.append(proxy)
+            stack.callback(proxy.stop)
+            return proxy
+
+        yield make
+
+
+@pytest.fixture
+def socks5_proxy(make_socks5_proxy: Callable[..., Proxy]) -> Proxy:
+    """A SOCKS5 proxy on a free port of this computer, without a login."""
+    return make_socks5_proxy()
+
+
+@pytest.fixture
+def socks5_proxy_auth(make_socks5_proxy: Callable[..., Proxy]) -> Proxy:
+    """A SOCKS5 proxy that asks for a login: its `user` and its `password`, which its `url` has, too."""
+    from secrets import token_hex
+
+    return make_socks5_proxy(users={f"user-{token_hex(4)}": token_hex(8)})
+
+
+class Targets:
+    """Servers on this computer, each started when it is first asked for."""
+
+    echo: EchoServer
+    web: WebServer
+    ftp: FtpServer
+    dns: DnsServer
+
+    def __init__(self) -> None:
+        self.started: List[Target] = []
+
+    def __getattr__(self, name: str) -> Any:
+        from . import targets
+
+        kinds = {"echo": targets.EchoServer, "web": targets.WebServer, "ftp": targets.FtpServer, "dns": targets.DnsServer}
+        if name not in kinds:
+            raise AttributeError(f"there is no target {name!r}, only {', '.join(kinds)}")
+        target = kinds[name]()
+        self.started.append(target)
+        setattr(self, name, target)
+        return target
+
+
+@pytest.fixture
+def socks5_targets() -> Iterator[Targets]:
+    """Somebody to talk to behind the proxy: .echo (TCP and UDP), .web, .ftp and .dns."""
+    targets = Targets()
+    yield targets
+    for target in targets.started:
+        target.close()

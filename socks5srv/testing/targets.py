@@ -1,0 +1,393 @@
+"""
+Somebody to talk to behind the proxy: an echo, a web server, an FTP server, a DNS server.
+
+    with EchoServer() as echo, start() as proxy:
+        ...                                     # connect to echo.host, echo.port through the proxy
+        assert echo.received == b"hello"
+
+Each serves in the background on a free port as soon as it is made, until close() or the end of its ``with`` block,
+and keeps what it saw.  They are toys: they know just enough of their protocols for a client to be content.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import socketserver
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, TypeVar, Union
+
+T = TypeVar("T", bound="Target")
+
+PATIENCE = 10.0     # seconds after which a target gives up on whoever has called it
+
+
+class Target:
+    """
+    What they have in common: `host`, `port`, `address`; close(); and `clients`, the addresses that they were called from.
+
+    Behind a proxy those are the proxy's.
+    """
+
+    host: str
+    port: int
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.clients: List[Tuple[str, int]] = []
+        self.services: List[Service] = []
+
+    def serve(self, server: socketserver.BaseServer) -> None:
+        self.services.append(Service(server))
+        self.host, self.port = self.services[-1].address[:2]
+
+    def saw(self, client_address: Any) -> None:
+        with self.lock:
+            self.clients.append(client_address[:2])
+
+    @property
+    def address(self) -> Tuple[str, int]:
+        return self.host, self.port
+
+    def close(self) -> None:
+        """Serve no more, and end all connections.  May be called again."""
+        while self.services:
+            self.services.pop().close()
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.host}:{self.port}>"
+
+
+class Service:
+    """A socketserver in a thread.  (Its own serve_forever() would take half a second to end.)"""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+        self.address: Tuple[Any, ...] = server.server_address
+        self.ending = False
+        server.verify_request = lambda *_: not self.ending
+        self.thread = threading.Thread(target=self.run, name="target", daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        while not self.ending:
+            self.server.handle_request()
+
+    def close(self) -> None:
+        self.ending = True
+        with socket.socket(self.server.address_family, self.server.socket_type) as sock:     # a client, so that it looks
+            sock.settimeout(PATIENCE)
+            sock.connect(self.address)
+            if self.server.socket_type == socket.SOCK_DGRAM:
+                sock.send(b"")
+        self.thread.join()
+        self.server.server_close()
+
+
+class TcpServer(socketserver.TCPServer):
+    """A thread for each connection, which ends with the server at the latest."""
+
+    allow_reuse_address = False
+    request_queue_size = 128
+
+    def __init__(self, target: Target, handler: Type[socketserver.BaseRequestHandler], host: str, port: int = 0) -> None:
+        self.target = target
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.connections: Dict[Any, threading.Thread] = {}
+        super().__init__((host, port), handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        thread = threading.Thread(target=self.converse, args=(request, client_address), name="target", daemon=True)
+        thread.start()
+        self.connections = {known: other for known, other in self.connections.items() if other.is_alive()}
+        self.connections[request] = thread
+
+    def converse(self, request: Any, client_address: Any) -> None:
+        request.settimeout(PATIENCE)
+        try:
+            self.finish_request(request, client_address)
+        except (OSError, ValueError, IndexError):       # the client has left, or says what no toy understands
+            pass
+        finally:
+            self.shutdown_request(request)
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection, thread in self.connections.items():
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            thread.join()
+
+
+class UdpServer(socketserver.UDPServer):
+    """Answers one datagram after the other."""
+
+    max_packet_size = 65535
+
+    def __init__(self, target: Target, handler: Type[socketserver.BaseRequestHandler], host: str, port: int = 0) -> None:
+        self.target = target
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The client has gone, or has sent what is no question: no answer."""
+
+
+# --- echo ---
+
+class EchoServer(Target):
+    """
+    Sends back what it gets, over TCP and over UDP, on the same port.  ``EchoServer("::1")`` is on IPv6.
+
+    `received` is all that came over TCP, `datagrams` a list of what came over UDP.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        super().__init__()
+        self.received = b""
+        self.datagrams: List[bytes] = []
+        tcp, udp = on_one_port(self, host)
+        self.serve(tcp)
+        self.serve(udp)
+
+
+def on_one_port(target: Target, host: str) -> Tuple[TcpServer, UdpServer]:
+    for attempt in range(100):
+        tcp = TcpServer(target, EchoOverTcp, host)
+        try:
+            return tcp, UdpServer(target, EchoOverUdp, host, tcp.server_address[1])
+        except OSError:                 # UDP has another user of that port
+            tcp.server_close()
+            if attempt == 99:
+                raise
+    raise AssertionError
+
+
+class EchoOverTcp(socketserver.BaseRequestHandler):
+    server: TcpServer
+
+    def handle(self) -> None:
+        target: Any = self.server.target
+        target.saw(self.client_address)
+        octets = self.request.recv(65536)
+        while octets:
+            with target.lock:
+                target.received += octets
+            self.request.sendall(octets)
+            octets = self.request.recv(65536)
+
+
+class EchoOverUdp(socketserver.BaseRequestHandler):
+    server: UdpServer
+
+    def handle(self) -> None:
+        target: Any = self.server.target
+        target.saw(self.client_address)
+        octets, sock = self.request
+        with target.lock:
+            target.datagrams.append(octets)
+        sock.sendto(octets, self.client_address)
+
+
+# --- HTTP ---
+
+class Seen(NamedTuple):
+    """A request that a WebServer has had."""
+
+    method: str
+    path: str
+    headers: Dict[str, str]
+    body: bytes
+
+
+class WebServer(Target):
+    """
+    A web server.  `pages` are bodies by path, text or octets; every other path is answered with JSON that tells what
+    was asked: ``{"method": "GET", "path": "/", "host": "api.example.com"}``.
+
+    `requests` is a list of what it was asked.
+    """
+
+    def __init__(self, pages: Optional[Mapping[str, Union[str, bytes]]] = None, host: str = "127.0.0.1") -> None:
+        super().__init__()
+        self.pages = dict(pages or {})
+        self.requests: List[Seen] = []
+        self.serve(TcpServer(self, Page, host))
+
+    @property
+    def url(self) -> str:
+        """Without a slash at its end."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+
+class Page(BaseHTTPRequestHandler):
+    server: Any
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        target = self.server.target
+        target.saw(self.client_address)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with target.lock:
+            target.requests.append(Seen(self.command, self.path, dict(self.headers.items()), body))
+        page = target.pages.get(self.path)
+        if page is None:
+            page = json.dumps({"method": self.command, "path": self.path, "host": self.headers.get("Host", "").split(":")[0]})
+        octets = page.encode() if isinstance(page, str) else page
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if self.path in target.pages else "application/json")
+        self.send_header("Content-Length", str(len(octets)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(octets)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    def log_message(self, *_arguments: object) -> None:
+        """It keeps what it saw in a list."""
+
+
+# --- FTP, active mode: it calls the client back ---
+
+class FtpServer(Target):
+    """
+    An FTP server that knows active mode only: to deliver a file it connects to where PORT or EPRT says.
+
+    So a client behind a proxy needs BIND.  `files` are octets by name; `commands` is a list of the lines
+    that it was told, `calls` of the addresses that it has called.
+    """
+
+    def __init__(self, files: Optional[Mapping[str, bytes]] = None, host: str = "127.0.0.1") -> None:
+        super().__init__()
+        self.files = dict(files or {"hello.txt": b"hello\n"})
+        self.commands: List[str] = []
+        self.calls: List[Tuple[str, int]] = []
+        self.serve(TcpServer(self, Ftp, host))
+
+
+class Ftp(socketserver.StreamRequestHandler):
+    """RFC 959, and EPRT of RFC 2428."""
+
+    server: Any
+    where: Optional[Tuple[str, int]] = None
+
+    def handle(self) -> None:
+        self.target = self.server.target
+        self.target.saw(self.client_address)
+        self.say("220 ready")
+        for line in self.rfile:
+            command = line.decode(errors="replace").strip()
+            with self.target.lock:
+                self.target.commands.append(command)
+            verb, _, argument = command.partition(" ")
+            self.say(getattr(self, f"do_{verb.upper()}", self.unknown)(argument))
+            if verb.upper() == "QUIT":
+                return
+
+    def say(self, line: str) -> None:
+        self.wfile.write(line.encode() + b"\r\n")
+
+    def unknown(self, _argument: str) -> str:
+        return "502 not here"
+
+    def do_USER(self, _name: str) -> str:
+        return "230 come in"
+
+    def do_PASS(self, _password: str) -> str:
+        return "230 come in"
+
+    def do_PWD(self, _argument: str) -> str:
+        return '257 "/"'
+
+    def do_TYPE(self, _argument: str) -> str:
+        return "200 so be it"
+
+    def do_PORT(self, argument: str) -> str:
+        numbers = argument.split(",")
+        self.where = ".".join(numbers[:4]), int(numbers[4]) << 8 | int(numbers[5])
+        return "200 I will call there"
+
+    def do_EPRT(self, argument: str) -> str:
+        _, _family, host, port, _ = argument.split("|")
+        self.where = host, int(port)
+        return "200 I will call there"
+
+    def do_RETR(self, name: str) -> str:
+        if self.where is None:
+            return "425 PORT or EPRT first"
+        if name not in self.target.files:
+            return "550 no such file"
+        self.say("150 calling")
+        with self.target.lock:
+            self.target.calls.append(self.where)
+        try:
+            with socket.create_connection(self.where, PATIENCE) as data:
+                data.sendall(self.target.files[name])
+        except OSError as error:
+            return f"425 {error.strerror or error}"
+        return "226 done"
+
+    def do_QUIT(self, _argument: str) -> str:
+        return "221 bye"
+
+
+# --- DNS ---
+
+class DnsServer(Target):
+    """
+    A DNS server, over UDP: `names` are IP addresses by name, for questions of type A and AAAA; no other name exists.
+
+    `questions` is a list of the names that it was asked for.
+    """
+
+    def __init__(self, names: Optional[Mapping[str, str]] = None, host: str = "127.0.0.1") -> None:
+        super().__init__()
+        self.names = {name.lower(): address for name, address in (names or {}).items()}
+        self.questions: List[str] = []
+        self.serve(UdpServer(self, Dns, host))
+
+
+class Dns(socketserver.BaseRequestHandler):
+    """Just enough of RFC 1035: one question, one answer."""
+
+    server: UdpServer
+
+    def handle(self) -> None:
+        target: Any = self.server.target
+        message, sock = self.request
+        name, kind, end = question_in(message)
+        target.saw(self.client_address)
+        with target.lock:
+            target.questions.append(name)
+        records = answers(target.names.get(name), kind)
+        known = 0 if name in target.names else 3        # NXDOMAIN
+        head = message[:2] + struct.pack("!5H", 0x8180 | known, 1, len(records), 0, 0)
+        sock.sendto(head + message[12:end] + b"".join(records), self.client_address)
+
+
+def question_in(message: bytes) -> Tuple[str, int, int]:
+    """The name and the type that are asked for, and where the question ends."""
+    labels, at = [], 12
+    while message[at]:
+        labels.append(message[at + 1:at + 1 + message[at]].decode("ascii").lower())
+        at += 1 + message[at]
+    (kind,) = struct.unpack_from("!H", message, at + 1)
+    return ".".join(labels), kind, at + 5
+
+
+def answers(address: Optional[str], kind: int) -> List[bytes]:
+    """The record with this address, if it is of the type that was asked for: 1 is A, 28 is AAAA."""
+    if address is None or kind != (28 if ":" in address else 1):
+        return []
+    octets = socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+    return [struct.pack("!3HIH", 0xC00C, kind, 1, 60, len(octets)) + octets]     # C00C: the name in the question

@@ -1,0 +1,325 @@
+"""
+The fixtures, as a project sees them that has the package: each test here runs a pytest of its own.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, Tuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PLUGIN = "socks5srv.testing.pytest_plugin"
+
+ASK = """
+import socket
+from socks5srv.protocol import *
+
+def ask(proxy, host, port, login=None):
+    '''The reply to a CONNECT.'''
+    with socket.create_connection(proxy.address, 5) as sock, sock.makefile("rb") as stream:
+        sock.sendall(bytes(Greeting(b"\\2" if login else b"\\0")))
+        method = MethodSelection.read(stream).method
+        if method == Method.USERNAME_PASSWORD:
+            sock.sendall(bytes(Credentials(*login)))
+            if CredentialsReply.read(stream).status:
+                return "login failed"
+        elif method == Method.NO_ACCEPTABLE_METHODS:
+            return "no acceptable method"
+        sock.sendall(bytes(Request(Command.CONNECT, Address.named(host, port))))
+        return Reply.read(stream).code
+"""
+
+
+def run(tmp_path: Path, test: str, *options: str) -> Tuple[Dict[str, int], str]:
+    """Run pytest on this module; how many tests ended how, and all that it printed."""
+    (tmp_path / "ask.py").write_text(ASK, encoding="utf-8")
+    (tmp_path / "test_mine.py").write_text("from ask import ask\n" + test, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"         # they take their time, and are not what is tested
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", "--strict-markers", "--rootdir", str(tmp_path), *options, str(tmp_path)],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=50, check=False,
+    )
+    printed = done.stdout + done.stderr
+    counts = re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout.strip().splitlines()[-1])
+    assert counts, printed
+    return {how: int(count) for count, how in counts}, printed
+
+
+# --- fixtures ---
+
+def test_a_proxy_without_a_login(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+def test_mine(socks5_proxy, socks5_targets):
+    assert ask(socks5_proxy, "localhost", socks5_targets.echo.port) == 0
+    socks5_proxy.assert_used(host="localhost", times=1)
+""")
+    assert counts == {"passed": 1}, printed
+
+
+def test_a_proxy_with_a_login_which_is_another_each_time(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+import pytest
+seen = set()
+
+@pytest.mark.parametrize("number", range(3))
+def test_mine(socks5_proxy_auth, socks5_targets, number):
+    proxy, echo = socks5_proxy_auth, socks5_targets.echo
+    assert f"{proxy.user}:{proxy.password}@" in proxy.url
+    assert ask(proxy, "localhost", echo.port, (proxy.user.encode(), proxy.password.encode())) == 0
+    assert ask(proxy, "localhost", echo.port, (b"guess", b"work")) == "login failed"
+    assert ask(proxy, "localhost", echo.port) == "no acceptable method"
+    seen.update([proxy.user, proxy.password])
+    assert len(seen) == 2 * number + 2
+""")
+    assert counts == {"passed": 3}, printed
+
+
+def test_any_number_of_proxies_of_any_kind(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+import socket
+import pytest
+stopped = []
+
+def test_mine(make_socks5_proxy, socks5_targets):
+    here = make_socks5_proxy(hosts={"api.example.com": "127.0.0.1"})
+    there = make_socks5_proxy()
+    assert ask(here, "api.example.com", socks5_targets.web.port) == 0
+    assert ask(there, "api.example.com", socks5_targets.web.port) == 4
+    stopped.extend([here, there, socks5_targets.web])
+
+def test_they_have_been_stopped():
+    for each in stopped:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(each.address)
+""")
+    assert counts == {"passed": 2}, printed
+
+
+def test_every_test_has_its_own(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+def test_one(socks5_proxy):
+    ask(socks5_proxy, "localhost", 1)
+
+def test_other(socks5_proxy):
+    socks5_proxy.assert_not_used()
+""")
+    assert counts == {"passed": 2}, printed
+
+
+def test_targets_are_started_when_they_are_asked_for(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+import threading
+import pytest
+
+def test_mine(socks5_targets):
+    before = threading.active_count()
+    kinds = [type(getattr(socks5_targets, name)).__name__ for name in ("echo", "web", "ftp", "dns", "web")]
+    assert kinds == ["EchoServer", "WebServer", "FtpServer", "DnsServer", "WebServer"]
+    assert threading.active_count() == before + 5       # the echo has two: TCP and UDP
+    with pytest.raises(AttributeError, match="only echo, web, ftp, dns"):
+        socks5_targets.smtp
+
+def test_they_have_ended():
+    assert threading.active_count() == 1
+""")
+    assert counts == {"passed": 2}, printed
+
+
+def test_a_fixture_of_the_project_s_own_wins(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+import pytest
+
+@pytest.fixture
+def socks5_proxy():
+    return "mine"
+
+def test_mine(socks5_proxy):
+    assert socks5_proxy == "mine"
+""")
+    assert counts == {"passed": 1}, printed
+
+
+# --- the mark ---
+
+def test_nothing_leaves_this_computer_without_the_mark(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+import pytest
+
+def test_mine(socks5_proxy, socks5_proxy_auth, make_socks5_proxy):
+    for proxy in (socks5_proxy, make_socks5_proxy()):
+        assert ask(proxy, "192.0.2.1", 80) == 2
+        assert ask(proxy, "www.example.com", 80) == 4
+        assert not proxy.internet
+    assert not socks5_proxy_auth.internet
+
+@pytest.mark.socks5(internet=True)
+def test_marked(socks5_proxy, socks5_proxy_auth, make_socks5_proxy):
+    assert socks5_proxy.internet and socks5_proxy_auth.internet and make_socks5_proxy().internet
+    assert not make_socks5_proxy(internet=False).internet
+""")
+    assert counts == {"passed": 2}, printed
+
+
+def test_the_mark_has_any_keyword_of_start_and_the_nearest_counts(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+import pytest
+
+@pytest.mark.socks5(hosts={"a.example": "127.0.0.1"}, connect_timeout=3)
+class TestMine:
+    def test_of_the_class(self, socks5_proxy, socks5_targets):
+        assert ask(socks5_proxy, "a.example", socks5_targets.echo.port) == 0
+
+    @pytest.mark.socks5(hosts={"b.example": "127.0.0.1"})
+    def test_of_its_own(self, socks5_proxy, socks5_targets):
+        assert ask(socks5_proxy, "a.example", socks5_targets.echo.port) == 4
+        assert ask(socks5_proxy, "b.example", socks5_targets.echo.port) == 0
+        assert socks5_proxy.server.connect_timeout == 3
+""")
+    assert counts == {"passed": 2}, printed
+
+
+def test_the_mark_is_registered(tmp_path: Path) -> None:
+    _counts, printed = run(tmp_path, "def test_mine(): pass\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", PLUGIN, "--markers"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=30, check=False)
+    assert "@pytest.mark.socks5(**keywords)" in done.stdout, printed
+
+
+# --- when a test fails ---
+
+def test_the_report_of_a_test_that_fails_has_the_sessions(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+def test_bad(socks5_proxy, make_socks5_proxy):
+    ask(socks5_proxy, "www.example.com", 80)
+    assert 0
+
+def test_good(socks5_proxy):
+    ask(socks5_proxy, "www.example.org", 80)
+""")
+    assert counts == {"failed": 1, "passed": 1}, printed
+    assert re.search(r"-- socks5 --+\n<Proxy 127.0.0.1:\d+> has had 1 session\n  #1 .* connect www.example.com:80 failed\(04\)", printed), printed
+    assert "www.example.org" not in printed
+
+
+def test_what_a_method_of_the_test_s_raises_is_an_error_of_the_test(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, """
+from socks5srv import Socks5Handler
+
+class Checked(Socks5Handler):
+    def allow(self, command, address):
+        assert address.port != 80, "no HTTP"
+        return True
+
+def test_mine(make_socks5_proxy):
+    assert ask(make_socks5_proxy(Checked), "localhost", 80) == 1
+""")
+    assert counts == {"passed": 1, "error": 1}, printed
+    assert 'assert address.port != 80, "no HTTP"' in printed
+
+
+# --- with others ---
+
+def test_it_works_side_by_side(tmp_path: Path) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    counts, printed = run(tmp_path, """
+import pytest
+
+@pytest.mark.parametrize("number", range(20))
+def test_mine(socks5_proxy, socks5_targets, number):
+    assert ask(socks5_proxy, "localhost", socks5_targets.echo.port) == 0
+    socks5_proxy.assert_used(times=1)
+""", "-p", "xdist.plugin", "-n", "3")
+    assert counts == {"passed": 20}, printed
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_it_works_with_async_tests(tmp_path: Path, backend: str) -> None:
+    """Those of anyio's own plugin, which runs them with either."""
+    pytest.importorskip("anyio", reason="anyio is not installed")
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    counts, printed = run(tmp_path, f"""
+import anyio
+import pytest
+
+@pytest.fixture
+def anyio_backend():
+    return {backend!r}
+
+@pytest.mark.anyio
+async def test_mine(socks5_proxy):
+    async with await anyio.connect_tcp(*socks5_proxy.address) as stream:
+        await stream.send(b"\\5\\1\\0")
+        assert await stream.receive(2) == b"\\5\\0"
+    (session,) = await anyio.to_thread.run_sync(lambda: socks5_proxy.wait_for(closed=True))
+    assert session.command is None
+""", "-p", "anyio.pytest_plugin")
+    assert counts == {"passed": 1}, printed
+
+
+UNITTEST = """
+import unittest
+import socks5srv.testing
+
+class TestMine(unittest.TestCase):
+    def setUp(self):
+        self.proxy = socks5srv.testing.start()
+        self.addCleanup(self.proxy.stop)
+
+    def test_mine(self):
+        self.assertEqual(ask(self.proxy, "www.example.com", 80), 4)
+        self.proxy.assert_used(host="www.example.com", times=1)
+
+    @unittest.skipUnless(hasattr(unittest.TestCase, "enterContext"), "not on this platform: Python before 3.11 has none")
+    def test_in_a_context(self):
+        proxy = self.enterContext(socks5srv.testing.start())
+        self.assertEqual(ask(proxy, "www.example.com", 80), 4)
+"""
+
+
+def test_it_works_with_unittest(tmp_path: Path) -> None:
+    counts, printed = run(tmp_path, UNITTEST)
+    assert counts == ({"passed": 2} if sys.version_info >= (3, 11) else {"passed": 1, "skipped": 1}), printed
+    done = subprocess.run([sys.executable, "-W", "error", "-m", "unittest", "-v", "test_mine"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ResourceWarning" not in done.stderr
+
+
+def test_a_project_may_name_the_plugin_itself(tmp_path: Path) -> None:
+    """Installed or not: the entry point has the same name as the module, or pytest would complain."""
+    (tmp_path / "conftest.py").write_text(f"pytest_plugins = [{PLUGIN!r}]\n")
+    counts, printed = run(tmp_path, "def test_mine(socks5_proxy): pass\n")
+    assert counts == {"passed": 1}, printed
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["options.entry_points"]["pytest11"].strip() == f"{PLUGIN} = {PLUGIN}"
+
+
+# --- what it costs those who do not use it ---
+
+def test_to_load_it_costs_next_to_nothing() -> None:
+    """In milliseconds, with pytest loaded already; the least of some tries, since the computer may be busy."""
+    costs = [import_time(PLUGIN) for _ in range(5)]
+    assert min(costs) < 10
+
+
+def import_time(module: str) -> float:
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import pytest, {module}"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=30, check=True)
+    (cumulative,) = re.findall(rf"\| +(\d+) \| {re.escape(module)}$", done.stderr, re.MULTILINE)
+    return int(cumulative) / 1000
+
+
+def test_to_load_it_loads_nothing_of_the_server() -> None:
+    program = f"import sys, pytest; before = set(sys.modules); import {PLUGIN}; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.split() == ["socks5srv", "socks5srv.testing", PLUGIN]
