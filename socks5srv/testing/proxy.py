@@ -41,7 +41,7 @@ Place = Union[str, Tuple[Any, ...]]     # an IP address; or that and a port
 def start(handler: Type[Socks5Handler] = Socks5Handler, *, host: str = "127.0.0.1", port: int = 0,
           hosts: Optional[Mapping[str, Place]] = None, internet: bool = False,
           users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = (),
-          faults: Iterable[Fault] = (), **settings: Any) -> Proxy:
+          faults: Iterable[Fault] = (), upstream: Optional[str] = None, **settings: Any) -> Proxy:
     """
     A proxy that serves, and does so until its stop(), or the end of a ``with`` block.
 
@@ -53,11 +53,12 @@ def start(handler: Type[Socks5Handler] = Socks5Handler, *, host: str = "127.0.0.
     `users`     passwords by name; then a login is asked for, and `url` has the first one
     `rules`     lines like ``"deny *.ads.example"``
     `faults`    from faults.py
+    `upstream`  the URL of another proxy, to go out through; names that `hosts` does not have are left to it
 
     Any other keyword is a setting of Socks5Server, such as `commands` or `idle_timeout`.  OSError if it cannot
     listen there; TypeError for a setting that there is not, ValueError for `hosts` that are no addresses.
     """
-    return Proxy(handler, host, port, hosts or {}, internet, users, list(rules), faults, settings)
+    return Proxy(handler, host, port, hosts or {}, internet, users, list(rules), faults, upstream, settings)
 
 
 class Proxy:
@@ -73,11 +74,12 @@ class Proxy:
 
     def __init__(self, handler: Type[Socks5Handler], host: str, port: int, hosts: Mapping[str, Place], internet: bool,
                  users: Union[Users, Mapping[str, str], None], rules: Sequence[Union[str, Rule]], faults: Iterable[Fault],
-                 settings: Mapping[str, Any]) -> None:
+                 upstream: Optional[str], settings: Mapping[str, Any]) -> None:
         for name in settings:
             if not is_setting(name):
                 raise TypeError(f"a proxy has no {name}=; README.rst has a table of its settings")
         self.handler = handler
+        self.upstream = upstream
         self.host = host
         self.hosts = {normal(name): as_place(name, place) for name, place in hosts.items()}
         self.internet = internet
@@ -316,6 +318,16 @@ def selection(host: Optional[str], port: Optional[int], command: Optional[Comman
     return f" for {told}" if told else ""
 
 
+def observed(handler: Type[Socks5Handler], upstream: Optional[str]) -> Type[Socks5Handler]:
+    """The handler as a proxy needs it."""
+    bases: List[Type[Socks5Handler]] = [Observed, handler]
+    if upstream is not None:
+        from ..upstream import UpstreamHandler
+
+        bases = [Observed, *([] if handler is Socks5Handler else [handler]), UpstreamHandler]
+    return type(handler.__name__, tuple(bases), {"upstream": upstream})
+
+
 class Server(Socks5Server):
     """A server that keeps its bugs for whoever started it."""
 
@@ -323,8 +335,7 @@ class Server(Socks5Server):
         self.proxy = proxy
         self.halted = threading.Event()         # for those that pause
         self.lines: List[Line] = []
-        handler = type(proxy.handler.__name__, (Observed, proxy.handler), {})
-        super().__init__((proxy.host, proxy.port), handler, users=proxy.users, rules=proxy.rules)
+        super().__init__((proxy.host, proxy.port), observed(proxy.handler, proxy.upstream), users=proxy.users, rules=proxy.rules)
         for name, value in proxy.settings.items():
             setattr(self, name, value)
 
@@ -381,9 +392,9 @@ class Observed(Socks5Handler):
 
     def connect(self, request: Request) -> Any:
         place = self.proxy.place_of(request.destination.host)
-        if place is not None and len(place) > 1:
+        if place is not None and (len(place) > 1 or self.proxy.upstream is not None):
             self.check(request.command, request.destination)
-            request = Request(request.command, Address.named(*place[:2]))
+            request = Request(request.command, Address.named(*[*place, request.destination.port][:2]))
         return super().connect(request)
 
     # --- what goes wrong ---

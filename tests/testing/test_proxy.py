@@ -20,6 +20,8 @@ from socks5srv.testing.targets import EchoServer
 
 from ..conftest import LOCALHOST, Client, eventually, exchange, handler_with, in_thread, name, needs_ipv6, server_threads
 
+LOGIN = {"anna": "sesame"}
+
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
@@ -259,6 +261,46 @@ def test_an_address_that_the_test_gives_may_be_beyond_loopback(proxy: Proxy) -> 
     with start(hosts={"db.example.com": "192.0.2.1"}) as proxy:
         assert proxy.may_be_reached(Address.numeric("192.0.2.1", 80))
         assert not proxy.may_be_reached(Address.numeric("192.0.2.2", 80))
+
+
+# --- through another one ---
+
+def test_two_proxies_in_a_row_and_a_name_that_only_the_second_one_knows(echo: EchoServer) -> None:
+    with start(hosts={"db.internal": LOCALHOST}, users=LOGIN) as inner, start(upstream=inner.url) as outer, Client(outer.address) as client:
+        client.connect(("db.internal", echo.port))
+        exchange(client)
+        for proxy in (inner, outer):
+            proxy.assert_used("db.internal", echo.port, times=1)
+        assert inner.last().user == "anna"
+
+
+def test_a_handler_of_the_test_s_goes_through_another_one_too(echo: EchoServer) -> None:
+    class NoMail(Socks5Handler):
+        def allow(self, command: Command, address: Address) -> bool:
+            return address.port != 25
+
+    with start() as inner, start(NoMail, upstream=inner.url) as outer:
+        with Client(outer.address) as client:
+            assert client.ask(Command.CONNECT, ("localhost", 25)).code is ReplyCode.NOT_ALLOWED
+        with Client(outer.address) as client:
+            client.connect(("localhost", echo.port))
+        inner.assert_used(times=1)
+
+
+@pytest.mark.parametrize("port", [80, None])
+def test_the_first_one_may_have_names_of_its_own(echo: EchoServer, port: Any) -> None:
+    place: Any = LOCALHOST if port is None else echo.address
+    with start() as inner, start(hosts={"db.internal": place}, upstream=inner.url) as outer, Client(outer.address) as client:
+        client.connect(("db.internal", port or echo.port))
+        exchange(client)
+        inner.assert_used(LOCALHOST, echo.port)
+        outer.assert_used("db.internal", port or echo.port)
+
+
+def test_a_fault_of_the_second_one_comes_to_the_client_of_the_first(echo: EchoServer) -> None:
+    fault = socks5srv.testing.faults.ReplyWith(6)
+    with start(faults=[fault]) as inner, start(upstream=inner.url) as outer, Client(outer.address) as client:
+        assert client.ask(Command.CONNECT, echo.address).code is ReplyCode.TTL_EXPIRED
 
 
 # --- what it tells ---
