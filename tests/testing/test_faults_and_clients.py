@@ -30,9 +30,10 @@ def test_a_client_does_what_the_table_says(client: Client) -> None:
     wrong: Dict[str, Tuple[str, str]] = {}
     for fault in FAULTS:
         expected = column[repr(fault)]
+        word_by_word = exactly and "Reset" not in repr(fault)       # what a reset overtakes is a matter of luck
         for _ in range(TRIES):
             found = outcome(client, fault)
-            if found == expected if exactly else kind(found) == kind(expected):
+            if found == expected if word_by_word else kind(found) == kind(expected):
                 break
         else:
             wrong[repr(fault)] = (found, expected)
