@@ -46,6 +46,7 @@ CHUNK = 256 * 1024              # octets per read: below, calls cost more than c
 BULK = 64 * 1024                # octets in one read from which a flow counts as bulk
 PIPE = 1024 * 1024              # octets; what unprivileged users may have (pipe-max-size)
 PIPES = 32                      # per relay thread; half of what one user gets at that size
+ROUND = 16                      # bulk flows of which one has its turn before all sockets are looked at again
 
 RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)   # SO_LINGER on, 0 s: close() sends RST
 
@@ -159,6 +160,7 @@ class Relay:
     def __init__(self, name: str = "socks5srv-relay") -> None:
         self.waiter = EpollWaiter() if hasattr(select, "epoll") else SelectorWaiter()
         self.watched: Dict[int, Watched] = {}
+        self.bulky: Dict[Flow, None] = {}       # flows that have a lot to move: after the others, in this order
         self.adding = threading.Lock()          # held while some of these are known to the kernel only
         self.impatient: Set[Tunnel] = set()     # those with an idle timeout
         self.next_look = float("inf")           # at them; by time.monotonic()
@@ -226,16 +228,33 @@ class Relay:
 
     def run(self) -> None:
         while not self.stopping:
-            for fd, events in self.waiter.wait(self.end_the_idle()):
+            timeout = self.end_the_idle()
+            for fd, events in self.waiter.wait(0 if self.bulky else timeout):
                 watched = self.watched.get(fd) or self.await_watched(fd)
                 if watched is None:         # gone since the wait began
                     continue
                 try:
                     watched.ready(events)
-                except Exception:           # a bug may cost this tunnel, but no other
-                    logger.exception("a bug, met in the relay thread")
-                    watched.abort("internal error")
+                except Exception:
+                    self.give_up(watched)
+            if self.bulky:
+                self.move_bulk()
         self.close()
+
+    def move_bulk(self) -> None:
+        """A chunk takes up to half a millisecond, so look in between whether somebody has but a few octets to move."""
+        for _ in range(0, len(self.bulky), ROUND):
+            flow = next(iter(self.bulky))
+            del self.bulky[flow]
+            try:
+                flow.take_turn()
+            except Exception:
+                self.give_up(flow)
+
+    def give_up(self, watched: Watched) -> None:
+        """A bug may cost this tunnel, but no other."""
+        logger.exception("a bug, met in the relay thread")
+        watched.abort("internal error")
 
     def await_watched(self, fd: int) -> Optional[Watched]:
         """Whoever is just being added.  (To look again at once would keep the adding thread from it.)"""
@@ -398,7 +417,7 @@ class Flow:
                 if not self.reading:
                     self.check()
                 elif self.bulk:
-                    self.splice()
+                    self.tunnel.relay.bulky[self] = None
                 else:
                     self.copy()
         except BlockingIOError:     # it only looked ready
@@ -409,9 +428,18 @@ class Flow:
     def abort(self, reason: str) -> None:
         self.tunnel.abort(reason)
 
-    # To move one chunk, and one only, however much is there: the others want to live, too.
+    def take_turn(self) -> None:
+        """A bulk flow's, after those that had less to move."""
+        try:
+            if self.reading and self.tunnel.ended is not None:      # which may have changed meanwhile
+                self.splice()
+        except BlockingIOError:     # it only looked ready
+            pass
+        except OSError as error:
+            self.tunnel.reset(error)
 
     def copy(self) -> None:
+        """Move one chunk.  One only, however much is there: the others want to live, too."""
         relay = self.tunnel.relay
         n = self.source.recv_into(relay.chunk)
         if not n:
@@ -425,10 +453,10 @@ class Flow:
         if sent < n:
             self.chunk = bytes(relay.chunk[sent:n])
             self.hold()
-        elif n >= BULK and relay.pipes:
-            self.bulk = True
+        self.bulk = n >= BULK
 
     def splice(self) -> None:
+        """The same without copying, where there is a pipe to be had."""
         pipes = self.tunnel.relay.pipes
         pipe = pipes.take() if pipes else None
         if pipe is None:

@@ -421,3 +421,49 @@ def test_a_tunnel_that_breaks_off_leaves_no_octets_in_the_pipes(tunnel: Any, new
     again, target = tunnel_through(server, new_client, listen)
     sent = in_thread(send_pattern, target, 5 * MIB, 6)
     assert receive_all(again.socket) == sent()
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_few_octets_overtake_all_bulk_that_is_waiting(
+    start_server: Any, new_client: Any, listen: Any, echo: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = start_server()
+    bulky = [tunnel_through(server, new_client, listen)[0] for _ in range(5)]
+    few = new_client(server)
+    few.connect(echo)
+    exchange(few)
+    order: List[str] = []
+    splice, copy = relay.Flow.splice, relay.Flow.copy
+    monkeypatch.setattr(relay.Flow, "splice", lambda flow: (order.append("bulk"), splice(flow)))
+    monkeypatch.setattr(relay.Flow, "copy", lambda flow: (order.append("few"), copy(flow)) if flow.tunnel is small else copy(flow))
+    (carrier,) = server.relays
+    flows = {flow.source.getpeername(): flow for flow in carrier.watched.values() if isinstance(flow, relay.Flow)}
+    small = flows[few.socket.getsockname()].tunnel
+    held, go_on = threading.Event(), threading.Event()
+    carrier.call(lambda: (held.set(), go_on.wait(TIMEOUT)))
+    assert held.wait(TIMEOUT)
+    for client in bulky:
+        flows[client.socket.getsockname()].bulk = True
+        client.socket.send(bytes(1000))
+    few.socket.send(b"x")
+    go_on.set()
+    assert few.socket.recv(1) == b"x"
+    assert order[0] == "few"
+
+
+def test_many_bulk_flows_have_their_turns_in_order(tunnel: Any) -> None:
+    _client, _target, server = tunnel()
+    (carrier,) = server.relays
+    turns: List[int] = []
+
+    class Flow:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def take_turn(self) -> None:
+            turns.append(self.number)
+
+    carrier.bulky.update((Flow(number), None) for number in range(2 * relay.ROUND))
+    carrier.call(lambda: None)
+    eventually(lambda: not carrier.bulky)
+    assert turns == list(range(2 * relay.ROUND))
