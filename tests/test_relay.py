@@ -453,6 +453,7 @@ def test_a_few_octets_overtake_all_bulk_that_is_waiting(
 
 def test_many_bulk_flows_have_their_turns_in_order(tunnel: Any) -> None:
     _client, _target, server = tunnel()
+    eventually(lambda: server.relays)
     (carrier,) = server.relays
     turns: List[int] = []
 
