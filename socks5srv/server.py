@@ -35,7 +35,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from ipaddress import ip_address
 from typing import (
     Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
@@ -342,7 +342,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             return f"{address} is this server itself"
         else:
             rule = rules.decide(address, name)
-            if self.server.beyond_loopback and not (self.is_here or self.server.allow_local_targets) and self.server.is_local(address):
+            if not (self.is_here or self.server.allow_local_targets) and self.server.is_local(address):
                 return f"{address} is for this computer only"
         if rule is not None and not rule.allows:
             return f"rule: {rule.text}"
@@ -877,7 +877,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def is_here(self, host: str) -> bool:
         """Whether this is an address of this computer."""
-        return ip_address(host).is_loopback or outbound.is_own_address(host)
+        return is_loopback(host) or outbound.is_own_address(host)
 
     def is_local(self, address: Address) -> bool:
         """Whether only this computer should reach this: its own addresses among them."""
@@ -885,7 +885,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     @cached_property
     def beyond_loopback(self) -> bool:
-        return not all(ip_address(listener.address.host).is_loopback for listener in self.listeners)
+        return not all(is_loopback(listener.address.host) for listener in self.listeners)
 
     def is_own(self, command: Command, address: Address) -> bool:
         """Whether this is one of our own sockets, where the server would talk to itself."""
@@ -896,6 +896,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             if own.port == address.port and (own.host == address.host or (own.is_unspecified and outbound.is_own_address(address.host))):
                 return True
         return False
+
+
+@lru_cache(maxsize=1024)
+def is_loopback(host: str) -> bool:
+    """Whether this is an IP address of that kind.  Asked for each client, and found out slowly."""
+    return ip_address(host).is_loopback
 
 
 # What a server can be out of when a client comes: descriptors, memory, buffers.
