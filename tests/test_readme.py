@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "socks5srv"
 README = (ROOT / "README.rst").read_text(encoding="utf-8")
 
-SETUP_AND_TESTS = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[test]" && .venv/bin/python -m pytest'
+SETUP_AND_TESTS = 'python3 -m venv .venv && .venv/bin/python -m pip install -q -e ".[test]" && .venv/bin/python -m pytest -n 4'
 
 
 def blocks(language: str, text: str = README) -> List[str]:

@@ -169,8 +169,6 @@ def plot(axes: Axes, column: Column, quantity: str, measured: Measured) -> None:
             axes.plot(*points[-1], "o", markersize=4.5, color=look["color"], zorder=4, clip_on=False)
             ends[server] = points[-1][1]
             names[server] = NO_PROXY if server == DIRECT else server
-            if points[-1][0] < int(keys[-1].partition("_")[2]):
-                names[server] += f" (to {points[-1][0]:,})"
     scale(axes, [int(key.partition("_")[2]) for key in keys], [numbers[key] for numbers in measured.values() for key in keys if numbers.get(key)])
     label_ends(axes, ends, names, others)
     axes.annotate(PANELS[quantity], (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", fontweight="bold", fontsize=11)
