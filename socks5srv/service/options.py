@@ -141,6 +141,8 @@ def build_parser() -> Parser:
     other = parser.add_argument_group("help and setup")
     other.add_argument("-h", "--help", action="help", help="print this and exit")
     other.add_argument("-V", "--version", action="version", version=f"socks5srv {__version__}", help="print the version and exit")
+    other.add_argument("--run", nargs=argparse.REMAINDER, metavar="COMMAND",
+                       help="run COMMAND with this proxy in ALL_PROXY, print what it has contacted, and exit as it does; the last option, what follows is COMMAND's")
     other.add_argument("--self-test", action="store_true", help="try CONNECT, BIND and UDP through itself, on this computer only, and exit")
     return parser
 
@@ -152,14 +154,34 @@ def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
         further = shlex.split(os.environ.get("SOCKS5SRV_OPTIONS", ""))
     except ValueError as error:         # a quote that is not closed
         parser.error(f"{error} in SOCKS5SRV_OPTIONS")
-    options = parser.parse_args(expand(parser, further + list(sys.argv[1:] if words is None else words)))
+    ours, command = split_command(list(sys.argv[1:] if words is None else words))
+    options = parser.parse_args(expand(parser, further + ours) + command)
     host, port = options.address or (None, None)
     if port is not None and options.port is not None:
         parser.error("the port is given twice, as PORT and as -p")
-    options.port = next(number for number in (port, options.port, DEFAULT_PORT) if number is not None)
+    check_command(parser, options)
+    default = DEFAULT_PORT if options.run is None else 0
+    options.port = next(number for number in (port, options.port, default) if number is not None)
     options.bind = ([host] if host else []) + options.bind or [DEFAULT_ADDRESS]
     options.users = users(parser, options)
     return options
+
+
+def split_command(words: List[str]) -> Tuple[List[str], List[str]]:
+    """What is for us, and from --run on the words of a program, in which an ``@`` means what that says."""
+    end = words.index("--run") if "--run" in words else len(words)
+    return words[:end], words[end:]
+
+
+def check_command(parser: Parser, options: argparse.Namespace) -> None:
+    """What --run needs, and what it changes: only its summary is shown, unless -v asks for more."""
+    if options.run is None:
+        return
+    if not options.run:
+        parser.error("--run needs a COMMAND after it, such as  --run curl example.com")
+    if options.users_file is not None or options.workers > 1:
+        parser.error("--run needs neither --users-file nor --workers: leave them out")
+    options.summary, options.quiet = not options.quiet, options.quiet or not options.verbose
 
 
 def expand(parser: Parser, words: Sequence[str], depth: int = 0) -> List[str]:

@@ -27,6 +27,7 @@ from . import log
 from .banner import Tally, banner, is_loopback, listening
 from .cores import OneCore
 from .options import complain, parse, print_hash, settings
+from .program import Contacts, run_program
 from .selftest import self_test
 
 logger = logging.getLogger("socks5srv")
@@ -105,7 +106,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         set_up_log(options)
         raise_descriptor_limit()
         with listen(options, addresses) as server:
-            return serve(server, options)
+            return serve(server, options) if options.run is None else serve_program(server, options)
     except CannotStart as error:
         complain(*error.args)
         return error.code
@@ -254,6 +255,16 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     server.server_close()
     logger.info("%s", farewell(server), extra={"event": "stop", "facts": server.tally.facts()})
     return 0
+
+
+def serve_program(server: ServiceServer, options: argparse.Namespace) -> int:
+    """Serve one program, until it has ended."""
+    server.tally = contacts = Contacts()
+    try:
+        return run_program(server, contacts, options)
+    except OSError as error:
+        code = 127 if error.errno == errno.ENOENT else 126      # as a shell has it
+        raise CannotStart(f"cannot run {options.run[0]}: {error.strerror}", "check its name, and PATH", code=code) from None
 
 
 def greet(server: ServiceServer, options: argparse.Namespace, addresses: List[Address]) -> None:

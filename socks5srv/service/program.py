@@ -1,0 +1,111 @@
+"""
+``--run COMMAND...``: run a program through the proxy, and tell what it has contacted.
+
+The program finds the proxy in ALL_PROXY, as curl, git, pip and whatever uses Requests do.  A
+program that does not look there goes its own way, and that it has contacted nothing is told
+as well.  Its exit code is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Dict, List, Optional, Tuple
+from urllib.parse import quote
+
+from ..protocol import Address
+from ..server import Socks5Server
+from ..session import Session, amount
+from .banner import Tally, counted, reachable_address
+
+LAST_OCTETS = 5.0       # seconds that connections have to end by themselves when the program has
+PLACES = 1000           # of which the rest is summed up
+
+
+class Contacts(Tally):
+    """A tally that knows the places apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Dict[Tuple[str, ...], List[int]] = {}      # how often, octets up and down
+
+    def add(self, session: Session) -> None:
+        super().add(session)
+        place = (*session.target_words(), outcome(session))
+        if place not in self.places and len(self.places) >= PLACES:
+            place = ("-", "elsewhere", outcome(session))
+        numbers = self.places.setdefault(place, [0, 0, 0])
+        for index, number in enumerate((1, session.up, session.down)):
+            numbers[index] += number
+
+    def told(self, command: str) -> str:
+        """All of it in lines."""
+        if not self.places:
+            return f"socks5srv: {command} has contacted nothing through the proxy; it may not look for ALL_PROXY"
+        lines = [f"socks5srv: {command} has contacted {counted(len(self.places), 'place')}"]
+        for words, (times, up, down) in self.places.items():
+            lines.append(f"  {' '.join(words)}  {times} x  {amount(up)} up  {amount(down)} down")
+        return "\n".join(lines)
+
+
+def outcome(session: Session) -> str:
+    if session.event == "close":
+        return "ok"
+    return session.event.replace("_", "-") + (f"({session.reply:02x})" if session.reply else "")
+
+
+def run_program(server: Socks5Server, contacts: Contacts, options: argparse.Namespace) -> int:
+    """
+    Run it while `server`, which counts with `contacts`, serves.
+
+    Its exit code, or 128 and the number of the signal that has ended it.  OSError if it cannot be started.
+    """
+    with subprocess.Popen(options.run, env=environment(server, options)) as program:
+        pass_signals_to(program)
+        thread = threading.Thread(target=server.serve_forever, name="socks5srv-serving", daemon=True)
+        thread.start()
+        code = program.wait()
+    await_the_last(server)
+    server.server_close()
+    thread.join()
+    if options.summary:
+        print(contacts.told(os.path.basename(options.run[0])), file=sys.stderr)
+    return 128 - code if code < 0 else code
+
+
+def pass_signals_to(program: subprocess.Popen[bytes]) -> None:
+    """SIGTERM is for the program.  Ctrl-C reaches it by itself, as it does all that runs in this terminal."""
+    def terminate(_number: int, _frame: Any) -> None:
+        program.terminate()
+
+    def leave_it(_number: int, _frame: Any) -> None:
+        """The program decides what to do, and we go when it goes."""
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, leave_it)
+
+
+def environment(server: Socks5Server, options: argparse.Namespace) -> Dict[str, str]:
+    """Ours, with this proxy in ALL_PROXY, and no other."""
+    ours = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    url = proxy_url(reachable_address(server.listeners[0].address), options.users)
+    return {**ours, "ALL_PROXY": url, "all_proxy": url}
+
+
+def proxy_url(address: Address, users: Optional[Dict[str, str]]) -> str:
+    if not users:
+        return f"socks5h://{address}"
+    name, password = next(iter(users.items()))
+    return f"socks5h://{quote(name, safe='')}:{quote(password, safe='')}@{address}"
+
+
+def await_the_last(server: Socks5Server) -> None:
+    """What the program has sent before it ended may still be on its way."""
+    until = time.monotonic() + LAST_OCTETS
+    while server.sessions and time.monotonic() < until:
+        threading.Event().wait(0.005)
