@@ -437,6 +437,7 @@ def test_a_few_octets_overtake_all_bulk_that_is_waiting(
     monkeypatch.setattr(relay.Flow, "splice", lambda flow: (order.append("bulk"), splice(flow)))
     monkeypatch.setattr(relay.Flow, "copy", lambda flow: (order.append("few"), copy(flow)) if flow.tunnel is small else copy(flow))
     (carrier,) = server.relays
+    eventually(lambda: len(carrier.watched) == 2 * 6 + 1)       # a client hears of its tunnel before the relay thread does
     flows = {flow.source.getpeername(): flow for flow in carrier.watched.values() if isinstance(flow, relay.Flow)}
     small = flows[few.socket.getsockname()].tunnel
     held, go_on = threading.Event(), threading.Event()

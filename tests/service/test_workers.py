@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -818,3 +819,12 @@ def test_the_end_of_a_line_comes_after_the_last_message(lines: Tuple[Line, Line]
     other.send("stop")
     with pytest.raises(EOFError):
         other.receive()
+
+
+def test_workers_answer_every_question_about_conformance(start: Callable[..., Any]) -> None:
+    host, port = start("--workers", "2").server_address
+    done = subprocess.run(
+        [sys.executable, "-m", "socks5srv.check", f"{host}:{port}"], cwd=Path(socks5srv.__file__).parent.parent, capture_output=True, timeout=50,
+        check=False, encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout
