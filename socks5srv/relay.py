@@ -178,6 +178,10 @@ class Relay:
 
     # Called in any thread.
 
+    def load(self) -> int:
+        """How many sockets it watches."""
+        return len(self.watched)
+
     def has_room(self) -> bool:
         """Whether another tunnel fits into what the system can wait for at once."""
         return len(self.watched) + 4 <= self.waiter.room

@@ -31,6 +31,7 @@ import logging
 import os
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -61,6 +62,9 @@ M = TypeVar("M", Greeting, Credentials, Request)
 
 AUTH = {method: f"auth_{method.name}" for method in Method}
 DO = {command: f"do_{command.name}" for command in Command}
+
+# One carries all that Python can carry at a time; where it runs free, on all cores, there is one for each.
+RELAY_THREADS = 1 if getattr(sys, "_is_gil_enabled", lambda: True)() else os.cpu_count() or 1
 
 BATCH = 0.05        # seconds between two looks at the sessions that have ended
 TELL_AGAIN = 60.0   # seconds until the same trouble is told again
@@ -559,6 +563,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     bind_timeout: float = 120           # seconds that BIND waits for its peer; FTP servers take a while
     idle_timeout: Optional[float] = None    # seconds a tunnel may be silent: ssh and chats are, for days
     route = Route()                     # which family, and which of our addresses, to go out by
+    relay_threads = RELAY_THREADS       # at least, if there are as many tunnels; more only where one is full
     reassemble = False                  # put fragments of UDP datagrams together (hardly a client sends any)
 
     request_queue_size = 1024           # a page opens dozens at once, and a full backlog costs a second
@@ -862,13 +867,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     # --- what the handlers ask ---
 
     def relay_thread(self) -> Relay:
-        """One that has room for another tunnel."""
+        """The one that has the least to watch; a new one while there may be more, or where it is full."""
         with self.lock:
-            for relay in self.relays:
-                if relay.has_room():
-                    return relay
-            relay = Relay()
-            self.relays.append(relay)
+            relay = min(self.relays, key=Relay.load, default=None)
+            if relay is None or len(self.relays) < self.relay_threads or not relay.has_room():
+                relay = Relay()
+                self.relays.append(relay)
             return relay
 
     def trusts(self, client: Address) -> bool:

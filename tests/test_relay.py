@@ -365,6 +365,15 @@ def test_an_event_that_comes_before_its_watcher_is_known_waits_for_it(monkeypatc
     assert len(rounds) < 10
 
 
+def test_tunnels_spread_over_several_relay_threads(start_server: Any, new_client: Any, echo: Any) -> None:
+    server = start_server(relay_threads=3)
+    clients = [new_client(server) for _ in range(7)]
+    for client in clients:
+        client.connect(echo)
+        exchange(client)
+    assert sorted(carrier.load() for carrier in server.relays) == [5, 5, 7]     # two sockets each, and the one that wakes it
+
+
 def test_a_bug_costs_one_tunnel_and_no_other(
         monkeypatch: pytest.MonkeyPatch, tunnel: Any, new_client: Any, listen: Any, bugs: List[Any]) -> None:
     client, target, server = tunnel()
