@@ -31,13 +31,13 @@ import logging
 import os
 import socket
 import socketserver
-import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from ipaddress import ip_address
+from sysconfig import get_config_var
 from typing import (
     Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
 )
@@ -64,7 +64,7 @@ AUTH = {method: f"auth_{method.name}" for method in Method}
 DO = {command: f"do_{command.name}" for command in Command}
 
 # One carries all that Python can carry at a time; where it runs free, on all cores, there is one for each.
-RELAY_THREADS = 1 if getattr(sys, "_is_gil_enabled", lambda: True)() else os.cpu_count() or 1
+RELAY_THREADS = os.cpu_count() or 1 if get_config_var("Py_GIL_DISABLED") else 1
 
 BATCH = 0.05        # seconds between two looks at the sessions that have ended
 TELL_AGAIN = 60.0   # seconds until the same trouble is told again
