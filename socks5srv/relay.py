@@ -194,6 +194,8 @@ class Relay:
         All of them or none: an event that comes before the last is known has to wait.  So what
         belongs together is never met half registered.
         """
+        if not self.waiter.live and any(sock.fileno() < 0 for sock, _watched, _interest in newcomers):
+            raise ValueError("one of the sockets has been closed already")
         with self.adding:
             if self.waiter.live:
                 for sock, _watched, interest in newcomers:

@@ -365,6 +365,18 @@ def test_an_event_that_comes_before_its_watcher_is_known_waits_for_it(monkeypatc
     assert len(rounds) < 10
 
 
+@pytest.mark.usefixtures("mode")
+def test_what_is_closed_cannot_be_watched_and_leaves_nothing() -> None:
+    carrier = relay.Relay()
+    before = dict(carrier.watched)
+    closed = socket.socket()
+    closed.close()
+    with pytest.raises(ValueError, match=r"negative|closed"):
+        carrier.watch((closed, carrier, relay.READ))
+    assert carrier.watched == before
+    carrier.stop()
+
+
 def test_tunnels_spread_over_several_relay_threads(start_server: Any, new_client: Any, echo: Any) -> None:
     server = start_server(relay_threads=3)
     clients = [new_client(server) for _ in range(7)]
