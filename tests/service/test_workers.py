@@ -238,6 +238,7 @@ def test_the_port_file_and_the_first_line_come_when_all_serve(start: Callable[..
     began = time.monotonic()
     service = start(command=changed(SLOW_SECOND))
     assert time.monotonic() - began > 1
+    service.wait_for(" listening ")        # which comes after the file
     assert service.stderr.count(" listening ") == 1
 
 
