@@ -49,6 +49,8 @@ class Route(NamedTuple):
             raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is not of the family in use")
         sock = non_blocking_socket(family, kind)
         try:
+            if kind == socket.SOCK_STREAM:
+                tune(sock)          # before it is connected, or each option would set its timer anew
             if self.source is not None and (":" in self.source) == (family == socket.AF_INET6):
                 sock.bind((self.source, 0))
         except BaseException:
@@ -306,7 +308,6 @@ class Race:
             address = self.waiting.popleft()
             try:
                 sock = self.route.socket(address)
-                tune(sock)          # before it is connected, or each option would set its timer anew
             except (OSError, RequestFailed) as error:
                 self.failures.append(failure(error, address))
                 continue

@@ -17,7 +17,8 @@ chunk in hand*.  While a flow holds a chunk that its sink will not take, it does
 Full duplex, back-pressure and half-close follow from that without another rule.
 
 A flow that moves a lot stops copying, where the system lets it: on Linux `os.splice` moves
-pages from socket to socket through a pipe, without a detour through this process.
+pages from socket to socket through a pipe, without a detour through this process.  And it
+takes its turn after the others: whoever has but a few octets to move waits for one chunk of it.
 
 This file knows no SOCKS.  The UDP association, in datagrams.py, is watched by the same thread.
 """
