@@ -115,8 +115,8 @@ class Association:
             self.relay.watch((connection, self.control, READ), (self.inner.socket, self.inner, READ))
         except ValueError:              # it has been aborted already, and did not know this one
             connection.close()
-        except OSError as error:
-            self.abort(str(error))
+        except OSError as error:        # so it is being, just now, or the system will not watch any more
+            self.abort_soon(str(error))
 
     def abort_soon(self, reason: str) -> None:
         """abort(), called in any thread."""

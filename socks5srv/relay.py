@@ -591,8 +591,9 @@ class Tunnel:
             self.relay.watch((down.source, down, down.interest), (up.source, up, up.interest))
         except ValueError:          # it has been aborted already
             pass
-        except OSError as error:    # so it has, or the system will not watch any more
-            self.reset(error)
+        except OSError as error:    # so it is being, just now, or the system will not watch any more
+            reason = error
+            self.relay.call(lambda: self.reset(reason))
 
     def look(self, now: float) -> None:
         """End it if nothing has moved for too long."""

@@ -7,6 +7,7 @@ those without a test here belong to the relay, to BIND or to UDP, which have fil
 
 from __future__ import annotations
 
+import errno
 import inspect
 import itertools
 import logging
@@ -31,7 +32,7 @@ from socks5srv.protocol import (
     UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Method, MethodSelection, Reply,
     ReplyCode, Request, RequestFailed,
 )
-from socks5srv.relay import Tunnel
+from socks5srv.relay import Relay, Tunnel
 from socks5srv.server import Socks5Handler, Socks5Server
 
 from .conftest import (
@@ -1268,6 +1269,30 @@ def test_a_server_may_hang_up_while_a_tunnel_is_being_handed_over(slow_server, n
     assert Reply.read(client).code is ReplyCode.SUCCEEDED
     assert client.rest() == b""
     assert server.next_ended().reason == "server stopped"
+
+
+@pytest.mark.parametrize(("carrier", "command"), [(Tunnel, Command.CONNECT), (Association, Command.UDP_ASSOCIATE)])
+def test_what_cannot_be_watched_is_given_up_in_the_relay_thread(slow_server, new_client, monkeypatch, carrier, command):
+    """In its conversation's thread it could be given up twice at a time: it may just be ending there."""
+    server, places = slow_server
+    ended_in = []
+    abort = carrier.abort
+
+    def abort_and_tell(self, reason):
+        ended_in.append(threading.current_thread())
+        abort(self, reason)
+
+    def watch_no_more(_self, *_newcomers):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(carrier, "abort", abort_and_tell)
+    client = new_client(server)
+    log_in(client)
+    monkeypatch.setattr(Relay, "watch", watch_no_more)
+    client.send(to(places["echo"], command))
+    assert Reply.read(client).code is ReplyCode.SUCCEEDED
+    assert "No space left on device" in server.next_ended().reason
+    assert [thread.name for thread in ended_in] == ["socks5srv-relay"]
 
 
 @needs_proc
