@@ -3,7 +3,7 @@ socks5srv: a SOCKS5 proxy server in plain Python (RFC 1928 and RFC 1929).
 
     from socks5srv import Socks5Server, Socks5Handler
 
-To read the source, begin with protocol.py, then server.py, outbound.py, relay.py and
+To read the source, begin with protocol.py, then handler.py, outbound.py, relay.py and
 datagrams.py; README.rst has the order of all rooms, and what there is to learn in each.
 """
 
@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .handler import Socks5Handler
     from .protocol import (
         Address, AddressType, Command, LoginFailed, Method, ProtocolError, ReplyCode, Request, RequestFailed,
         Socks5Error,
     )
-    from .server import Socks5Handler, Socks5Server
+    from .server import Socks5Server
     from .session import Session
 
 # Where the public names live.  They are imported when they are first used, so that a program
 # that only has this package installed does not pay for it at its start.
 HOMES = {
-    "Socks5Server": "server", "Socks5Handler": "server", "Session": "session",
+    "Socks5Server": "server", "Socks5Handler": "handler", "Session": "session",
     "Address": "protocol", "AddressType": "protocol", "Command": "protocol", "Method": "protocol",
     "ReplyCode": "protocol", "Request": "protocol", "Socks5Error": "protocol", "ProtocolError": "protocol",
     "LoginFailed": "protocol", "RequestFailed": "protocol",

@@ -63,7 +63,7 @@ def header_length(octets: memoryview) -> int:
 
 
 class Conversation(Protocol):
-    """What an association asks of the conversation that it comes from: server.py's handler."""
+    """What an association asks of the conversation that it comes from: handler.py's."""
 
     session: Session
 

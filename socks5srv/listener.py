@@ -12,6 +12,7 @@ This file does not know what is talked about.
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
@@ -20,6 +21,10 @@ from typing import Any, Callable, Set, Tuple
 from .protocol import Address
 
 logger = logging.getLogger("socks5srv")
+
+# What we can be out of when somebody comes: descriptors, memory, buffers.
+OUT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+RETRY = 0.1     # seconds until we try again to accept then
 
 
 class Listener:

@@ -21,7 +21,7 @@ judge it, as far as its end is known, because an answer to a half-read message m
 
 Errors carry the answer: every `Socks5Error` has the message to send before hanging up.
 
-This file decides nothing: who may log in and what may be reached is asked in server.py.
+This file decides nothing: who may log in and what may be reached is asked in handler.py.
 """
 
 from __future__ import annotations

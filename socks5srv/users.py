@@ -10,7 +10,7 @@ could lock out the owner of a name.
 A users file has a line ``NAME:HASH`` for each user, and comments after a ``#`` at the start of
 a line.  It is read again when it changes; a version that cannot be read changes nothing.
 
-This file sees no network: server.py asks it.
+This file sees no network: handler.py asks it.
 """
 
 from __future__ import annotations

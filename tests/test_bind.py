@@ -13,7 +13,7 @@ import pytest
 
 from socks5srv.outbound import Route
 from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Greeting, MethodSelection, Reply, ReplyCode, Request
-from socks5srv.server import EARLY
+from socks5srv.handler import EARLY
 
 from .conftest import (
     LOCALHOST, TIMEOUT, Client, address_of, eventually, handler_with, in_thread, name, needs_ipv6, needs_neighbour,

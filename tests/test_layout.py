@@ -28,7 +28,8 @@ CORE = {
     "relay": {"session"},
     "outbound": {"protocol", "relay"},
     "datagrams": {"protocol", "session", "relay", "outbound"},
-    "server": {"protocol", "session", "users", "rules", "strangers", "listener", "relay", "outbound", "datagrams"},
+    "handler": {"protocol", "session", "strangers", "listener", "relay", "outbound", "datagrams"},
+    "server": {"protocol", "session", "users", "rules", "listener", "relay", "outbound", "datagrams", "handler"},
 }
 # What uses it, or stands beside it: nothing in the core imports these.
 BESIDE = {
@@ -47,9 +48,15 @@ def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+def for_type_checkers(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports(path):
-    """What a module imports, wherever in it: names of modules, with dots in front of our own."""
-    for node in ast.walk(tree(path)):
+    """What a module imports when it runs, wherever in it: names of modules, with dots in front of our own."""
+    module = tree(path)
+    module.body = [node for node in module.body if not for_type_checkers(node)]
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
