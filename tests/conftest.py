@@ -99,6 +99,11 @@ def eventually(condition: Callable[[], T]) -> T:
     raise AssertionError("it did not come about in time")
 
 
+def within(seconds: float) -> float:
+    """The most seconds that something may take here: more, if other tests run beside this one."""
+    return seconds * (5 if "PYTEST_XDIST_WORKER" in os.environ else 1)
+
+
 def in_thread(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
     """Call it in a thread; the result waits for what it returns, and raises what it raises."""
     answers: queue.SimpleQueue[Tuple[bool, Any]] = queue.SimpleQueue()

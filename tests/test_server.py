@@ -37,7 +37,7 @@ from socks5srv.server import Socks5Handler, Socks5Server
 
 from .conftest import (
     LOCALHOST, TIMEOUT, Client, address_of, descriptors, eventually, exchange, handler_with, in_thread, name, needs_ipv6,
-    needs_neighbour, needs_proc, on_one_port, serve, server_threads,
+    needs_neighbour, needs_proc, on_one_port, serve, server_threads, within,
 )
 
 HELLO = Greeting(bytes([Method.NO_AUTHENTICATION_REQUIRED]))
@@ -396,7 +396,7 @@ def test_a_target_that_does_not_answer_in_time_has_expired(start_server, new_cli
     client = new_client(server)
     began = time.monotonic()
     assert_refused(client, ReplyCode.TTL_EXPIRED, to(silent()))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < within(1)
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "::1"), (socket.AF_INET6, LOCALHOST)])
@@ -514,7 +514,7 @@ def test_a_name_with_a_dead_address_is_reached_by_the_next(start_server, new_cli
     client = new_client(server)
     began = time.monotonic()
     client.connect(name("two.invalid", port))
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < within(0.5)
     exchange(client)
     assert str(server.sessions[0].peer) == f"{LOCALHOST}:{port}"
 
@@ -540,7 +540,7 @@ def test_the_handshake_has_one_deadline(start_server, new_client, length):
     client = new_client(server)
     client.send(b"".join(map(bytes, CONVERSATION))[:length])
     client.rest()
-    assert 0.15 < time.monotonic() - began < 0.8
+    assert 0.15 < time.monotonic() - began < within(0.8)
     session = server.next_ended()
     assert (session.event, session.reason) == ("bad_protocol", "the handshake took too long")
 
@@ -556,7 +556,7 @@ def test_a_trickle_does_not_prolong_the_handshake(start_server, new_client):
         client.send(bytes([octet]))
         assert time.monotonic() - began < TIMEOUT
     assert client.rest() == b""
-    assert 0.2 < time.monotonic() - began < 1
+    assert 0.2 < time.monotonic() - began < within(1)
 
 
 def test_a_tunnel_outlives_the_deadline_of_the_handshake(start_server, new_client, echo, silent):
@@ -581,7 +581,7 @@ def test_a_client_that_leaves_in_mid_message_is_done_with_at_once(start_server, 
     for _ in octets:
         session = server.next_ended()
         assert session.event == "bad_protocol"
-        assert session.seconds < 1
+        assert session.seconds < within(1)
     assert server.sessions == []
 
 
@@ -695,7 +695,7 @@ def test_a_look_up_that_hangs_costs_its_own_client_and_nobody_else(start_server,
     MethodSelection.read(client)
     new_client(server).connect(echo)
     assert_refused(client, ReplyCode.HOST_UNREACHABLE)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < within(1)
     release.set()
 
 
@@ -881,7 +881,7 @@ def test_a_client_that_resets_while_it_is_being_connected_is_not_waited_for(star
     client.reset()
     session = server.next_ended()
     release.set()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < within(1)
     assert (session.event, session.reply) == ("failed", None)
 
 
@@ -1097,7 +1097,7 @@ def test_a_server_may_be_stopped_by_a_hook(start_server, new_client, method):
     began = time.monotonic()
     server.thread.join(TIMEOUT)
     assert not server.thread.is_alive()
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < within(0.9)
 
 
 def test_closing_a_server_that_has_never_served_is_no_trouble():
@@ -1105,7 +1105,7 @@ def test_closing_a_server_that_has_never_served_is_no_trouble():
     began = time.monotonic()
     server.server_close()
     server.server_close()
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < within(0.2)
 
 
 def begin_handshake(client, _places):
@@ -1202,7 +1202,7 @@ def test_a_stop_takes_less_than_a_tenth_of_a_second(start_server, new_client, ec
         server.server_close()
         return time.monotonic() - began
 
-    assert min(stop() for _ in range(3)) < 0.1
+    assert min(stop() for _ in range(3)) < within(0.1)
 
 
 def assert_stops_at_once(server, clients):
@@ -1213,7 +1213,7 @@ def assert_stops_at_once(server, clients):
     assert [thread.name for thread in server_threads() if thread.name != "socks5srv-lookup"] == []
     server.thread.join(TIMEOUT)
     assert not server.thread.is_alive()
-    assert took < 0.5       # it takes a few milliseconds, on a computer with nothing else to do
+    assert took < within(0.5)       # it takes a few milliseconds, on a computer with nothing else to do
     for client in clients:
         client.rest()
     assert sorted(server.told.get_nowait().id for _ in clients) == list(range(1, len(clients) + 1))
