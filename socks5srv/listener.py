@@ -34,7 +34,7 @@ class Listener:
     `spare` threads at most stay waiting when a burst of clients is over.
     """
 
-    spare = 16      # threads; some 20 KiB each, and more than that many handshakes at a time are rare
+    spare = 128     # threads; some 20 KiB each once they have worked, and a new one costs half a conversation
 
     def __init__(self, sock: socket.socket, accept: Callable[[socket.socket], Tuple[socket.socket, Any]],
                  talk: Callable[[socket.socket, Any], None]) -> None:

@@ -923,7 +923,8 @@ def test_a_port_that_was_in_use_can_be_had_again_at_once(start_server, new_clien
     assert new_client(start_server(address=server.server_address)).greet() == NO_LOGIN
 
 
-def test_a_crowd_is_served_at_the_same_time_and_few_threads_stay(start_server, new_client, echo):
+def test_a_crowd_is_served_at_the_same_time_and_few_threads_stay(start_server, new_client, echo, monkeypatch):
+    monkeypatch.setattr(Listener, "spare", 16)
     server = start_server()
     clients = [new_client(server) for _ in range(100)]
     for client in clients:
