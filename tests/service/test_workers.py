@@ -1,5 +1,8 @@
 """
 Several processes that serve as one: ``--workers``.
+
+What one process promises, several promise as well: with ``SOCKS5SRV_TEST_WORKERS=2`` in the
+environment the other tests of this folder run with two.
 """
 
 from __future__ import annotations
@@ -27,21 +30,6 @@ from socks5srv.protocol import Address, Command, CredentialsReply, Datagram, Met
 from socks5srv.service import options
 from socks5srv.service.worker import Line
 from socks5srv.users import Hash
-
-# What one process promises, several promise as well; here with the `start` of this file.
-from test_run import (      # noqa: F401
-    test_a_second_sigterm_is_patient, test_a_signal_ends_it_with_a_summary_and_exit_code_0,
-    test_ctrl_c_works_although_a_shell_script_ignores_it_for_what_it_starts_with_and, test_it_serves_without_a_stderr_too,
-    test_it_stops_before_it_has_had_a_client, test_it_stops_within_a_second_whatever_goes_on, test_stdout_stays_empty_for_scripts,
-    test_the_handshake_timeout_counts, test_the_port_file_goes_at_the_end, test_the_second_ctrl_c_ends_it_at_once_with_exit_code_130,
-    test_with_users_nobody_comes_in_without_a_login, with_login,
-)
-from test_safety import (       # noqa: F401
-    test_a_browser_finds_its_configuration, test_a_changed_password_ends_the_tunnels_of_the_old_one,
-    test_a_crowd_beyond_the_descriptors_is_survived, test_a_denied_network_stays_denied_under_any_name,
-    test_a_login_that_was_being_computed_when_its_user_was_removed_is_refused, test_a_new_file_with_a_mistake_changes_nothing_and_is_told,
-    test_a_storm_of_sighups_harms_nobody, test_one_address_cannot_take_all_the_room, users_file,
-)
 
 Place = Tuple[Any, ...]
 
