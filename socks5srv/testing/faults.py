@@ -6,9 +6,9 @@ What can go wrong, on demand: objects to give to ``start(faults=[...])`` or to `
 
 A fault names the message that it is about by its class in protocol.py, which is its name in the RFCs:
 `Greeting`, `Credentials` and `Request` come from the client, `MethodSelection`, `CredentialsReply` and
-`Reply` go to it.  All take two selectors: `times`, how often it strikes (None: always), and `host`, for
-which destination, as the client wrote it.  Faults strike in the order in which they were injected, and
-one that never meets its message does nothing.
+`Reply` go to it, and `SecondReply` is BIND's second one alone.  All take two selectors: `times`, how often
+it strikes (None: always), and `host`, for which destination, as the client wrote it.  Faults strike in the
+order in which they were injected, and one that never meets its message does nothing.
 
 The one idea: a fault stands at the handler's two choke points, where messages are received and sent.  The
 conversation knows nothing of it, so all that the client sees before it, and after, is the real server.
@@ -34,15 +34,20 @@ from ..session import Session
 __all__ = [
     "BoundTo", "CloseAfter", "Credentials", "CredentialsReply", "Delay", "Drip", "DropDatagrams", "DuplicateDatagrams",
     "Fault", "FragmentDatagrams", "Greeting", "LoginStatus", "MethodSelection", "Raw", "ReorderDatagrams", "Reply",
-    "ReplyCode", "ReplyWith", "Request", "ResetAfter", "SelectMethod", "Truncate",
+    "ReplyCode", "ReplyWith", "Request", "ResetAfter", "SecondReply", "SelectMethod", "Truncate",
 ]
 
 PAUSE = 0.001       # seconds between octets that are not to arrive together
 
+
+class SecondReply(Reply):
+    """A name for the reply that tells BIND's client who has called; what is about every `Reply` is about this one, too."""
+
+
 MessageClass = Type[Message]
 FROM_CLIENT: Tuple[MessageClass, ...] = (Greeting, Credentials, Request)
-TO_CLIENT: Tuple[MessageClass, ...] = (MethodSelection, CredentialsReply, Reply)
-WITH_HOST: Tuple[MessageClass, ...] = (Request, Reply, Datagram)     # before them nobody knows it
+TO_CLIENT: Tuple[MessageClass, ...] = (MethodSelection, CredentialsReply, Reply, SecondReply)
+WITH_HOST: Tuple[MessageClass, ...] = (Request, Reply, SecondReply, Datagram)    # before them nobody knows it
 
 
 class Broken(OSError):
@@ -341,7 +346,7 @@ class Armed:
     def strikes(self, message: MessageClass, host: str) -> bool:
         """Whether it strikes this message; if so, that was one of its times."""
         fault = self.fault
-        if message not in fault.about or self.left == 0:
+        if not issubclass(message, fault.about) or self.left == 0:
             return False
         if fault.host is not None and normal(fault.host) != normal(host):
             return False

@@ -32,7 +32,7 @@ from ..rules import Rule, normal
 from ..server import Socks5Handler, Socks5Server
 from ..session import Session
 from ..users import Users
-from .faults import Broken, Fault, Faults, MessageClass
+from .faults import Broken, Fault, Faults, MessageClass, SecondReply
 from .line import Line
 
 Place = Union[str, Tuple[Any, ...]]     # an IP address; or that and a port
@@ -349,6 +349,7 @@ class Observed(Socks5Handler):
     """Mixed into the handler, in front of it: tells the proxy, and lets the faults strike."""
 
     line: Optional[Line] = None
+    replied = False             # what is sent after a reply is another one, and only BIND has two
 
     @property
     def proxy(self) -> Proxy:
@@ -419,9 +420,10 @@ class Observed(Socks5Handler):
     def send(self, message: Message) -> None:
         self.proxy.tell()
         changed, faults = self.on_bad_line(message), []
-        for fault in self.striking(type(message)):
+        for fault in self.striking(SecondReply if self.replied else type(message)):
             changed = fault.sending(self, changed)
             faults.append(fault)
+        self.replied = isinstance(message, Reply)
         super().send(changed)
         for fault in faults:
             fault.sent(self, message)

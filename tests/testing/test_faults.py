@@ -15,8 +15,8 @@ from socks5srv.protocol import Address, Command, Datagram, LoginFailed, Method
 from socks5srv.testing import faults
 from socks5srv.testing.faults import (
     BoundTo, CloseAfter, Credentials, CredentialsReply, Delay, Drip, DropDatagrams, DuplicateDatagrams, Fault, FragmentDatagrams,
-    Greeting, LoginStatus, MethodSelection, Raw, ReorderDatagrams, Reply, ReplyCode, ReplyWith, Request, ResetAfter, SelectMethod,
-    Truncate,
+    Greeting, LoginStatus, MethodSelection, Raw, ReorderDatagrams, Reply, ReplyCode, ReplyWith, Request, ResetAfter, SecondReply,
+    SelectMethod, Truncate,
 )
 from socks5srv.testing.proxy import Proxy, start
 from socks5srv.testing.targets import EchoServer
@@ -87,6 +87,35 @@ def test_so_do_the_other_commands(proxy: Proxy, echo: EchoServer, command: Comma
     proxy.inject(ReplyWith(ReplyCode.TTL_EXPIRED))
     with Client(proxy.address) as client:
         assert client.ask(command, echo.address).code is ReplyCode.TTL_EXPIRED
+
+
+def bind_and_call(client: Client) -> socket.socket:
+    """The first reply of BIND has come as it should; whoever has called back then."""
+    first = client.ask(Command.BIND, ("0.0.0.0", 0))
+    assert first.code is ReplyCode.SUCCEEDED
+    return socket.create_connection((first.bound.host, first.bound.port), 5)
+
+
+@pytest.mark.parametrize(("fault", "octets"), [
+    (Truncate(SecondReply, 3), b"\x05\x00\x00"), (CloseAfter(SecondReply), None), (Raw(SecondReply, b"\x05\x01\x00"), b"\x05\x01\x00"),
+], ids=repr)
+def test_the_second_reply_of_bind_can_be_struck_alone(proxy: Proxy, fault: Any, octets: Any) -> None:
+    proxy.inject(fault)
+    with Client(proxy.address) as client, bind_and_call(client) as peer:
+        if octets is None:
+            assert Reply.read(client).bound == Address.of(peer.getsockname())
+            assert client.rest() == b""
+        else:
+            assert client.exactly(len(octets)) == octets
+
+
+def test_what_is_about_every_reply_strikes_both_of_bind(proxy: Proxy) -> None:
+    proxy.inject(BoundTo("bound.example", 7))
+    with Client(proxy.address) as client:
+        assert client.ask(Command.BIND, ("0.0.0.0", 0)).bound == Address.named("bound.example", 7)
+        [session] = proxy.sessions
+        with socket.create_connection((session.bound.host, session.bound.port), 5):
+            assert Reply.read(client).bound == Address.named("bound.example", 7)
 
 
 @pytest.mark.parametrize("method", [0x01, 0x02, 0x80, 0xFF])
