@@ -128,7 +128,7 @@ def parse_host(host: str) -> Tuple[Optional[str], Optional[Network]]:
     try:
         return None, ip_network(host)
     except ValueError as error:
-        if "has host bits set" in str(error):
+        if str(error).endswith("has host bits set"):
             raise BadRule(f"{host!r} is no network: {ip_network(host, strict=False)} would be one") from None
     bare = host[2:] if host.startswith("*.") else host
     if NUMERIC.fullmatch(bare) or "/" in bare or ":" in bare:

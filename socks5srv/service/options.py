@@ -259,7 +259,7 @@ def network(text: str) -> Network:
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:
-        hint = f"; {ipaddress.ip_network(text, strict=False)} would be one" if "host bits" in str(error) else ""
+        hint = f"; {ipaddress.ip_network(text, strict=False)} would be one" if str(error).endswith("has host bits set") else ""
         raise argparse.ArgumentTypeError(f"{text!r} is no network{hint}") from None
 
 

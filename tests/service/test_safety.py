@@ -488,6 +488,7 @@ def test_rules_are_of_bind_too(start: Callable[..., Any], new_client: Callable[.
     (("--deny", ""), "allow TARGET or deny TARGET is"),
     (("--allow-from", "192.168.1.7/24"), "192.168.1.0/24 would be one"),
     (("--allow-from", "example.com"), "'example.com' is no network"),
+    (("--allow-from", "has host bits set"), "'has host bits set' is no network"),
     (("--max-clients", "0"), "'0' is no number above 0"),
     (("--max-per-client", "many"), "'many' is no number above 0"),
 ])
