@@ -85,9 +85,14 @@ class ServiceHandler(Socks5Handler):
 
 def handler_class(options: argparse.Namespace) -> Type[ServiceHandler]:
     """The handler for these options."""
-    if options.upstream is None:
-        return ServiceHandler
-    return type("ServiceUpstreamHandler", (ServiceHandler, UpstreamHandler), {"upstream": options.upstream})
+    kinds: List[type] = [ServiceHandler]
+    if options.upstream is not None:
+        kinds.append(UpstreamHandler)
+    if options.pcap is not None:
+        from .overhear import OverheardHandler
+
+        kinds.insert(0, OverheardHandler)
+    return type("".join(kind.__name__ for kind in kinds), tuple(kinds), {"upstream": options.upstream})
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
@@ -106,6 +111,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         set_up_log(options)
         raise_descriptor_limit()
         with listen(options, addresses) as server:
+            start_recording(server, options)
             return serve(server, options) if options.run is None else serve_program(server, options)
     except CannotStart as error:
         complain(*error.args)
@@ -169,6 +175,21 @@ def set_up_log(options: argparse.Namespace) -> None:
         raise CannotStart(f"cannot write the log file {options.log_file}: {error.strerror}", "choose another with --log-file") from None
 
 
+def start_recording(server: ServiceServer, options: argparse.Namespace) -> None:
+    if options.pcap is None:
+        return
+    from .overhear import OverheardServer
+    from .pcap import open_file
+
+    assert isinstance(server, OverheardServer)      # handler_class() and server_class() have seen to it
+    try:
+        server.record(open_file(options.pcap))
+    except OSError as error:
+        raise CannotStart(f"cannot write the recording {options.pcap}: {error.strerror or error}", "choose another file with --pcap") from None
+    except KeyboardInterrupt:       # a named pipe waits for somebody to read it
+        raise CannotStart(f"nobody has begun to read {options.pcap}", code=130) from None
+
+
 def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     """A server that listens on all the addresses; with port 0, on the same free port of each."""
     port = options.port
@@ -187,11 +208,15 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
 
 
 def server_class(options: argparse.Namespace) -> Type[ServiceServer]:
-    if options.workers == 1:
-        return ServiceServer
-    from .workers import Workers        # which costs a while to import, and few need it
+    if options.workers > 1:
+        from .workers import Workers        # which costs a while to import, and few need it
 
-    return Workers
+        return Workers
+    if options.pcap is not None:
+        from .overhear import OverheardServer
+
+        return type("OverheardServiceServer", (OverheardServer, ServiceServer), {})
+    return ServiceServer
 
 
 def configure(server: ServiceServer, options: argparse.Namespace) -> None:
