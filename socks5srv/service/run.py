@@ -92,7 +92,7 @@ def handler_class(options: argparse.Namespace) -> Type[ServiceHandler]:
         from .overhear import OverheardHandler
 
         kinds.insert(0, OverheardHandler)
-    return type("".join(kind.__name__ for kind in kinds), tuple(kinds), {"upstream": options.upstream})
+    return type("Handler", tuple(kinds), {} if options.upstream is None else {"upstream": options.upstream})
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
