@@ -126,11 +126,6 @@ def table(rows: Sequence[Sequence[str]]) -> List[str]:
 
 # --- the keyboard ---
 
-def at_keyboard() -> bool:
-    """Whether somebody sits at a terminal who types and sees."""
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
-
-
 def listen_to_keys(server: ServiceServer) -> None:
     """Do as the keys say, from now on until the keyboard's end; returns at once."""
     if hasattr(signal, "SIGTTIN"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import socket
 from io import FileIO
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Type, TypeVar, Union
 
 from ..datagrams import Association, Inner, Outer
 from ..outbound import UNDER_WAY, Route
@@ -302,3 +302,11 @@ class OverheardHandler(Socks5Handler):
                 if not isinstance(owner.socket, (Stream, Datagrams)):
                     owner.socket = Datagrams(self.server.recording, owner.socket)
         return association
+
+
+H = TypeVar("H", bound=Socks5Handler)
+
+
+def overheard(handler: Type[H]) -> Type[H]:
+    """The handler class, with `OverheardHandler` mixed in in front."""
+    return type(f"Overheard{handler.__name__}", (OverheardHandler, handler), {})

@@ -179,7 +179,7 @@ def recorded(start: Callable[..., Any], tmp_path: Path) -> Callable[..., Recorde
     return started
 
 
-def tunnel(recorded: Recorded, client: Client, target: Any) -> Tuple[socket.socket, Place]:
+def tunnel(client: Client, target: Any) -> Tuple[socket.socket, Place]:
     """A CONNECT to this listening socket: the target's end, and where it comes from."""
     client.connect(target.getsockname())
     connection, source = target.accept()
@@ -231,7 +231,7 @@ def test_both_sides_have_their_true_addresses(recorded: Callable[..., Recorded],
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(server, client, target)
+        connection, source = tunnel(client, target)
         with connection:
             client.send(b"question")
             assert connection.recv(99) == b"question"
@@ -254,7 +254,7 @@ def test_ipv6_on_both_sides(recorded: Callable[..., Recorded], listen: Callable[
     server, target = recorded("-b", "::1"), listen("::1")
     with Client(("::1", server.service.port)) as client:
         ours = client.socket.getsockname()[:2]
-        connection, source = tunnel(server, client, target)
+        connection, source = tunnel(client, target)
         with connection:
             client.send(b"question")
             assert connection.recv(99) == b"question"
@@ -279,7 +279,7 @@ def test_a_half_close_is_a_fin_that_is_passed_on(recorded: Callable[..., Recorde
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(server, client, target)
+        connection, source = tunnel(client, target)
         with connection:
             client.send(b"all of it")
             client.end()
@@ -297,7 +297,7 @@ def test_a_reset_is_a_reset_that_is_passed_on(recorded: Callable[..., Recorded],
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(server, client, target)
+        connection, source = tunnel(client, target)
         with connection:
             exchange_with(client, connection)
             client.reset()
@@ -314,7 +314,7 @@ def test_a_target_that_resets_does_so_in_the_recording(recorded: Callable[..., R
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(server, client, target)
+        connection, source = tunnel(client, target)
         exchange_with(client, connection)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
@@ -330,7 +330,7 @@ def test_what_the_server_breaks_off_at_its_end_is_reset(recorded: Callable[..., 
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(server, client, target)
+        connection, source = tunnel(client, target)
         with connection:
             packets = server.packets()
     assert story(packets, source, target.getsockname()) == [">S", "<SA", ">RA"]
@@ -391,7 +391,7 @@ def test_five_megabytes_each_way_are_all_in_it(recorded: Callable[..., Recorded]
     server, target = recorded(), listen()
     up, down = os.urandom(MEGABYTES << 20), os.urandom(MEGABYTES << 20)
     with Client(server.place) as client:
-        connection, source = tunnel(server, client, target)
+        connection, source = tunnel(client, target)
         with connection:
             for octets, sender, receiver in ((up, client.socket, connection), (down, connection, client.socket)):
                 writer = threading.Thread(target=sender.sendall, args=(octets,))
@@ -644,7 +644,7 @@ def test_a_file_that_cannot_be_written_is_told_in_one_sentence(run_command: Call
     (("--workers", "2", "--pcap", "x.pcap"), "--pcap records one process: leave --workers out"),
     (("--pcap", "-", "--run", "true"), "--pcap - and the COMMAND of --run would write to the same output: give a FILE"),
 ])
-def test_what_does_not_go_together_is_refused(run_command: Callable[..., Any], words: Tuple[str, ...], complaint: str, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(run_command: Callable[..., Any], words: Tuple[str, ...], complaint: str) -> None:
     outcome = run_command(*words)
     assert outcome.code == 2
     assert outcome.stderr.startswith(f"socks5srv: error: {complaint}\n")
