@@ -203,26 +203,26 @@ def test_socks_and_http_are_read_by_tshark(recorded: Callable[..., Recorded], we
         assert client.rest().endswith(b"Hello from the other side.")
     server.await_line("ok")
 
-    rows = server.tshark("socks", "tcp.dstport", "socks.version", "socks.auth_accepted_method", "socks.command", "socks.dst", "socks.port")
-    port, version = str(server.service.port), "5"
-    own = next(row[0] for row in rows if row[0] != port)
-    heads = [row[:2] for row in rows]
-    assert heads[:6] == [[port, version], [own, version], [port, version], [own, version], [port, version], [own, version]]
-    assert [row[2] for row in rows][1] == "2"
-    request, reply = rows[4], rows[5]
-    assert request[3] == "1"
-    assert request[5] == str(website[1])
-    assert reply[4:] == [LOCALHOST, str(bound.port)]
-    assert server.tshark("socks.remote_name", "socks.remote_name") == [["localhost"]]
-    assert server.tshark("socks.results", "socks.results") == [["0"]]
-    assert server.tshark("socks.username", "socks.username", "socks.password") == [["anna", "sesame"]]
+    port, socks = str(server.service.port), "5"
+    rows = server.tshark(
+        "socks", "tcp.dstport", "socks.version", "socks.auth_accepted_method", "socks.username", "socks.password", "socks.command",
+        "socks.remote_name", "socks.results", "socks.dst", "socks.port",
+    )
+    ours = rows[1][0]
+    assert rows[:6] == [
+        [port, socks, "", "", "", "", "", "", "", ""],
+        [ours, socks, "2", "", "", "", "", "", "", ""],
+        [port, socks, "", "anna", "sesame", "", "", "", "", ""],
+        [ours, socks, "", "", "", "", "", "", "", ""],
+        [port, socks, "", "", "", "1", "localhost", "", "", str(website[1])],
+        [ours, socks, "", "", "", "", "", "0", LOCALHOST, str(bound.port)],
+    ]
 
-    web = "-d", f"tcp.port=={website[1]},http"
-    for side in (f"tcp.port == {port}", f"tcp.port == {website[1]}"):
-        assert tshark(server.path, f"http.request && {side}", "http.request.uri", *web, "-d", f"tcp.port=={port},socks") == [["/page"]]
-        (row,) = tshark(server.path, f"http.response && {side}", "http.response.code", "http.file_data", *web, "-d", f"tcp.port=={port},socks")
-        assert row[0] == "200"
-        assert row[1] in ("Hello from the other side.", b"Hello from the other side.".hex())
+    places = [part for place, name in ((port, "socks"), (website[1], "http")) for part in ("-d", f"tcp.port=={place},{name}")]
+    rows = tshark(server.path, "http", "http.request.uri", "http.response.code", "http.file_data", *places)
+    body = rows[2][2]
+    assert body in ("Hello from the other side.", b"Hello from the other side.".hex())
+    assert rows == [["/page", "", ""]] * 2 + [["", "200", body]] * 2, "once on each side, each time in one piece"
     assert server.tshark("_ws.malformed", "frame.number") == []
     assert_sound(server.path)
 
@@ -583,6 +583,7 @@ def website() -> Iterator[Place]:
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", "26")
             self.end_headers()
             self.wfile.write(b"Hello ")
             self.wfile.write(b"from the other side.")
@@ -815,6 +816,13 @@ def of_connection(*steps: Tuple[Any, ...]) -> List[str]:
 ])
 def test_the_rules_of_tcp_are_kept(steps: List[Tuple[Any, ...]], packets: List[str]) -> None:
     assert of_connection(*steps) == packets
+
+
+def test_sequence_numbers_begin_again_behind_the_largest() -> None:
+    connection = Connection(*ENDS)
+    connection.ends[CALLER].next = 2 ** 32 - 3
+    packets = [*connection.call(), *connection.stand(), *connection.data(CALLER, b"hello"), *connection.data(CALLER, b"again"), *connection.end(CALLER)]
+    assert said([parse(0, packet) for packet in packets])[ENDS[0][:2], ENDS[1][:2]] == b"helloagain"
 
 
 def test_tshark_would_see_a_fault(recorded: Callable[..., Recorded], echo: Place, tmp_path: Path) -> None:
