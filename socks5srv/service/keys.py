@@ -12,11 +12,13 @@ shell that has sent us to the background) ends or pauses this, and nothing else.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+from functools import partial
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 from ..relay import Tunnel
@@ -24,6 +26,8 @@ from ..server import Socks5Handler
 from ..session import COMMAND_WORDS, amount, shown
 from .banner import counted
 from .run import ServiceServer
+
+logger = logging.getLogger("socks5srv")
 
 LOOK_AGAIN = 1.0        # seconds between two looks whether we are in the foreground again
 SHOWN = 50              # sessions in a list: more would push away the rest of what is on the screen
@@ -38,9 +42,12 @@ class Keys:
     def press(self, line: str) -> None:
         """Do what a line says; an empty one says nothing."""
         word = line.strip().lower()
-        if word:
-            key = KEYS.get(word, Keys.do_help)
-            key(self)
+        if not word:
+            return
+        try:
+            KEYS.get(word, Keys.do_help)(self)
+        except Exception:
+            logger.exception("a bug, met at the keyboard")
 
     def do_list(self) -> None:
         """list the clients that are being served"""
@@ -77,7 +84,8 @@ KEYS: Dict[str, Callable[[Keys], None]] = {
 
 def show(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):      # the terminal has gone
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(text + "\n")       # at once, or a log line could come in between
+        sys.stderr.flush()
 
 
 # --- who is being served ---
@@ -134,7 +142,7 @@ def listen_to_keys(server: ServiceServer) -> None:
 
     def read() -> None:
         for line in lines(sys.stdin.fileno()):
-            server.call(lambda line=line: keys.press(line))     # type: ignore[misc]
+            server.call(partial(keys.press, line))
 
     threading.Thread(target=read, name="socks5srv-keys", daemon=True).start()
 

@@ -59,11 +59,22 @@ def open_file(path: str) -> FileIO:
     if path == "-":
         if sys.stdout is None:
             raise OSError("standard output is closed")
+        if hasattr(os, "set_blocking"):         # its other end may be used to something else
+            os.set_blocking(sys.stdout.fileno(), True)
         return open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
+    if is_pipe(path):
+        logger.info("waiting until somebody reads %s", path)
     file = open(path, "wb", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))     # noqa: SIM115
     if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         os.fchmod(file.fileno(), 0o600)         # it may have been there before
     return file
+
+
+def is_pipe(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except OSError:                 # it is still to be made
+        return False
 
 
 class Recording:
@@ -120,7 +131,7 @@ class Recording:
         """Write all that has been noted by now, or is next; False if nothing will be."""
         with self.changed:
             self.changed.wait_for(lambda: self.notes or self.over)
-            notes, self.notes, written, self.held = self.notes, [], self.held, self.held
+            notes, self.notes, octets = self.notes, [], self.held
         batch = bytearray()
         for nanoseconds, packets, details in notes:
             for packet in packets(*details):
@@ -130,7 +141,7 @@ class Recording:
                 batch = bytearray()
         self.write(batch)
         with self.changed:
-            self.held -= written
+            self.held -= octets
             self.changed.notify_all()
         return bool(notes)
 

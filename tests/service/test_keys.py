@@ -319,6 +319,13 @@ def test_hostile_names_are_escaped_in_the_list() -> None:
     assert r"a\x1b[2Jb:80" in text
 
 
+def test_a_bug_is_told_and_not_met_by_the_server(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(keys.KEYS, "l", lambda _keys: 1 // 0)
+    server: Any = None
+    keys.Keys(server).press("l")
+    assert [record.getMessage() for record in caplog.records] == ["a bug, met at the keyboard"]
+
+
 def test_what_the_terminal_does_not_take_any_more_is_lost_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(os.devnull) as unwritable:
         monkeypatch.setattr(sys, "stderr", unwritable)

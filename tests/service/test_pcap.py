@@ -697,6 +697,21 @@ def test_a_named_pipe_is_read_by_tshark_as_it_comes(start: Callable[..., Any], e
             reader.kill()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="not on this platform: named pipes")
+def test_a_named_pipe_that_nobody_reads_can_be_given_up(tmp_path: Path) -> None:
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    with subprocess.Popen([*COMMAND, "0", "--pcap", str(fifo)], env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            assert process.stderr is not None
+            assert f"waiting until somebody reads {fifo}" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.read() == f"socks5srv: error: nobody has begun to read {fifo}\n"
+            assert process.wait(TIMEOUT) == 130
+        finally:
+            process.kill()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this platform: /dev/full")
 def test_when_the_disk_is_full_it_is_told_once_and_serving_goes_on(start: Callable[..., Any], echo: Place) -> None:
     service = start("--pcap", "/dev/full", "--workers", "1")
