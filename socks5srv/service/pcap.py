@@ -5,7 +5,7 @@ A proxy sees octets come and go, not packets; those belong to the kernel, and on
 at them.  But who spoke to whom, what was said and in which order is all that a packet tells, too.
 So here are packets *as they could have been*: IP, TCP and UDP headers with the true addresses around
 the true octets.  Sequence numbers, acknowledgements and checksums are right, sizes of segments and
-windows are made up.
+windows are made up, and what the server has handed to its system counts as sent.
 
 The one idea: whoever takes part only notes what happened, `Recording.note()`.  One thread turns that into
 packets and writes them, so a slow disk holds up nobody until there is much to be written, and
@@ -173,14 +173,19 @@ def datagram(source: bytes, destination: bytes, protocol: int, content: bytes, c
 HOP_LIMIT, DONT_FRAGMENT = 64, 0x4000
 
 
+PIECE = 4096                # octets; larger numbers take longer than as many small ones
+
+
 def checksum(*parts: bytes) -> bytes:
     """
     The Internet checksum (RFC 1071) of all the parts; only the last may be odd.
 
     It adds 16-bit words, with the carry back in at the low end: arithmetic modulo 65535, where 65536 is 1, so
-    that the sum of the words is the remainder of the whole as one number.  It is never 0, which for UDP means none.
+    that the sum of the words is the remainder of the whole as one number, or of pieces of it.  It is never 0, which for UDP
+    means none.
     """
-    numbers = (int.from_bytes(part, "big") << 8 * (len(part) % 2) for part in parts)
+    pieces = (part[start:start + PIECE] for part in parts for start in range(0, len(part), PIECE))
+    numbers = (int.from_bytes(piece, "big") << 8 * (len(piece) % 2) for piece in pieces)
     return (0xFFFF - sum(numbers) % 0xFFFF).to_bytes(2, "big")
 
 

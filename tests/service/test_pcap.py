@@ -810,6 +810,12 @@ def test_the_checksum_is_that_of_the_rfc(parts: List[bytes], last: bytes) -> Non
     assert sum_of_words(found + octets) == 0xFFFF
 
 
+@pytest.mark.parametrize("length", [pcap.PIECE - 1, pcap.PIECE, pcap.PIECE + 1, pcap.PIECE + 2, 3 * pcap.PIECE + 1, pcap.SEGMENT])
+def test_the_checksum_of_much_is_that_of_the_rfc(length: int) -> None:
+    octets = os.urandom(length)
+    assert sum_of_words(pcap.checksum(octets) + octets) == 0xFFFF
+
+
 ENDS = Address.numeric("192.0.2.1", 40000), Address.numeric("192.0.2.2", 1080)
 
 
