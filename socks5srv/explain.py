@@ -16,6 +16,7 @@ Here are no sockets, and nobody is served: see service/explaining.py.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import textwrap
@@ -396,6 +397,9 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     except ValueError as error:
         print(f"socks5srv.explain: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:     # whoever reads it has seen enough; at our end Python would try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

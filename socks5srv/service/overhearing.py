@@ -69,12 +69,12 @@ class OverheardAssociation(Association):
         if source is not None:
             host = Address.of(source).host
             if host != self.client_host:
-                return f"! it comes from {host}, which is not the client (dropped)"
+                return f"Dropped: it comes from {host}, and the client is {self.client_host}."
             if self.inner.client not in (None, (host, source[1])):
-                return f"! it comes from port {source[1]}, and the first one from {self.inner.client and self.inner.client[1]} (dropped)"
+                return f"Dropped: it comes from port {source[1]}, and the first one came from another."
         length = header_length(memoryview(octets))
         if not 0 < length <= len(octets):
-            return "! its header cannot be read (dropped)"
+            return "Dropped: its header cannot be read."
         target = self.targets.get(octets[:length])
         return self.way(target) if target is not None else ""
 
@@ -103,14 +103,14 @@ class OverheardAssociation(Association):
             return "It waits until the name has been looked up."
         reason = self.why_not(header)
         if reason:
-            return f"! {reason} (dropped)"
+            return f"Dropped: {reason}."
         try:
             datagram = Datagram.read(BytesIO(header))
         except Socks5Error as error:
-            return f"! {plain_sentence(str(error))} (dropped)"
+            return f"Dropped: {plain_sentence(str(error))}."
         if datagram.frag:
-            return "It waits for the other fragments." if self.fragments is not None else "This proxy puts no fragments together (dropped)."
-        return "! there is no way to it (dropped)"
+            return "It waits for the other fragments." if self.fragments is not None else "Dropped: this proxy puts no fragments together."
+        return "Dropped: there is no way to it."
 
     def why_not(self, header: bytes) -> str:
         """The rule that has just been applied to it, or earlier; empty if none has."""
