@@ -271,9 +271,12 @@ def no_methods(_kind: Type[Message], octets: bytes) -> List[str]:
     return [] if octets[0] else ["NMETHODS is 00, RFC 1928 section 3 says 1 to 255 methods (refused: there is none to choose)"]
 
 
-def methods_twice(_kind: Type[Message], octets: bytes) -> List[str]:
+def odd_methods(_kind: Type[Message], octets: bytes) -> List[str]:
+    found = ["METHODS has ff, which is the answer that there is none (ignored)"] if Method.NO_ACCEPTABLE_METHODS in octets else []
     twice = sorted({code for code in octets if octets.count(code) > 1})
-    return [f"METHODS has {spaced(bytes(twice[:8]))}{' ..' * (len(twice) > 8)} more than once (accepted)"] if twice else []
+    if twice:
+        found.append(f"METHODS has {spaced(bytes(twice[:8]))}{' ..' * (len(twice) > 8)} more than once (accepted)")
+    return found
 
 
 def empty(what: str) -> Callable[[Type[Message], bytes], List[str]]:
@@ -327,7 +330,7 @@ def of_a_name(kind: Type[Message], octets: bytes) -> List[str]:
 
 
 DEVIATIONS: Dict[str, Callable[[Type[Message], bytes], List[str]]] = {
-    "VER": wrong_version, "NMETHODS": no_methods, "METHODS": methods_twice, "UNAME": empty("the user name"),
+    "VER": wrong_version, "NMETHODS": no_methods, "METHODS": odd_methods, "UNAME": empty("the user name"),
     "PASSWD": empty("the password"), "CMD": unknown_command, "REP": unknown_reply, "RSV": not_reserved, "ATYP": unknown_type,
     "FRAG": fragment,
 }

@@ -168,7 +168,7 @@ def test_a_password_is_in_no_form_in_what_is_printed() -> None:
     conversation = b"\x05\x01\x02" + bytes(Credentials(b"anna", password)) + bytes(Request(Command.CONNECT, name("example.com")))
     for end in range(3, len(conversation) + 1):
         text = everything(exhibits(conversation[:end]))
-        for beginning in range(0, len(password) - 3):
+        for beginning in range(len(password) - 3):
             piece = password[beginning:beginning + 4]
             assert piece.decode() not in text
             assert piece.hex() not in text
@@ -220,6 +220,7 @@ def test_what_is_not_kept_of_a_datagram_is_counted() -> None:
 @pytest.mark.parametrize(("kind", "octets", "deviation"), [
     (Greeting, "0500", "NMETHODS is 00, RFC 1928 section 3 says 1 to 255 methods (refused: there is none to choose)"),
     (Greeting, "0503000200", "METHODS has 00 more than once (accepted)"),
+    (Greeting, "0501ff", "METHODS has ff, which is the answer that there is none (ignored)"),
     (Greeting, "040100", "VER is 04, RFC 1928 section 3 says 05 (refused)"),
     (Greeting, "050300", "it ends too soon"),
     (Credentials, "0504", "VER is 05, RFC 1929 section 2 says 01 (refused)"),
@@ -254,12 +255,12 @@ def test_empty_names_and_passwords_are_marked() -> None:
 def test_what_is_as_the_rfc_has_it_is_not_marked(message: Message) -> None:
     address = next((getattr(message, key) for key in ("destination", "bound", "address") if hasattr(message, key)), None)
     proper = {
-        Greeting: lambda m: len(m.methods) == len(set(m.methods)) > 0,
+        Greeting: lambda m: len(m.methods) == len(set(m.methods)) > 0 and 0xFF not in m.methods,
         Credentials: lambda m: m.username and m.password,
         Request: lambda m: m.rsv == 0,
         Reply: lambda m: m.code in list(ReplyCode),
         Datagram: lambda m: m.rsv == 0 and m.frag == 0,
-    }.get(type(message), lambda m: True)
+    }.get(type(message), bool)
     in_disguise = address is not None and address.address_type is AddressType.DOMAINNAME and address.literal is not None
     assert exhibit(message).deviates == (in_disguise or not proper(message))
 
@@ -373,7 +374,9 @@ def test_several_ways_to_read_it_are_all_shown() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="a pipe that nobody reads is broken elsewhere")
 def test_a_reader_that_has_gone_is_no_reason_for_a_traceback() -> None:
     process = subprocess.Popen([sys.executable, "-m", "socks5srv.explain", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.close()
     process.stdin.write(b"050100")
     process.stdin.close()

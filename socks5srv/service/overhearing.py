@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, ca
 
 from ..datagrams import REMEMBERED, Association, header_length
 from ..explain import Exhibit, broken, exhibit
-from ..meanings import plain, plain_sentence
+from ..meanings import counted, plain, plain_sentence
 from ..protocol import Address, Datagram, Socks5Error
 from . import reasons
 
@@ -144,12 +144,12 @@ class OverheardAssociation(Association):
             found = exhibit(message, octets)
         except Socks5Error:
             return broken_with(octets, fate), number, at
-        place, amount = plain(str(message.address)), f"{len(message.data)} octet{'s' * (len(message.data) != 1)}"
+        place, amount = plain(str(message.address)), counted(len(message.data), "octet")
         if to_client:
             found.sender, found.receiver = "proxy", "client"
-            found.remarks[-1] = f'"These {amount} are from {place}."'
+            found.remarks[-1] = f'"This is {amount} from {place}."'
         else:
-            found.remarks[-1] = f'"Send these {amount} to {place}."'
+            found.remarks[-1] = f'"Send {amount} to {place}."'
         found.remarks += [fate] * bool(fate)
         return found, number, at
 
