@@ -34,7 +34,7 @@ SHOWN = 50              # sessions in a list: more would push away the rest of w
 
 
 class Keys:
-    """The keys of a server; the docstrings of its methods ``do_...`` are the help."""
+    """What the keys of a server do: see KEYS."""
 
     def __init__(self, server: ServiceServer) -> None:
         self.server = server
@@ -45,12 +45,12 @@ class Keys:
         if not word:
             return
         try:
-            KEYS.get(word, Keys.do_help)(self)
+            _help, do = KEYS.get(word, KEYS["h"])
+            do(self)
         except Exception:
             logger.exception("a bug, met at the keyboard")
 
     def do_list(self) -> None:
-        """list the clients that are being served"""
         if self.server.options.workers > 1:
             show("The workers know their clients, this process does not: s counts those that have been served.")
             return
@@ -59,26 +59,26 @@ class Keys:
         show(listing(handlers))
 
     def do_summary(self) -> None:
-        """what has happened so far"""
         show(self.server.tally.summary("serving for"))
 
     def do_explain(self) -> None:
-        """explain every message of new clients, or no longer"""
         on = not self.server.options.explain
         self.server.explain(on)
         show(f"explain is {'on for new clients' if on else 'off'}")
 
     def do_quit(self) -> None:
-        """stop, as Ctrl-C does"""
         signal.raise_signal(signal.SIGINT)
 
     def do_help(self) -> None:
-        """show this"""
-        show("\n".join(f"  {word}  {key.__doc__}" for word, key in KEYS.items()) + "\nEach with Enter.")
+        show("\n".join(f"  {word}  {help}" for word, (help, _do) in KEYS.items()) + "\nEach with Enter.")
 
 
-KEYS: Dict[str, Callable[[Keys], None]] = {
-    "l": Keys.do_list, "s": Keys.do_summary, "e": Keys.do_explain, "q": Keys.do_quit, "h": Keys.do_help,
+KEYS: Dict[str, Tuple[str, Callable[[Keys], None]]] = {
+    "l": ("list the clients that are being served", Keys.do_list),
+    "s": ("what has happened so far", Keys.do_summary),
+    "e": ("explain every message of new clients, or no longer", Keys.do_explain),
+    "q": ("stop, as Ctrl-C does", Keys.do_quit),
+    "h": ("show this", Keys.do_help),
 }
 
 

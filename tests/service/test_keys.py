@@ -123,9 +123,9 @@ def test_the_summary_so_far(keyboard: Callable[..., Keyboard], echo: Place) -> N
     assert "stopped after" in text
 
 
-@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
-def test_explain_is_switched_for_new_clients(keyboard: Callable[..., Keyboard], echo: Place, workers: Tuple[str, ...]) -> None:
-    server = keyboard(*workers)
+@pytest.mark.parametrize("words", [(), ("--workers", "2"), ("--pcap", os.devnull)])
+def test_explain_is_switched_for_new_clients(keyboard: Callable[..., Keyboard], echo: Place, words: Tuple[str, ...]) -> None:
+    server = keyboard(*words)
 
     def converse() -> str:
         with Client(server.place) as client:
@@ -134,12 +134,12 @@ def test_explain_is_switched_for_new_clients(keyboard: Callable[..., Keyboard], 
 
     assert "RFC 1928" not in converse()
     assert server.press("e", "explain is")[-1] == "explain is on for new clients"
-    if workers:
+    if "--workers" in words:
         eventually(lambda: "RFC 1928" in converse())        # they hear of it a moment later
     else:
         assert "RFC 1928" in converse()
     assert server.press("e", "explain is")[-1] == "explain is off"
-    if workers:
+    if "--workers" in words:
         eventually(lambda: "RFC 1928" not in converse())
     else:
         assert "RFC 1928" not in converse()
@@ -320,7 +320,7 @@ def test_hostile_names_are_escaped_in_the_list() -> None:
 
 
 def test_a_bug_is_told_and_not_met_by_the_server(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(keys.KEYS, "l", lambda _keys: 1 // 0)
+    monkeypatch.setitem(keys.KEYS, "l", ("fail", lambda _keys: 1 // 0))
     server: Any = None
     keys.Keys(server).press("l")
     assert [record.getMessage() for record in caplog.records] == ["a bug, met at the keyboard"]
