@@ -15,8 +15,8 @@ from ..protocol import Address
 from ..session import COMMAND_WORDS, Session, amount, shown
 
 
-def banner(addresses: List[Address], users: Optional[Sized]) -> str:
-    """The lines to paste, for a server that listens on these addresses."""
+def banner(addresses: List[Address], users: Optional[Sized], keys: bool = True) -> str:
+    """The lines to paste, for a server that listens on these addresses, and on the keyboard."""
     login = f"login required ({counted(len(users), 'user')})" if users is not None else "no password"
     whom = "this computer only" if all(is_loopback(address.host) for address in addresses) else "other computers, too"
     reachable = reachable_address(addresses[0])
@@ -33,7 +33,7 @@ def banner(addresses: List[Address], users: Optional[Sized]) -> str:
         '             requests.get(url, proxies={"http": P, "https": P})',
         *(WITH_A_LOGIN if users is not None else browsers(reachable)),
         "",
-        "Ctrl-C stops.  socks5srv --help shows more.",
+        f"Ctrl-C stops{', h + Enter shows keys' * keys}.  socks5srv --help shows more.",
     ]
     return "\n".join(lines)
 
@@ -129,11 +129,14 @@ class Tally:
         }
 
     def __str__(self) -> str:
+        return self.summary("stopped after")
+
+    def summary(self, beginning: str) -> str:
         total, ok = sum(self.events.values()), self.events["close"]
         seconds = int(time.monotonic() - self.started)
         length = f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
         lines = [
-            f"stopped after {length}: {counted(total, 'connection')} ({ok} ok, {total - ok} not)"
+            f"{beginning} {length}: {counted(total, 'connection')} ({ok} ok, {total - ok} not)"
             f" from {counted(len(self.clients), 'client')},",
             f"{amount(self.up)} up, {amount(self.down)} down, at most {self.most} at once",
         ]

@@ -133,9 +133,11 @@ def build_parser() -> Parser:
 
     see = parser.add_argument_group("what you see")
     see.add_argument("-v", "--verbose", action="count", default=0, help="also when clients connect; -vv every message")
+    see.add_argument("--explain", action="store_true", help="each message of each client as the RFC draws it, and why it was answered so")
     see.add_argument("-q", "--quiet", action="store_true", help="errors only")
     see.add_argument("--log-format", choices=("text", "json"), default="text", help="one line a client, for people or for programs (default: text)")
     see.add_argument("--log-file", metavar="FILE", help="append log lines to FILE instead")
+    see.add_argument("--pcap", metavar="FILE", help="record everything as packets, for Wireshark; passwords, too. - is standard output")
     see.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: auto; obeys NO_COLOR")
 
     other = parser.add_argument_group("help and setup")
@@ -160,6 +162,7 @@ def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if port is not None and options.port is not None:
         parser.error("the port is given twice, as PORT and as -p")
     check_command(parser, options)
+    check_recording(parser, options)
     default = DEFAULT_PORT if options.run is None else 0
     options.port = next(number for number in (port, options.port, default) if number is not None)
     options.bind = ([host] if host else []) + options.bind or [DEFAULT_ADDRESS]
@@ -182,6 +185,18 @@ def check_command(parser: Parser, options: argparse.Namespace) -> None:
     if options.users_file is not None or options.workers > 1:
         parser.error("--run needs neither --users-file nor --workers: leave them out")
     options.summary, options.quiet = not options.quiet, options.quiet or not options.verbose
+
+
+def check_recording(parser: Parser, options: argparse.Namespace) -> None:
+    """Where --pcap can write to, and who can."""
+    if options.pcap is None:
+        return
+    if options.workers > 1:
+        parser.error("--pcap records one process: leave --workers out")
+    if options.pcap == "-" and options.run is not None:
+        parser.error("--pcap - and the COMMAND of --run would write to the same output: give a FILE")
+    if options.pcap == "-" and sys.stdout is not None and sys.stdout.isatty():
+        parser.error("--pcap - is nothing to be read at a terminal: give a FILE, or add  | wireshark -k -i -")
 
 
 def expand(parser: Parser, words: Sequence[str], depth: int = 0) -> List[str]:

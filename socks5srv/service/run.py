@@ -1,7 +1,7 @@
 """
 ``python -m socks5srv`` from its options to its exit code.
 
-This is the only place that touches signals.
+This is the only place that touches signals, but for the keyboard's (keys.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import signal
 import socket
 import sys
 import tempfile
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Type
+from collections import deque
+from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type
 
 from ..client import Proxy
 from ..outbound import Route, is_own_address, look_up
@@ -50,6 +51,8 @@ class ServiceServer(Socks5Server):
         self.tally = Tally()
         self.core = OneCore()
         self.newest = 0             # the id of the last client, which is also how many there were
+        self.calls: Deque[Callable[[], None]] = deque()     # for the thread of serve_forever()
+        self.unexplained: Optional[Type[ServiceHandler]] = None     # the handler class without --explain
         super().__init__(*arguments, **keywords)
 
     def begin(self, handler: Socks5Handler) -> None:
@@ -66,6 +69,22 @@ class ServiceServer(Socks5Server):
     def service_actions(self) -> None:
         super().service_actions()
         self.core.follow(self.newest)
+        while self.calls:
+            self.calls.popleft()()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have it called soon, in the thread of serve_forever()."""
+        self.calls.append(function)
+        self.bell.ring()
+
+    def explain(self, on: bool) -> None:
+        """Explain every message of new clients, or no longer."""
+        from .explaining import explained
+
+        if self.unexplained is None:
+            self.unexplained = handler_class(argparse.Namespace(**{**vars(self.options), "explain": False}))
+        self.options.explain = on
+        self.RequestHandlerClass = explained(self.unexplained) if on else self.unexplained
 
     def get_ready(self) -> bool:
         """Before serve_forever(), whatever it takes to serve; False if a signal says to stop meanwhile."""
@@ -85,9 +104,18 @@ class ServiceHandler(Socks5Handler):
 
 def handler_class(options: argparse.Namespace) -> Type[ServiceHandler]:
     """The handler for these options."""
-    if options.upstream is None:
-        return ServiceHandler
-    return type("ServiceUpstreamHandler", (ServiceHandler, UpstreamHandler), {"upstream": options.upstream})
+    handler: Type[ServiceHandler] = ServiceHandler
+    if options.upstream is not None:
+        handler = type("ServiceUpstreamHandler", (ServiceHandler, UpstreamHandler), {"upstream": options.upstream})
+    if options.pcap is not None:
+        from .overhear import overheard     # nor this one
+
+        handler = overheard(handler)
+    if options.explain:
+        from .explaining import explained       # which nobody else should have to import
+
+        handler = explained(handler)
+    return handler
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
@@ -106,6 +134,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         set_up_log(options)
         raise_descriptor_limit()
         with listen(options, addresses) as server:
+            start_recording(server, options)
             return serve(server, options) if options.run is None else serve_program(server, options)
     except CannotStart as error:
         complain(*error.args)
@@ -169,6 +198,21 @@ def set_up_log(options: argparse.Namespace) -> None:
         raise CannotStart(f"cannot write the log file {options.log_file}: {error.strerror}", "choose another with --log-file") from None
 
 
+def start_recording(server: ServiceServer, options: argparse.Namespace) -> None:
+    if options.pcap is None:
+        return
+    from .overhear import OverheardServer
+    from .pcap import open_file
+
+    assert isinstance(server, OverheardServer)      # handler_class() and server_class() have seen to it
+    try:
+        server.record(open_file(options.pcap))
+    except OSError as error:
+        raise CannotStart(f"cannot write the recording {options.pcap}: {error.strerror or error}", "choose another file with --pcap") from None
+    except KeyboardInterrupt:       # a named pipe waits for somebody to read it
+        raise CannotStart(f"nobody has begun to read {options.pcap}", code=130) from None
+
+
 def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     """A server that listens on all the addresses; with port 0, on the same free port of each."""
     port = options.port
@@ -187,11 +231,15 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
 
 
 def server_class(options: argparse.Namespace) -> Type[ServiceServer]:
-    if options.workers == 1:
-        return ServiceServer
-    from .workers import Workers        # which costs a while to import, and few need it
+    if options.workers > 1:
+        from .workers import Workers        # which costs a while to import, and few need it
 
-    return Workers
+        return Workers
+    if options.pcap is not None:
+        from .overhear import OverheardServer
+
+        return type("OverheardServiceServer", (OverheardServer, ServiceServer), {})
+    return ServiceServer
 
 
 def configure(server: ServiceServer, options: argparse.Namespace) -> None:
@@ -250,6 +298,10 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
             greet(server, options, addresses)
             if options.upstream is not None:
                 logger.info("going out through %s", options.upstream)
+            if at_keyboard():
+                from .keys import listen_to_keys
+
+                listen_to_keys(server)
             gc.freeze()             # what is here by now stays: the collector need not look at it again
             server.serve_forever()
     server.server_close()
@@ -267,10 +319,15 @@ def serve_program(server: ServiceServer, options: argparse.Namespace) -> int:
         raise CannotStart(f"cannot run {options.run[0]}: {error.strerror}", "check its name, and PATH", code=code) from None
 
 
+def at_keyboard() -> bool:
+    """Whether somebody sits at a terminal who types and sees."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+
 def greet(server: ServiceServer, options: argparse.Namespace, addresses: List[Address]) -> None:
     facts = listening(addresses, server.users, server.commands)
     if sys.stderr.isatty() and options.log_format == "text" and not options.quiet:
-        print(banner(addresses, server.users), file=sys.stderr, flush=True)
+        print(banner(addresses, server.users, at_keyboard()), file=sys.stderr, flush=True)
         if not options.log_file:
             return
     logger.info(

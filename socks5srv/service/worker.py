@@ -324,6 +324,9 @@ class WorkerServer(ServiceServer):
         """Another worker has died."""
         self.relays_of_all.elsewhere.pop(number, None)
 
+    def on_explain(self, on: bool) -> None:
+        self.explain(on)
+
     def on_answer(self, question: int, yes: bool) -> None:
         self.answers[question].put(yes)
 

@@ -159,6 +159,10 @@ class Workers(ServiceServer):
             self.hashes_handed = self.users.hashes
             self.tell_all("users", self.hashes_handed)
 
+    def explain(self, on: bool) -> None:
+        super().explain(on)
+        self.tell_all("explain", on)
+
     @property
     def workers(self) -> List[Worker]:
         return [place.worker for place in self.places if place.worker is not None]

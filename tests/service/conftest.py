@@ -163,12 +163,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 class Terminal:
     """A command at a terminal: what it shows, and what is typed."""
 
-    def __init__(self, words: Tuple[str, ...], variables: Dict[str, str]) -> None:
+    def __init__(self, words: Tuple[str, ...], variables: Dict[str, str], command: Tuple[str, ...]) -> None:
         self.text = ""
         self.screen, terminal = os.openpty()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", IN_TERMINAL, os.ttyname(terminal), *COMMAND, *words], env=environment(**variables),
+                [sys.executable, "-c", IN_TERMINAL, os.ttyname(terminal), *command, *words], env=environment(**variables),
             )
             self.wait_for_reader()
         finally:
@@ -216,10 +216,10 @@ class Terminal:
 def at_terminal() -> Iterator[Callable[..., Terminal]]:
     """Start a command at a terminal: ``at_terminal("-v")``; keywords are environment variables."""
     if not hasattr(os, "openpty"):
-        pytest.skip("no pseudo-terminals here")
+        pytest.skip("not on this platform: pseudo-terminals")
     with ExitStack() as stack:
-        def started(*words: str, **variables: str) -> Terminal:
-            terminal = Terminal(words, variables)
+        def started(*words: str, command: Tuple[str, ...] = COMMAND, **variables: str) -> Terminal:
+            terminal = Terminal(words, variables, command)
             stack.callback(terminal.close)
             return terminal
 

@@ -46,7 +46,7 @@ def test_the_first_lines_say_who_is_served_and_where() -> None:
     "SOCKS Host 127.0.0.1, Port 1080, SOCKS v5",
     "Proxy DNS when using SOCKS v5",
     "HTTP and HTTPS Proxy empty",
-    "Ctrl-C stops.",
+    "Ctrl-C stops, h + Enter shows keys.",
 ])
 def test_it_has_the_lines_to_paste(line: str) -> None:
     assert line in banner(addresses("127.0.0.1"), None)
@@ -125,7 +125,7 @@ def test_at_a_terminal_the_banner_is_shown_and_at_the_end_the_summary(
     at_terminal: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
 ) -> None:
     terminal = at_terminal("0")
-    text = terminal.wait_for("Ctrl-C stops.")
+    text = terminal.wait_for("Ctrl-C stops, h + Enter shows keys.")
     found = re.search(r"proxy address:   socks5h://127\.0\.0\.1:(\d+)\n", text)
     assert found
     port = int(found.group(1))
