@@ -31,7 +31,8 @@ from ..protocol import (
     Address, AddressType, Command, CredentialsReply, Message, Method, MethodSelection, ProtocolError,
     Reply, ReplyCode, Request, RequestFailed, Socks5Error,
 )
-from ..server import ClientStream, Socks5Handler, Socks5Server
+from ..handler import ClientStream, Socks5Handler
+from ..server import Socks5Server
 from ..strangers import Note, Stranger
 from . import reasons
 from .overhearing import overhear
