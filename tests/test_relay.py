@@ -282,8 +282,8 @@ def test_tunnels_that_have_ended_are_not_kept_for_their_idle_timeout(tunnel: Any
 
 
 def test_a_tunnel_in_use_outlives_the_idle_timeout(tunnel: Any) -> None:
-    client, target, server = tunnel(idle_timeout=0.4)
-    for _ in range(10):
+    client, target, server = tunnel(idle_timeout=0.8)
+    for _ in range(12):
         exchange_both_ways(client, target)
         threading.Event().wait(0.1)     # the passing of time is what is tested
     client.end()

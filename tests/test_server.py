@@ -523,7 +523,7 @@ def test_a_name_with_a_dead_address_is_reached_by_the_next(start_server, new_cli
 def test_when_no_address_of_a_name_works_the_most_telling_code_is_sent(start_server, new_client, silent, refusing):
     """Table M: several addresses."""
     (_, port), _ = on_one_port(partial(refusing, LOCALHOST), partial(silent, "127.0.0.2"))
-    server = start_server(resolving({"two.invalid": ["127.0.0.2", "127.255.255.255", LOCALHOST]}), connect_timeout=0.6)
+    server = start_server(resolving({"two.invalid": ["127.0.0.2", "127.255.255.255", LOCALHOST]}), connect_timeout=1.2)
     assert_refused(new_client(server), ReplyCode.CONNECTION_REFUSED, to(name("two.invalid", port)))
 
 
@@ -560,7 +560,7 @@ def test_a_trickle_does_not_prolong_the_handshake(start_server, new_client):
 
 
 def test_a_tunnel_outlives_the_deadline_of_the_handshake(start_server, new_client, echo, silent):
-    server = start_server(handshake_timeout=0.1, connect_timeout=0.4)
+    server = start_server(handshake_timeout=0.5, connect_timeout=1)
     tunnel, connecting = new_client(server), new_client(server)
     tunnel.connect(echo)
     connecting.send(HELLO, to(silent()))
@@ -688,7 +688,7 @@ def test_all_zeros_are_judged_as_the_loopback_that_they_lead_to(start_server, ne
 
 def test_a_look_up_that_hangs_costs_its_own_client_and_nobody_else(start_server, new_client, echo):
     release = threading.Event()
-    server = start_server(handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [LOCALHOST]), connect_timeout=0.3)
+    server = start_server(handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [LOCALHOST]), connect_timeout=0.6)
     client = new_client(server)
     began = time.monotonic()
     client.send(HELLO, to(name("slow.invalid", 80)))

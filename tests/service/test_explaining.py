@@ -272,7 +272,7 @@ def test_a_client_that_says_nothing_has_no_exhibit(explain: Any, heard: Any) -> 
 
 
 def test_who_takes_too_long_is_told_so(explain: Any, heard: Any) -> None:
-    shown = explain(handshake_timeout=0.05)
+    shown = explain(handshake_timeout=0.5)
     client = heard(shown)
     client.send(Greeting(b"\x00"), b"\x05\x01")
     client.rest()
