@@ -260,6 +260,8 @@ def deviations(kind: Type[Message], parts: List[Part]) -> List[str]:
     for part in parts:
         if part.name in DEVIATIONS and part.whole:
             found += DEVIATIONS[part.name](kind, part.octets)
+            if found and part.name == "VER":        # some other layout: the other boxes mean nothing
+                return found
         if part.name.endswith(".ADDR") and part.whole and octets_in(parts, "ATYP")[0] == AddressType.DOMAINNAME:
             found += of_a_name(kind, part.octets[1:])
     return found
