@@ -443,7 +443,10 @@ class Credentials(Message):
             raise LoginFailed(f"VER of the login is {ver:02x}, not 01")
         username = read_exactly(stream, ulen)
         plen = read_exactly(stream, 1)[0]
-        return cls(username, read_exactly(stream, plen))
+        try:
+            return cls(username, read_exactly(stream, plen))
+        except ProtocolError:       # which tells how long the password would be
+            raise ProtocolError("the client closed in mid-message, in its password") from None
 
     def fields(self) -> List[Field]:
         uname, passwd = counted(self.username, "a username"), counted(self.password, "a password")

@@ -215,6 +215,15 @@ def test_the_text_of_a_message_says_what_its_octets_mean(message, text):
     assert str(message) == text
 
 
+def test_a_login_that_ends_too_soon_does_not_tell_how_long_the_password_would_have_been():
+    complaints = set()
+    for password in (b"sesame", b"a much longer one"):
+        with pytest.raises(ProtocolError) as caught:
+            Credentials.read(BytesIO(bytes(Credentials(b"alice", password))[:-3]))
+        complaints.add((str(caught.value), caught.value.__suppress_context__))
+    assert complaints == {("the client closed in mid-message, in its password", True)}
+
+
 @pytest.mark.parametrize("password", [b"hunter2", b"!", b"\xff\x00"])
 def test_no_password_is_shown_anywhere(password):
     credentials = Credentials(b"alice", password)

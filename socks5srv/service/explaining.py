@@ -10,7 +10,7 @@ before whatever comes of it: the table of a reply stands in front of the line of
 wants to do something else with it than to log it overrides `show()`.
 
 Not here: how a message is drawn and put into words (explain.py), what the decisions are put into words by
-(reasons.py), and datagrams, which pass in the relay thread (overhearing.py).
+(reasons.py), and datagrams, which pass in the relay thread (explaining_udp.py).
 
 This is for looking, not for speed.
 """
@@ -35,7 +35,7 @@ from ..handler import ClientStream, Socks5Handler
 from ..server import Socks5Server
 from ..strangers import Note, Stranger
 from . import reasons
-from .overhearing import overhear
+from .explaining_udp import overhear
 
 logger = logging.getLogger("socks5srv.explain")     # every exhibit, at INFO
 

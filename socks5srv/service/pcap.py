@@ -12,7 +12,7 @@ packets and writes them, so a slow disk holds up nobody until there is much to b
 then for `PATIENCE` seconds at most.
 
 The file format is that of https://datatracker.ietf.org/doc/draft-ietf-opsawg-pcap/, with LINKTYPE_RAW.
-Who notes what is not known here: see overhear.py.
+Who notes what is not known here: see wiretap.py.
 """
 
 from __future__ import annotations

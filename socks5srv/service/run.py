@@ -108,11 +108,11 @@ def handler_class(options: argparse.Namespace) -> Type[ServiceHandler]:
     if options.upstream is not None:
         handler = type("ServiceUpstreamHandler", (ServiceHandler, UpstreamHandler), {"upstream": options.upstream})
     if options.pcap is not None:
-        from .overhear import overheard     # nor this one
+        from .wiretap import overheard          # which only those import who use it
 
         handler = overheard(handler)
     if options.explain:
-        from .explaining import explained       # which nobody else should have to import
+        from .explaining import explained
 
         handler = explained(handler)
     return handler
@@ -201,7 +201,7 @@ def set_up_log(options: argparse.Namespace) -> None:
 def start_recording(server: ServiceServer, options: argparse.Namespace) -> None:
     if options.pcap is None:
         return
-    from .overhear import OverheardServer
+    from .wiretap import OverheardServer
     from .pcap import open_file
 
     assert isinstance(server, OverheardServer)      # handler_class() and server_class() have seen to it
@@ -216,11 +216,11 @@ def start_recording(server: ServiceServer, options: argparse.Namespace) -> None:
 def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
     """A server that listens on all the addresses; with port 0, on the same free port of each."""
     port = options.port
-    with explained(addresses[0], port):
+    with in_words(addresses[0], port):
         server = server_class(options)((addresses[0], port), handler_class(options), users=options.users, rules=options.rules)
     try:
         for address in addresses[1:]:
-            with explained(address, port):
+            with in_words(address, port):
                 server.add_listener((address, server.server_address[1]))
         refuse_to_be_its_own_upstream(server, options.upstream)
     except BaseException:
@@ -236,7 +236,7 @@ def server_class(options: argparse.Namespace) -> Type[ServiceServer]:
 
         return Workers
     if options.pcap is not None:
-        from .overhear import OverheardServer
+        from .wiretap import OverheardServer
 
         return type("OverheardServiceServer", (OverheardServer, ServiceServer), {})
     return ServiceServer
@@ -263,7 +263,7 @@ def refuse_to_be_its_own_upstream(server: ServiceServer, proxy: Optional[Proxy])
 
 
 @contextlib.contextmanager
-def explained(address: str, port: int) -> Iterator[None]:
+def in_words(address: str, port: int) -> Iterator[None]:
     """Turn what bind() says into a sentence with a way out."""
     try:
         yield

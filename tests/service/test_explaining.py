@@ -20,7 +20,7 @@ from socks5srv.protocol import (
     UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Datagram, Greeting, MethodSelection, Reply, ReplyCode, Request,
 )
 from socks5srv.server import Socks5Handler
-from socks5srv.service import overhearing, reasons
+from socks5srv.service import explaining_udp, reasons
 from socks5srv.service.explaining import Explaining, explained
 
 from tests import tables
@@ -596,14 +596,14 @@ def test_of_a_flood_a_few_are_shown_and_the_others_counted(explain: Any, udp: An
     tables_shown = [exhibit for exhibit in shown.of() if exhibit.title == "DATAGRAM"]
     left_out = sum(int(exhibit.remarks[0].split()[0]) for exhibit in shown.of() if exhibit.title == "DATAGRAMS")
     assert len(tables_shown) + left_out == 200
-    assert len(tables_shown) <= overhearing.MOST * 5
+    assert len(tables_shown) <= explaining_udp.MOST * 5
     assert [exhibit.octets for exhibit in tables_shown] == [client.sent[int(exhibit.number[1:]) - 1] for exhibit in tables_shown]
 
 
 def test_the_line_that_counts_comes_when_the_flood_is_over(explain: Any, udp: Any, target: socket.socket) -> None:
     shown = explain()
     client = udp(shown)
-    for number in range(overhearing.MOST + 5):
+    for number in range(explaining_udp.MOST + 5):
         client.send(Datagram(Address.of(target.getsockname()), b"%d" % number))
     shown.wait_for("DATAGRAMS")
 
@@ -782,7 +782,7 @@ def test_datagrams_through_a_chain_are_shown_as_well(start: Any, target: socket.
 def test_without_the_option_nothing_of_it_is_imported() -> None:
     code = (
         "import sys; from socks5srv.service import run; run.handler_class(run.parse(['0'])); "
-        "print([name for name in sys.modules if 'expla' in name or 'meanings' in name or 'overhear' in name])"
+        "print([name for name in sys.modules if 'expla' in name or 'meanings' in name])"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, timeout=TIMEOUT, text=True, check=True)
     assert done.stdout == "[]\n"

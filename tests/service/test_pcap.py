@@ -761,7 +761,7 @@ def test_a_program_can_be_recorded(run_command: Callable[..., Any], tmp_path: Pa
 
 
 def test_without_the_option_nothing_of_it_is_imported() -> None:
-    code = "import sys; from socks5srv.service import run; print(*[name for name in sys.modules if 'pcap' in name or 'overhear' in name])"
+    code = "import sys; from socks5srv.service import run; print(*[name for name in sys.modules if 'pcap' in name or 'wiretap' in name])"
     assert run(sys.executable, "-c", code).split() == []
 
 
