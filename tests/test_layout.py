@@ -34,6 +34,7 @@ CORE = {
 BESIDE = {
     "client": {"protocol"},
     "check": {"protocol", "client"},
+    "explain": {"protocol", "session", "strangers"},
     "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
 }
 FRONT = {"__init__", "__main__"}

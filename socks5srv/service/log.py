@@ -2,8 +2,8 @@
 Log lines on the screen or in a file: as text for people, as JSON for programs.
 
 The server logs to the logger "socks5srv" and leaves the rest to whoever runs it; here is that
-rest.  A record that tells of a client carries its `session`; one that tells of anything
-else may carry `event`, a word, and `facts`, a dict.
+rest.  A record that tells of a client carries its `session`, one that explains a message its
+`exhibit`; one that tells of anything else may carry `event`, a word, and `facts`, a dict.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class TextFormatter(logging.Formatter):
         self.clock = clock
 
     def format(self, record: logging.LogRecord) -> str:
+        if hasattr(record, "exhibit"):
+            return f"{record.exhibit}\n"
         clock = time.strftime(self.clock, time.localtime(record.created))
         level = "" if record.levelno == logging.INFO or hasattr(record, "session") else record.levelname + " "
         line = f"{clock} {level}{record.getMessage()}"
@@ -51,6 +53,8 @@ class JsonFormatter(logging.Formatter):
         session = getattr(record, "session", None)
         if isinstance(session, Session):
             return session.as_dict()
+        if hasattr(record, "exhibit"):
+            return {"time": rfc3339(record.created), "event": "message", **record.exhibit.as_dict()}
         facts = {
             "time": rfc3339(record.created), "event": getattr(record, "event", "log"),
             "level": record.levelname.lower(), "message": record.getMessage(),
@@ -86,6 +90,7 @@ def set_up(options: argparse.Namespace) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.ERROR if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+    logging.getLogger("socks5srv.explain").setLevel(logging.INFO)      # asked for in so many words, -q or not
     logging.getLogger("socks5srv.wire").setLevel(logging.DEBUG if options.verbose > 1 and not options.quiet else logging.ERROR)
 
 

@@ -133,6 +133,7 @@ def build_parser() -> Parser:
 
     see = parser.add_argument_group("what you see")
     see.add_argument("-v", "--verbose", action="count", default=0, help="also when clients connect; -vv every message")
+    see.add_argument("--explain", action="store_true", help="each message of each client as the RFC draws it, and why it was answered so")
     see.add_argument("-q", "--quiet", action="store_true", help="errors only")
     see.add_argument("--log-format", choices=("text", "json"), default="text", help="one line a client, for people or for programs (default: text)")
     see.add_argument("--log-file", metavar="FILE", help="append log lines to FILE instead")

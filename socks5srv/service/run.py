@@ -85,9 +85,14 @@ class ServiceHandler(Socks5Handler):
 
 def handler_class(options: argparse.Namespace) -> Type[ServiceHandler]:
     """The handler for these options."""
-    if options.upstream is None:
-        return ServiceHandler
-    return type("ServiceUpstreamHandler", (ServiceHandler, UpstreamHandler), {"upstream": options.upstream})
+    handler: Type[ServiceHandler] = ServiceHandler
+    if options.upstream is not None:
+        handler = type("ServiceUpstreamHandler", (ServiceHandler, UpstreamHandler), {"upstream": options.upstream})
+    if options.explain:
+        from .explaining import explained       # which nobody else should have to import
+
+        handler = explained(handler)
+    return handler
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
