@@ -1,116 +1,120 @@
 """
-A SOCKS5 client by hand: every message it sends and receives, as octets and as fields.
+Lab 2.  A client by hand: the four messages of SOCKS5, octet by octet.
 
-Goal: to see a whole conversation of RFC 1928, with the login of RFC 1929 in it, octet by octet.
-Read it beside the pictures in socks5srv/protocol.py: what they call fields is what is printed.
+Goal: to write the client of lab 1 with nothing but a socket, and to see each message as RFC 1928 draws it: a row of boxes,
+"size" in octets, "here" what is in them now, in hexadecimal.  The target is called echo, a name that this proxy knows.  Behind
+the reply SOCKS is over: "hello" is in no box.
 
 Run it:
 
-    python examples/by_hand.py
+    python examples/lab02_client_by_hand.py
 
 You should see (the ports are others each time):
 
-    -> 05 02 00 02
-       Greeting VER=5 NMETHODS=2 METHODS=NO_AUTHENTICATION_REQUIRED,USERNAME_PASSWORD
-    <- 05 02
-       MethodSelection VER=5 METHOD=USERNAME_PASSWORD
-    -> 01 04 61 6e 6e 61 06 73 65 73 61 6d 65
-       Credentials VER=1 ULEN=4 UNAME=anna PLEN=*** PASSWD=***
-    <- 01 00
-       CredentialsReply VER=1 STATUS=success
-    -> 05 01 00 03 09 6c 6f 63 61 6c 68 6f 73 74 9c 41
-       Request VER=5 CMD=CONNECT RSV=00 ATYP=DOMAINNAME DST.ADDR=localhost DST.PORT=40001
-    <- 05 00 00 01 7f 00 00 01 9c 42
-       Reply VER=5 REP=SUCCEEDED RSV=00 ATYP=IPV4 BND.ADDR=127.0.0.1 BND.PORT=40002
-    -> 68 65 6c 6c 6f
-       5 octets, and no more to come
-    <- 68 65 6c 6c 6f
-       5 octets, and no more to come
+    GREETING                                                     RFC 1928 section 3
+    client -> proxy, 3 octets
+         +-----+----------+----------+
+         | VER | NMETHODS | METHODS  |
+         +-----+----------+----------+
+    size |  1  |    1     | 1 to 255 |
+    here |  05 |    01    |    00    |
+         +-----+----------+----------+
+         VER       05  SOCKS version 5
+         NMETHODS  01  1 method follows
+         METHODS   00  no authentication required
+      = "I speak SOCKS5. Here is the one way I can log in."
 
-From "hello" on SOCKS has nothing more to say: those octets belong to the client and the echo server.
+    METHOD SELECTION                                             RFC 1928 section 3
+    client <- proxy, 2 octets
+         +-----+--------+
+         | VER | METHOD |
+         +-----+--------+
+    size |  1  |   1    |
+    here |  05 |   00   |
+         +-----+--------+
+         VER     05  SOCKS version 5
+         METHOD  00  no authentication required
+      = "You need no login. Say what you want."
 
-Questions (answers in examples/README.rst): Which octets are the password?  Why is VER 01 in the
-login, when it is 05 everywhere else?  What would a name of 300 octets look like?
+    REQUEST                                                      RFC 1928 section 4
+    client -> proxy, 11 octets
+         +-----+-----+-------+------+----------------+----------+
+         | VER | CMD |  RSV  | ATYP |    DST.ADDR    | DST.PORT |
+         +-----+-----+-------+------+----------------+----------+
+    size |  1  |  1  | X'00' |  1   |    Variable    |    2     |
+    here |  05 |  01 |   00  |  03  | 04 65 63 68 6f |  9c 41   |
+         +-----+-----+-------+------+----------------+----------+
+         VER       05           SOCKS version 5
+         CMD       01           CONNECT (02 BIND, 03 UDP ASSOCIATE)
+         RSV       00           reserved, must be 00
+         ATYP      03           domain name (01 IPv4, 04 IPv6)
+         DST.ADDR  04           4 octets of name, without a zero at its end
+                   65 63 68 6f  echo
+         DST.PORT  9c 41        0x9c41 = 40001, most significant octet first
+      = "Connect me to echo, port 40001."
+
+    REPLY                                                        RFC 1928 section 6
+    client <- proxy, 10 octets
+         +-----+-----+-------+------+-------------+----------+
+         | VER | REP |  RSV  | ATYP |   BND.ADDR  | BND.PORT |
+         +-----+-----+-------+------+-------------+----------+
+    size |  1  |  1  | X'00' |  1   |   Variable  |    2     |
+    here |  05 |  00 |   00  |  01  | 7f 00 00 01 |  9c 42   |
+         +-----+-----+-------+------+-------------+----------+
+         VER       05           SOCKS version 5
+         REP       00           succeeded
+         RSV       00           reserved, must be 00
+         ATYP      01           IPv4 (03 domain name, 04 IPv6)
+         BND.ADDR  7f 00 00 01  127.0.0.1
+         BND.PORT  9c 42        0x9c42 = 40002, most significant octet first
+      = "Done. My end is 127.0.0.1:40002."
+
+    hello goes up, and comes back: hello
+
+Questions (answers in examples/README.rst): Why does the greeting need NMETHODS, when each method has one octet?  What would a
+name of 300 octets look like?  The client reads ten octets of reply: when are ten wrong?  And recv(4096)?  Whose is 40002?
 """
 
 import os
 import socket
-import socketserver
 import sys
-import threading
+from io import BytesIO
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))     # for a clone that is not installed
 
-from socks5srv import Address, Command, Method, ReplyCode, Request, Socks5Server
-from socks5srv.protocol import Credentials, CredentialsReply, Greeting, MethodSelection, Reply
+from socks5srv.explain import table
+from socks5srv.protocol import Greeting, MethodSelection, Reply, Request
+from socks5srv.testing import start
+from socks5srv.testing.targets import EchoServer
 
 
-class Client:
-    """A connection to a proxy.  Whatever passes is printed: octets first, then what they mean."""
-
-    def __init__(self, proxy):
-        self.socket = socket.create_connection(proxy, timeout=5)
-        self.stream = self.socket.makefile("rb", buffering=0)       # unbuffered: what follows a message is not ours
-
-    def send(self, message):
-        print("->", bytes(message).hex(" "))
-        print("  ", message)
-        self.socket.sendall(bytes(message))
-
-    def receive(self, kind):
-        message = kind.read(self.stream)
-        print("<-", bytes(message).hex(" "))
-        print("  ", message)
-        return message
-
-    def login(self, username, password):
-        self.send(Greeting(bytes([Method.NO_AUTHENTICATION_REQUIRED, Method.USERNAME_PASSWORD])))
-        selection = self.receive(MethodSelection)
-        if selection.method == Method.USERNAME_PASSWORD:
-            self.send(Credentials(username.encode(), password.encode()))
-            if self.receive(CredentialsReply).status != CredentialsReply.SUCCESS:
-                raise PermissionError("wrong name or password")
-        elif selection.method != Method.NO_AUTHENTICATION_REQUIRED:
-            raise PermissionError("the proxy wants a login that we have not")
-
-    def connect(self, host, port):
-        self.send(Request(Command.CONNECT, Address.named(host, port)))
-        reply = self.receive(Reply)
-        if reply.code is not ReplyCode.SUCCEEDED:
-            raise ConnectionError(reply.code.phrase)
-
-    def close(self):
-        self.stream.close()
-        self.socket.close()
+def show(kind, octets):
+    print(table(kind.read(BytesIO(octets))), end="\n\n")
+    return octets
 
 
-class Echo(socketserver.BaseRequestHandler):
-    """The target: it sends back what it gets, until there is no more."""
-
-    def handle(self):
-        for octets in iter(lambda: self.request.recv(4096), b""):
-            self.request.sendall(octets)
+def exactly(sock, n):
+    return sock.recv(n, socket.MSG_WAITALL)     # TCP keeps their order, but not the pieces in which they were sent
 
 
 def main():
-    with socketserver.TCPServer(("127.0.0.1", 0), Echo) as echo, \
-            Socks5Server(("127.0.0.1", 0), users={"anna": "sesame"}) as proxy:
-        for server in (echo, proxy):
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = Client(proxy.server_address)
-        client.login("anna", "sesame")
-        client.connect("localhost", echo.server_address[1])
+    with EchoServer() as echo, start(hosts={"echo": echo.host}) as proxy, socket.create_connection(proxy.address) as sock:
+        sock.sendall(show(Greeting, b"\x05\x01\x00"))
+        selection = show(MethodSelection, exactly(sock, 2))
+        sock.sendall(show(Request, b"\x05\x01\x00\x03\x04echo" + echo.port.to_bytes(2, "big")))
+        reply = show(Reply, exactly(sock, 10))
+        sock.sendall(b"hello")
+        answer = exactly(sock, 5)
+        print("hello goes up, and comes back:", answer.decode())
+        return selection, reply, answer, echo.clients
 
-        print("->", b"hello".hex(" "))
-        print("   5 octets, and no more to come")
-        client.socket.sendall(b"hello")
-        client.socket.shutdown(socket.SHUT_WR)      # this way ends, the other one is still open
-        answer = client.stream.readall()
-        print("<-", answer.hex(" "))
-        print(f"   {len(answer)} octets, and no more to come")
-        client.close()
-        echo.shutdown()
+
+def check(selection, reply, answer, clients):
+    assert (selection, answer) == (b"\x05\x00", b"hello")
+    assert reply == b"\x05\x00\x00\x01\x7f\x00\x00\x01" + clients[0][1].to_bytes(2, "big"), "BND is what the target sees"
 
 
 if __name__ == "__main__":
-    main()
+    facts = main()
+    if "--check" in sys.argv:
+        check(*facts)

@@ -46,14 +46,11 @@ from socks5srv.testing import start
 from socks5srv.testing.targets import EchoServer
 
 
-seen = []       # the first octets of each tunnel
-
-
 class Curious(Socks5Handler):
     """An operator who looks into each tunnel before it is handed over to the thread that carries it."""
 
     def relay(self, target):
-        seen.append(self.connection.recv(4096, socket.MSG_PEEK))
+        self.session.begins = self.connection.recv(4096, socket.MSG_PEEK)
         super().relay(target)
 
 
@@ -105,9 +102,9 @@ def main():
     by_host = add_up("destinations", sessions, lambda session: str(session.destination))
     by_user = add_up("users", sessions, lambda session: session.user)
     print("  at once      ", most_at_once(sessions), "at most")
-    name = "bank.example" if b"bank.example" in seen[-1] else "nothing"
+    name = "bank.example" if b"bank.example" in hidden.begins else "nothing"
     print(f"the next time anna looks bank.example up by herself, so that her request is for {hidden.destination}")
-    print(f"  the tunnel begins with {seen[-1][:2].hex(' ')}, as TLS does, and has this in it for all to read: {name}")
+    print(f"  the tunnel begins with {hidden.begins[:2].hex(' ')}, as TLS does, and has this in it for all to read: {name}")
     return by_host, by_user, most_at_once(sessions), name
 
 
