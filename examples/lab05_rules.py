@@ -37,9 +37,8 @@ The games are at port 40001 of 127.0.0.1, also under the name mirror.example; th
 stands to the right is the proxy's log: the client gets the number only.
 
 Questions (answers in examples/README.rst): What did the proxy know of games.example in the two dodges?  What does the
-second list cost, if the games move, and if they share their address with others?  Why is the third one the safest?  The
-proxy asks for an address's permission *after* it has looked the name up, and then connects to that same address, instead
-of to the name: why does that matter?
+second list cost, if the games move, and if they share their address with others?  Why is the third one the safest?  Why does
+the proxy judge the addresses that it has found, and then connect to one of these, instead of to the name?
 """
 
 import os

@@ -43,7 +43,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from socks5srv import Socks5Handler, Socks5Server, client
 
 TUNNELS = (1, 8, 64, 200)
-SECONDS, MESSAGE = 0.08, b"x" * 64          # for each measurement, of which the better one of two counts
+SECONDS, MESSAGE = 0.05, b"x" * 64          # for each measurement, of which the better one of two counts
 with suppress(ImportError, ValueError):     # the sockets that a process may have: on macOS 256; Windows does not count
     import resource
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
