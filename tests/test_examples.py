@@ -90,7 +90,7 @@ def environment() -> Dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("SOCKS5SRV_")}
 
 
-def ran(*words: str, directory: Path) -> "subprocess.CompletedProcess[str]":
+def ran(*words: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", *words], cwd=directory, env=environment(), timeout=20, check=False,
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -243,7 +243,7 @@ def test_the_watch_over_the_labs_sees_who_goes_beyond(tmp_path: Path) -> None:
 
 
 @labs
-def test_a_lab_checks_all_that_it_has_found_out(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_lab_checks_all_that_it_has_found_out(path: Path) -> None:
     lab = runpy.run_path(str(path))
     facts: Tuple[object, ...] = lab["main"]()
     if not isinstance(facts, tuple):
