@@ -21,6 +21,7 @@ from typing import Dict, List, Set, Tuple
 import pytest
 
 from .clients.harness import need_module
+from .test_readme import section, table
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -252,6 +253,14 @@ def test_a_lab_checks_all_that_it_has_found_out(path: Path) -> None:
     for i in range(len(facts)):
         with pytest.raises((AssertionError, AttributeError, TypeError)):
             lab["check"](*facts[:i], None, *facts[i + 1:])
+
+
+def test_the_course_in_the_readme_has_all_labs_in_order() -> None:
+    weeks = table("Week", section("In your class"))
+    assert [int(lab) for _week, numbers, _files, _assignment in weeks for lab in numbers.split(",")] == list(range(1, len(LABS) + 1))
+    for _week, _numbers, files, _assignment in weeks:
+        for file in re.findall(r"``(\w+\.py)``", files):
+            assert (ROOT / "socks5srv" / file).exists()
 
 
 def test_the_last_lab_draws_a_picture(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Iterator, List, Optional, Tuple, Type
 
 import pytest
 
-from socks5srv.check import Examiner, table
+from socks5srv.check import QUESTIONS, Examiner, can_bind, table
 from socks5srv.client import Proxy, connect
 from socks5srv.protocol import RequestFailed
 from socks5srv.testing.targets import EchoServer
@@ -280,10 +280,11 @@ def served(handler: Type[Homework]) -> Iterator[int]:
 
 
 def red(handler: Type[Homework]) -> List[str]:
-    """The questions that such a server fails; but for BIND, which nobody has asked it to have."""
+    """The questions that such a server fails; but for BIND and UDP over IPv6, which nobody has asked it to have."""
     with served(handler) as port:
-        answers = Examiner(Proxy("127.0.0.1", port), timeout=2.0).examine()
-    return [answer.question for answer in answers if answer.verdict == "fail" and "BIND" not in answer.section]
+        examiner = Examiner(Proxy("127.0.0.1", port), timeout=2.0)
+        answers = [examiner.answer(question) for question in QUESTIONS if "bind" not in question.name and question.name != "udp_ipv6"]
+    return [answer.question for answer in answers if answer.verdict == "fail"]
 
 
 def test_a_right_one_fails_no_question() -> None:
@@ -303,6 +304,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("handler", MISTAKES, ids=lambda handler: handler.__name__)
 def test_a_typical_mistake_fails_the_questions_that_the_readme_says(handler: Type[Homework]) -> None:
+    if handler is ServesEverybody and not can_bind("127.0.0.2"):
+        pytest.skip("not on this platform: 127.0.0.1 is the only loopback address")
     assert red(handler) == MISTAKES[handler]
     for question in MISTAKES[handler]:
         assert f"*{question}*" in CLASS
