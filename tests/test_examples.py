@@ -151,7 +151,7 @@ def answered(path: Path) -> str:
 
 @examples
 def test_the_questions_of_an_example_are_answered_in_the_index(path: Path) -> None:
-    asked = [" ".join(question.split()) for question in re.findall(r"^\*([^*]+\?)\*  \S", answered(path), re.MULTILINE)]
+    asked = [" ".join(question.split()) for question in re.findall(r"^\*([^*]+\?)\*\s+\S", answered(path), re.MULTILINE)]
     assert asked == questions(docstring(path))
 
 
