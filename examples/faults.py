@@ -80,7 +80,7 @@ def hear(sock):
 def converse(proxy, target):
     """A greeting and a request; what is heard after each."""
     with socket.create_connection(proxy.address) as sock:
-        sock.settimeout(0.1)        # seconds; silence on loopback
+        sock.settimeout(0.15)       # seconds; silence on loopback
         sock.sendall(bytes(Greeting(b"\x00")))
         heard = hear(sock)
         if heard.endswith("end"):

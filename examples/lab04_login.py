@@ -22,7 +22,7 @@ You should see:
                               not 05
          ULEN    04           4 octets of user name
          UNAME   61 6e 6e 61  anna
-         PLEN                 hidden: how long the password is
+         PLEN                 hidden, as it tells how long the password is
          PASSWD               hidden here; on the wire anyone can read it
       = "I am anna, here is my password."
 
