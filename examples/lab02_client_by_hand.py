@@ -1,9 +1,9 @@
 """
 Lab 2.  A client by hand: the four messages of SOCKS5, octet by octet.
 
-Goal: to write the client of lab 1 with nothing but a socket, and to see each message as RFC 1928 draws it: a row of boxes,
-"size" in octets, "here" what is in them now, in hexadecimal.  The target is called echo, a name that this proxy knows.  Behind
-the reply SOCKS is over: "hello" is in no box.
+Goal: to write the client of lab 1 with nothing but a socket, and to see each message as RFC 1928 draws it: a row of
+boxes, "size" in octets, "here" what is in them now, in hexadecimal.  The target is called echo, a name that this proxy
+knows.  Behind the reply SOCKS is over: "hello" is in no box.
 
 Run it:
 

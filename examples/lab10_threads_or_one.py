@@ -1,9 +1,9 @@
 """
 Lab 10.  A thread for each tunnel, or one thread for all of them?
 
-Goal: to measure two ways to carry octets.  So far it was this server's own: a client has a thread while it talks SOCKS, which
-then hands the sockets over to the one *relay thread*; that waits for all sockets of all tunnels at once.  Most textbooks
-keep the client's thread until its tunnel ends.  That takes a dozen lines here: `relay()` is the method to override.
+Goal: to measure two ways to carry octets.  So far it was this server's own: a client has a thread while it talks SOCKS,
+which then hands the sockets over to the one *relay thread*; that waits for all sockets of all tunnels at once.  Most
+textbooks keep the client's thread until its tunnel ends.  That takes a dozen lines: `relay()` is the method to override.
 
 Run it (with matplotlib, ``--svg FILE`` draws a picture, too):
 
@@ -21,13 +21,12 @@ You should see (the numbers are others each time, and on each computer):
         200  thread each   ############                                  7,907
         200  relay thread  ###########################################  27,300
 
-Each proxy is a process of its own; this one is all clients and all targets: every client asks, every target answers, and so
-on.  One tunnel leaves nothing to choose.  With many, the relay thread finds many sockets ready each time it looks, and serves
-them in a row; the threads have to be woken one by one, and wait for one lock: one at a time runs Python (the GIL).
+Each proxy is a process of its own; this one is all clients and all targets.  With one tunnel there is nothing to choose.
+With many, the relay thread finds many sockets ready each time it looks, and serves them in a row; the threads have to be
+woken one by one, and wait for one lock: one at a time runs Python (the GIL).
 
 Questions (answers in examples/README.rst): What must the relay thread never do, if all tunnels are to go on?  What does an
-idle tunnel cost in each design?  Where would threads win?  ThreadEach reads from nobody while its sendall() waits for one
-of the two: when does that hang?
+idle tunnel cost in each design?  Where would threads win?  When does ThreadEach hang, in a sendall() that never returns?
 """
 
 import os
@@ -114,7 +113,8 @@ if __name__ == "__main__":
         from matplotlib import pyplot
         for design in DESIGNS:
             pyplot.semilogx(TUNNELS, [rates[count, design] for count in TUNNELS], "o-", label=design)
-        pyplot.legend(title="questions answered in a second, by tunnels at once")
+        pyplot.gca().set(xlabel="tunnels", ylabel="questions answered in a second", xticks=TUNNELS, xticklabels=TUNNELS, ylim=(0, None))
+        pyplot.legend()
         pyplot.savefig(sys.argv[sys.argv.index("--svg") + 1], format="svg")
     if "--check" in sys.argv:
         check(rates)
