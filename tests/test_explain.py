@@ -210,6 +210,12 @@ def test_a_long_name_is_shortened_where_there_is_no_room_for_it() -> None:
     assert "               61 2d 6e .. 2e  a-name-of-32-octets.example.com.\n" in text
 
 
+def test_of_many_methods_some_are_named() -> None:
+    found = exhibit(Greeting(bytes(range(255))))
+    tables.check(found)
+    assert "and 243 more" in str(found)
+
+
 def test_what_is_not_kept_of_a_datagram_is_counted() -> None:
     found = exhibit(Datagram(name("example.com"), bytes(1000)))
     assert found.length == len(bytes(Datagram(name("example.com"), bytes(1000))))
@@ -243,6 +249,10 @@ def test_what_is_not_kept_of_a_datagram_is_counted() -> None:
 ])
 def test_deviations_are_marked(kind: Any, octets: str, deviation: str) -> None:
     assert f"! {deviation}" in broken(kind, bytes.fromhex(octets)).remarks
+
+
+def test_of_another_version_nothing_else_is_marked() -> None:
+    assert broken(Request, b"\x04\x09\x07").remarks == ["! VER is 04, RFC 1928 section 4 says 05 (refused with reply 01)"]
 
 
 def test_empty_names_and_passwords_are_marked() -> None:
