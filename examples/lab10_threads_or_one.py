@@ -12,14 +12,14 @@ Run it (with matplotlib, ``--svg FILE`` draws a picture, too):
 You should see (the numbers are others each time, and on each computer):
 
     tunnels                questions answered in a second
-          1  thread each   ##############################               19,078
-          1  relay thread  ############################                 17,916
-          8  thread each   ################################             19,984
-          8  relay thread  ###################################          21,834
-         64  thread each   ######################                       13,938
-         64  relay thread  ###########################################  27,297
-        200  thread each   ############                                  7,907
-        200  relay thread  ###########################################  27,300
+          1  thread each   #############################                21,550
+          1  relay thread  ############################                 20,810
+          8  thread each   ######################                       16,777
+          8  relay thread  #######################################      29,217
+         64  thread each   #########################                    19,101
+         64  relay thread  ###########################################  31,898
+        200  thread each   ###################                          14,673
+        200  relay thread  ##################################           25,536
 
 Each proxy is a process of its own; this one is all clients and all targets.  With one tunnel there is nothing to choose.
 With many, the relay thread finds many sockets ready each time it looks, and serves them in a row; the threads have to be
