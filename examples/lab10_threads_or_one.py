@@ -41,11 +41,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from socks5srv import Socks5Handler, Socks5Server, client
 
-TUNNELS = (1, 8, 64, 200)
-SECONDS, MESSAGE = 0.05, b"x" * 64          # for each measurement, of which the better one of two counts
+TUNNELS, MESSAGE, SECONDS = (1, 8, 64, 200), b"x" * 64, 0.05      # for each measurement; the better one of two counts
 with suppress(ImportError, ValueError):     # the sockets that a process may have: on macOS 256; Windows does not count
     import resource
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1024), hard))
 
 
 class ThreadEach(Socks5Handler):
