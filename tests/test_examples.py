@@ -1,7 +1,8 @@
 """
 Every program in examples/ runs, in a process of its own, and prints what its docstring shows.
 
-A new file there is covered by being there.
+A new file there is covered by being there.  The labs also check themselves (``--check``), talk to nobody but
+this computer, and have all their questions answered.
 """
 
 from __future__ import annotations
@@ -9,34 +10,62 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List, Set, Tuple
 
 import pytest
 
+from .clients.harness import need_module
+from .test_readme import section, table
 from .conftest import within
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LABS = [path for path in EXAMPLES if path.name.startswith("lab")]
+INDEX = (ROOT / "examples" / "README.rst").read_text(encoding="utf-8")
 
-# What is another in each run: ports, as numbers, as octets behind an address or a name, and as
-# FTP's PORT writes them; times; and how many octets a port in an HTTP header makes.
+examples = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+labs = pytest.mark.parametrize("path", LABS, ids=lambda path: path.name)
+
+# Ports are others in each run: as numbers, as FTP's PORT has them, and as octets, behind an address or the end of a name, or
+# in a box or a line of a table.
+OCTET = "[0-9a-f]{2}"
+BEHIND = [*(octets.hex(" ") + " " for octets in (b"\x7f\0\0\1", b"echo", b"host", b".com", b"fice", b"rnal")), r"\|  ", r"\.PORT  "]
+PORT = re.compile(
+    r"\b\d{5}\b|(?<=PORT 127,0,0,1,)\d+,\d+|(?<=0x)" + OCTET * 2
+    + f"|(?:{'|'.join(f'(?<={before})' for before in BEHIND)}){OCTET} {OCTET}(?! {OCTET})"
+)
+# And so are times, and what a measurement gives.
 VARIABLE = [
-    (r"\b\d{5}\b", "PORT"),
-    (r"(7f 00 00 01|6c 6f 63 61 6c 68 6f 73 74) [0-9a-f]{2} [0-9a-f]{2}\b", r"\1 PO RT"),
-    (r"PORT (127,0,0,1),\d+,\d+", r"PORT \1,PO,RT"),
     (r"\b\d+\.\d+s\b", "SECONDS"),
+    (r'"time": "[-:.\dTZ]{24}"', '"time": NOW'),
+    (r'"seconds": [\d.]+', '"seconds": SECONDS'),
+    (r"  #+ +[\d,]+$", "  BAR"),
 ]
 
 
 def comparable(text: str) -> str:
+    text = PORT.sub("PORT", text)
     for pattern, replacement in VARIABLE:
-        text = re.sub(pattern, replacement, text)
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return text.strip()
+
+
+def ports(text: str) -> List[int]:
+    """The ports in it, however they are written, in the order in which they stand there."""
+    return [port(found) for found in PORT.findall(text)]
+
+
+def port(text: str) -> int:
+    if re.fullmatch(r"\d{5}", text):
+        return int(text)
+    high, low = [int(part) for part in text.split(",")] if "," in text else bytes.fromhex(text)
+    return high << 8 | low
 
 
 def docstring(path: Path) -> str:
@@ -52,38 +81,48 @@ def promised_output(path: Path) -> str:
     return textwrap.dedent(block.group(1))
 
 
+def questions(text: str) -> List[str]:
+    """The questions at the end of a docstring."""
+    _before, _found, after = text.partition("\nQuestions (answers in examples/README.rst): ")
+    return re.findall(r"\S.*?\?", " ".join(after.split()))
+
+
 def environment() -> Dict[str, str]:
     """Ours, without what would change the output or lead to another copy of the package."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("SOCKS5SRV_")}
 
 
-def run(*words: str, directory: Path) -> str:
-    """What such a Python program prints; it may neither fail nor complain."""
-    done = subprocess.run(
+def ran(*words: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-W", "error", *words], cwd=directory, env=environment(), timeout=20, check=False,
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )
+
+
+def run(*words: str, directory: Path) -> str:
+    """What such a Python program prints; it may neither fail nor complain."""
+    done = ran(*words, directory=directory)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 6
+# --- all examples ---
 
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@examples
 def test_an_example_runs_from_anywhere_and_prints_what_its_docstring_promises(path: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    printed = run(str(path), directory=tmp_path)
-    assert comparable(printed) == comparable(promised_output(path))
+    printed, promised = run(str(path), *["--check"] * (path in LABS), directory=tmp_path), promised_output(path)
     assert time.monotonic() - started < within(5)
+    assert comparable(printed) == comparable(promised)
+    pairs = set(zip(ports(promised), ports(printed)))
+    assert len(pairs) == len(set(ports(promised))), f"what is one port in the docstring is two here: {sorted(pairs)}"
 
 
 def test_an_example_runs_as_a_module_too() -> None:
-    assert "Hello, 127.0.0.1:" in run("-m", "examples.quickstart", directory=ROOT)
+    assert "Hello, 127.0.0.1:" in run("-m", "examples.lab01_first_request", directory=ROOT)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@examples
 def test_an_example_says_what_it_is_for_and_how_to_run_it(path: Path) -> None:
     text = docstring(path)
     assert "\nGoal: " in text
@@ -91,11 +130,132 @@ def test_an_example_says_what_it_is_for_and_how_to_run_it(path: Path) -> None:
 
 
 def test_the_index_lists_every_example() -> None:
-    index = (ROOT / "examples" / "README.rst").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^`(\w+\.py) <\1>`_ ", index, re.MULTILINE)) == [path.name for path in EXAMPLES]
+    listed = re.findall(r"^`(\w+\.py) <\1>`_ ", INDEX, re.MULTILINE)
+    assert listed[:len(LABS)] == [path.name for path in LABS]
+    assert sorted(listed) == [path.name for path in EXAMPLES]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def answered(path: Path) -> str:
+    """What the index has under the name of this example."""
+    _before, _name, after = INDEX.partition(f"\n{path.name}\n~~~")
+    return re.split(r"\n\n\S.*\n[~-]{3,}\n", after)[0]
+
+
+@examples
 def test_the_questions_of_an_example_are_answered_in_the_index(path: Path) -> None:
-    index = (ROOT / "examples" / "README.rst").read_text(encoding="utf-8")
-    assert ("\nQuestions (" in docstring(path)) == (f"\n{path.name}\n~~~" in index)
+    asked = [" ".join(question.split()) for question in re.findall(r"^\*([^*]+\?)\*\s+\S", answered(path), re.MULTILINE)]
+    assert asked == questions(docstring(path))
+
+
+# --- the labs ---
+
+def test_there_are_ten_labs_in_order() -> None:
+    assert [path.name[:6] for path in LABS] == [f"lab{number:02}_" for number in range(1, 11)]
+
+
+@labs
+def test_a_lab_is_one_file_of_a_page_or_two(path: Path) -> None:
+    assert 40 <= len(path.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@labs
+def test_a_lab_has_its_number_and_three_to_five_questions(path: Path) -> None:
+    assert docstring(path).startswith(f"Lab {int(path.name[3:5])}.  ")
+    assert 3 <= len(questions(docstring(path))) <= 5
+
+
+@labs
+def test_a_lab_has_its_goal_command_and_output_in_the_index(path: Path) -> None:
+    text = answered(path)
+    assert "**Goal**" in text
+    assert f"python examples/{path.name}" in text
+    assert "**You should see**" in text
+    promised = [line.strip() for line in promised_output(path).splitlines()]
+    for block in re.findall(r"::\n\n((?:    .*\n)+)", text):
+        assert {line.strip() for line in block.splitlines()} <= set(promised)
+
+
+def modules(path: Path) -> Set[str]:
+    """What it imports, at its top and in its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@labs
+def test_a_lab_needs_the_standard_library_and_this_package_only(path: Path) -> None:
+    if not hasattr(sys, "stdlib_module_names"):
+        pytest.skip("not on this platform: Python before 3.10 does not know what its library has")
+    assert modules(path) - {"socks5srv"} - {"matplotlib"} <= sys.stdlib_module_names
+    assert ("matplotlib" in modules(path)) == ("--svg" in path.read_text(encoding="utf-8"))
+
+
+WATCHED = r"""
+import ipaddress, os, runpy, socket, sys
+
+def watch(event, arguments):
+    if event == "socket.bind" and arguments[0].type == socket.SOCK_DGRAM:
+        return      # it does not listen, and sendto is watched
+    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"):
+        host = arguments[1][0] if isinstance(arguments[1], tuple) else "127.0.0.1"
+    elif event == "socket.getaddrinfo":
+        host = arguments[0] or "127.0.0.1"
+    else:
+        return
+    host = "127.0.0.1" if host in ("localhost", b"localhost") else host.decode() if isinstance(host, bytes) else host
+    if not ipaddress.ip_address(host).is_loopback:      # a name is an error, too
+        raise AssertionError
+
+def audit(event, arguments):
+    try:
+        watch(event, arguments)
+    except Exception:
+        print(f"beyond this computer: {event} {arguments[1:]}", file=sys.stderr, flush=True)
+        os._exit(3)
+
+sys.addaudithook(audit)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@labs
+def test_a_lab_talks_to_this_computer_only(path: Path, tmp_path: Path) -> None:
+    assert run("-c", WATCHED, str(path), directory=tmp_path)
+
+
+def test_the_watch_over_the_labs_sees_who_goes_beyond(tmp_path: Path) -> None:
+    for line in ("socket.create_connection(('192.0.2.1', 9), 0.1)", "socket.getaddrinfo('www.example.com', 80)"):
+        (tmp_path / "lab.py").write_text(f"import socket\n{line}\n")
+        done = ran("-c", WATCHED, str(tmp_path / "lab.py"), directory=tmp_path)
+        assert (done.returncode, done.stderr[:20]) == (3, "beyond this computer")
+
+
+@labs
+def test_a_lab_checks_all_that_it_has_found_out(path: Path) -> None:
+    lab = runpy.run_path(str(path))
+    facts: Tuple[object, ...] = lab["main"]()
+    if not isinstance(facts, tuple):
+        facts = (facts,)
+    lab["check"](*facts)
+    for i in range(len(facts)):
+        with pytest.raises((AssertionError, AttributeError, TypeError)):
+            lab["check"](*facts[:i], None, *facts[i + 1:])
+
+
+def test_the_course_in_the_readme_has_all_labs_in_order() -> None:
+    weeks = table("Week", section("In your class"))
+    assert [int(lab) for _week, numbers, _files, _assignment in weeks for lab in numbers.split(",")] == list(range(1, len(LABS) + 1))
+    for _week, _numbers, files, _assignment in weeks:
+        for file in re.findall(r"``(\w+\.py)``", files):
+            assert (ROOT / "socks5srv" / file).exists()
+
+
+def test_the_last_lab_draws_a_picture(tmp_path: Path) -> None:
+    need_module("matplotlib")
+    run(str(LABS[-1]), "--svg", "rates.svg", directory=tmp_path)
+    assert "<svg" in (tmp_path / "rates.svg").read_text(encoding="utf-8")
