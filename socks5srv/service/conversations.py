@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from typing import Any, Dict, List, Optional
 
 from ..explain import Exhibit, Row
@@ -66,21 +65,21 @@ class Conversations:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.kept: OrderedDict[int, Conversation] = OrderedDict()
+        self.kept: Dict[int, Conversation] = {}
 
     def open(self, session: Session) -> Conversation:
         conversation = Conversation(session)
         with self.lock:
             self.kept[session.id] = conversation
-            while len(self.kept) > KEPT:
-                self.kept.popitem(last=False)
+            if len(self.kept) > KEPT:
+                del self.kept[min(self.kept)]
         return conversation
 
     def summaries(self) -> List[Dict[str, Any]]:
         """The newest first."""
         with self.lock:
-            kept = list(self.kept.values())
-        return [conversation.summary() for conversation in reversed(kept)]
+            kept = sorted(self.kept.items(), reverse=True)
+        return [conversation.summary() for _id, conversation in kept]
 
     def find(self, id: int) -> Optional[Dict[str, Any]]:
         with self.lock:

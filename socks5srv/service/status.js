@@ -166,6 +166,7 @@ function showSession(row, session, workers) {
   say(id, `#${session.id}${workers > 1 ? ` (${session.worker + 1})` : ""}`);
   say(client, session.client);
   say(user, session.user || "\u2013");
+  user.classList.toggle("nobody", !session.user);
   say(command, session.command || "\u2013");
   const asked = session.command === "udp" ? "any, by datagrams" : place(session) || "has not asked yet";
   say(target.firstChild, asked);
@@ -278,7 +279,7 @@ const ROW = 46, HEAD = 50;
 
 function showDiagram() {
   const box = $("diagram"), width = Math.max(280, box.clientWidth || 600), steps = loaded.steps;
-  const gutter = width > 480 ? 70 : 0, edge = gutter ? 46 : 30;
+  const gutter = width > 480 ? 66 : 0, edge = gutter ? 62 : 30;
   const lanes = { client: gutter + edge, target: width - edge };
   lanes.proxy = (lanes.client + lanes.target) / 2;
   const height = HEAD + Math.max(1, steps.length) * ROW + 10;
@@ -287,19 +288,28 @@ function showDiagram() {
   for (const [name, where] of [["client", loaded.client], ["proxy", ""], ["target", loaded.peer || place(loaded)]]) {
     svg.append(
       draw("line", { class: "lane", x1: lanes[name], x2: lanes[name], y1: HEAD - 12, y2: height }),
-      laneText("head", lanes[name], 14, name, width), laneText("where mono", lanes[name], 31, clip(where, gutter ? 30 : 21), width));
+      laneText("head", lanes[name], 14, name, name, gutter), laneText("where mono", lanes[name], 31, clip(where, gutter ? 24 : 21), name, gutter));
   }
   steps.forEach((step, index) => svg.append(drawStep(step, index, lanes, width, gutter)));
   box.replaceChildren(svg);
+  svg.querySelectorAll("[data-room]").forEach(fit);
   if (focused !== undefined && svg.querySelector(`[data-step="${focused}"]`)) {
     svg.querySelector(`[data-step="${focused}"]`).focus({ preventScroll: true });
   }
 }
 
-function laneText(name, x, y, text, width) {
-  const anchor = x < width * 0.3 ? "start" : x > width * 0.7 ? "end" : "middle";
-  const shift = { start: -30, middle: 0, end: 30 }[anchor];
-  return draw("text", { class: name, x: Math.min(width, Math.max(0, x + shift)), y, "text-anchor": anchor }, text);
+/* Above its lane; where that is at the edge of a narrow page, beginning or ending there. */
+function laneText(style, x, y, text, lane, gutter) {
+  const anchor = gutter ? "middle" : { client: "start", proxy: "middle", target: "end" }[lane];
+  return draw("text", { class: style, x: x + { start: -30, middle: 0, end: 30 }[anchor], y, "text-anchor": anchor }, text);
+}
+
+/* Takes letters away until the text has room; the whole of it is in the title, and in what is read aloud. */
+function fit(text) {
+  const last = text.lastChild, room = Number(text.dataset.room);
+  while (text.getComputedTextLength() > room && last.textContent.length > 1) {
+    last.textContent = clip(last.textContent, last.textContent.length - 1);
+  }
 }
 
 function drawStep(step, index, lanes, width, gutter) {
@@ -319,20 +329,20 @@ function drawArrow(group, step, y, lanes, width) {
   const from = lanes[step.from] || lanes.client, to = lanes[step.to] || lanes.proxy, way = Math.sign(to - from) || 1, line = y + 33;
   const onTheLeft = Math.min(from, to) === lanes.client;
   const x = onTheLeft ? lanes.client + 10 : lanes.target - 10;
-  const room = Math.floor((onTheLeft ? width - x : x - lanes.client) / 7) - 1;
+  const room = onTheLeft ? width - x - 4 : x - lanes.client - 10;
   const name = step.kind === "message" ? step.exhibit.title : "", rest = step.label.slice(name.length);
   group.append(
     draw("path", { class: "arrow", d: `M${from + way * 3} ${line}H${to - way * 8}` }),
     draw("path", { class: "tip", d: `M${to - way * 2} ${line}l${-way * 9} -4.5v9z` }),
-    draw("text", { class: "halo label", x, y: y + 22, "text-anchor": onTheLeft ? "start" : "end" },
-      draw("tspan", { class: "name" }, clip(name, room)), name.length < room ? clip(rest, room - name.length) : ""));
+    draw("text", { class: "halo label", x, y: y + 22, "text-anchor": onTheLeft ? "start" : "end", "data-room": room },
+      draw("tspan", { class: "name" }, name), draw("tspan", {}, rest)));
 }
 
 function drawNote(group, step, y, lanes, width) {
   const x = lanes.client - 12, wide = lanes.target - lanes.client + 24;
   group.append(
     draw("rect", { class: "band", x, y: y + 10, width: wide, height: 26, rx: 13 }),
-    draw("text", { x: x + wide / 2, y: y + 27, "text-anchor": "middle" }, clip(step.label, Math.floor(wide / 6.6))));
+    draw("text", { x: x + wide / 2, y: y + 27, "text-anchor": "middle", "data-room": wide - 20 }, draw("tspan", {}, step.label)));
 }
 
 const after = (seconds) => (seconds < 10 ? `+${(seconds * 1000).toFixed(1)} ms` : `+${duration(seconds)}`);
@@ -400,7 +410,7 @@ function picture(exhibit) {
 function cell(field) {
   if (field.octets === null) return "\u2022\u2022\u2022";
   const octets = spaced(field.octets);
-  return octets.length > 17 ? `${octets.slice(0, 8)} .. ${octets.slice(-2)}` : octets;
+  return octets.length > 14 ? `${octets.slice(0, 5)} .. ${octets.slice(-2)}` : octets;
 }
 
 function fieldTable(exhibit) {

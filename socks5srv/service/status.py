@@ -45,6 +45,7 @@ WATCHERS = 16           # of /events at a time
 REQUESTS = 16           # others at a time
 ASKING_TIME = 10.0      # seconds that a request may take to come
 TAKING_TIME = 5.0       # seconds that somebody may take for what is sent
+LOOK = 0.5              # seconds between two looks for who is too slow
 LONGEST = 16 * 1024     # octets of a request
 
 HEADERS = {
@@ -79,11 +80,11 @@ class Pulse:
         self.watchers = 0
         self.history: Deque[Tuple[float, float]] = deque(maxlen=HISTORY)
         self.next_look = 0.0
-        self.stopping = False
+        self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.run, name="socks5srv-pulse", daemon=True)
 
     def run(self) -> None:
-        while not self.stopping:
+        while not self.stopped.is_set():
             try:
                 self.beat()
             except Exception:
@@ -108,12 +109,12 @@ class Pulse:
         """Until the next look, or until there is news, if anybody wants to hear it."""
         news = self.server.book.news
         if self.watchers:
-            threading.Event().wait(SOON)
+            self.stopped.wait(SOON)
             news.wait(max(0.0, self.next_look - time.monotonic()))
         else:
             news.clear()
-            while not self.stopping and not self.watchers and time.monotonic() < self.next_look:
-                threading.Event().wait(SOON)
+            while not self.stopped.is_set() and not self.watchers and time.monotonic() < self.next_look:
+                self.stopped.wait(SOON)
         news.clear()
 
     def now(self) -> Dict[str, Any]:
@@ -144,7 +145,7 @@ class Pulse:
         }
 
     def stop(self) -> None:
-        self.stopping = True
+        self.stopped.set()
         with self.news:
             self.news.notify_all()
         self.server.book.news.set()
@@ -248,6 +249,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def refusal(self, path: str) -> Optional[Tuple[HTTPStatus, str]]:
         """The status and the sentence for who should not be answered; None for who may."""
+        old, self.request_version = self.request_version == "HTTP/0.9", self.protocol_version    # or it would get no headers
+        if self.rfile.left <= 0:        # and what is cut off may be its Host
+            return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "this is too long"
+        if old:
+            return HTTPStatus.BAD_REQUEST, "the version of HTTP is lacking"
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1:
             return HTTPStatus.BAD_REQUEST, "one Host is enough"
@@ -280,7 +286,7 @@ class Handler(BaseHTTPRequestHandler):
         """What http.server itself complains of, without its page and without the words of whoever asked."""
         self.close_connection = True
         with contextlib.suppress(OSError):
-            self.command = self.command or "GET"
+            self.command, self.request_version = self.command or "GET", self.protocol_version
             self.answer(HTTPStatus(code).phrase + "\n", status=HTTPStatus(code))
 
     def tell_nothing(self) -> None:
@@ -328,11 +334,11 @@ class Handler(BaseHTTPRequestHandler):
     def stream_events(self) -> None:
         pulse = self.server.page.pulse
         number, text = -1, json.dumps(pulse.now())
-        while not pulse.stopping:
+        while not pulse.stopped.is_set():
             self.wfile.write(f"data: {text}\n\n".encode())
             with pulse.news:
                 number = pulse.number if number < 0 else number
-                pulse.news.wait_for(lambda number=number: pulse.stopping or pulse.number != number, 5 * SECOND)  # type: ignore[misc]
+                pulse.news.wait_for(lambda number=number: pulse.stopped.is_set() or pulse.number != number, 5 * SECOND)  # type: ignore[misc]
                 number, text = pulse.number, pulse.text
 
     # --- what http.server would do otherwise ---
@@ -423,7 +429,7 @@ class HttpServer(HTTPServer):
                 self.connections[connection] = until
 
     def service_actions(self) -> None:
-        """Called twice a second: hang up on who drips its request, or our answer."""
+        """Called every now and then: hang up on who drips its request, or our answer."""
         self.hang_up(lambda until: until < time.monotonic())
 
     def hang_up(self, on: Callable[[float], bool]) -> None:
@@ -453,7 +459,7 @@ class StatusPage:
         self.pulse = Pulse(server)
         self.http = HttpServer(address, self)
         self.address = Address.of(self.http.server_address)
-        self.thread = threading.Thread(target=self.http.serve_forever, name="socks5srv-status-accept", daemon=True)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(LOOK,), name="socks5srv-status-accept", daemon=True)
 
     @property
     def url(self) -> str:
