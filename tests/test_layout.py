@@ -38,7 +38,7 @@ BESIDE = {
     "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
 }
 FRONT = {"__init__", "__main__"}
-PLUGINS = {"pytest_plugin": {"pytest"}}     # only pytest imports it
+PLUGINS = {"pytest_plugin": {"pytest"}, "metrics": {"prometheus_client"}}      # what is imported only where that is there
 A_PROGRAMS_BUSINESS = {"argparse", "signal", "getpass", "sys", "subprocess", "atexit", "json"}
 
 modules = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -18,6 +18,7 @@ from ..explain import Exhibit, Row
 from ..session import Session
 
 KEPT = 50               # conversations
+A_SECOND = 20           # of those that begin; what comes beyond is served without being overheard, which costs
 STEPS = 40              # of each; the last one says that there were more
 LABEL = 120             # characters of a label at most
 OCTETS = 300            # of one box, in what is kept of a message
@@ -66,6 +67,16 @@ class Conversations:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.kept: Dict[int, Conversation] = {}
+        self.second, self.begun = 0.0, 0        # how many have begun since then
+
+    def welcome(self) -> bool:
+        """Whether one more, that is about to begin, is to be overheard."""
+        now = time.monotonic()
+        with self.lock:
+            if now - self.second >= 1:
+                self.second, self.begun = now, 0
+            self.begun += 1
+            return self.begun <= A_SECOND
 
     def open(self, session: Session) -> Conversation:
         conversation = Conversation(session)
@@ -135,5 +146,6 @@ def place(said: Dict[str, Row], prefix: str) -> List[str]:
     host, port = said.get(f"{prefix}.ADDR"), said.get(f"{prefix}.PORT")
     if host is None or port is None or len(port.octets or b"") != 2:
         return []
+    number = int.from_bytes(port.octets or b"", "big")
     name = last_of(host).partition(" (")[0].partition(", ")[0]
-    return [f"[{name}]:{int.from_bytes(port.octets, 'big')}" if ":" in name else f"{name}:{int.from_bytes(port.octets, 'big')}"]
+    return [f"[{name}]:{number}" if ":" in name else f"{name}:{number}"]

@@ -295,9 +295,27 @@ def failure_of(error: Socks5Error, ahead: bytes) -> str:
 class WatchedServer(ServiceServer):
     """Mixed in in front of a server class; see watched()."""
 
+    over = False            # it has served, and does so no more
+
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.book = Book()
         super().__init__(*arguments, **keywords)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        try:
+            super().serve_forever(poll_interval)
+        finally:
+            self.over = True
+
+    @property
+    def RequestHandlerClass(self) -> Any:
+        """The handler for the next client: one that records, unless too many come."""
+        recorder = self.recorder
+        return recorder if self.book.conversations.welcome() else getattr(recorder, "unrecorded", recorder)
+
+    @RequestHandlerClass.setter
+    def RequestHandlerClass(self, handler_class: Any) -> None:
+        self.recorder = handler_class
 
     def begin(self, handler: Socks5Handler) -> None:
         self.book.begin(handler)
@@ -340,11 +358,16 @@ class WatchedServer(ServiceServer):
 
     def not_ready(self) -> str:
         """Why no more clients should be sent here; empty if they may come."""
-        if self.stopping or self.stopped.is_set():
-            return "stopping" if self.bookkeeper is not None else "starting"
-        if self.clients >= self.most_clients:
-            return f"{self.clients} clients are being served, and more do not fit"
-        return ""
+        if self.over or self.stopping:
+            return "stopping"
+        if self.stopped.is_set():
+            return "starting"
+        clients, limit = self.fullness()
+        return f"{clients} clients are being served, and more do not fit" if clients >= limit else ""
+
+    def fullness(self) -> Tuple[int, float]:
+        """How many clients there are, and how many there may be."""
+        return self.clients, self.most_clients
 
 
 def watched(server_class: Type[ServiceServer]) -> Type[WatchedServer]:

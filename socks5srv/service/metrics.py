@@ -64,10 +64,10 @@ class Collector:
             sessions.add_metric([command], sum(report.live[command] for report in reports.values()))
         yield sessions
         yield GaugeMetricFamily("socks5srv_threads", "Threads of all processes that serve.", sum(report.threads for report in reports.values()))
-        yield GaugeMetricFamily("socks5srv_workers", "Processes that serve.", len(reports))
+        yield GaugeMetricFamily("socks5srv_workers", "Processes that serve.", sum(number >= 0 for number in reports))
         yield GaugeMetricFamily("socks5srv_ready", "1 if more clients may come, as /readyz has it.", float(not self.server.not_ready()))
         limits = GaugeMetricFamily("socks5srv_limit_clients", "How many clients may be here at a time; +Inf for no limit.")
-        limits.add_metric([], self.server.most_clients)
+        limits.add_metric([], self.server.fullness()[1])
         yield limits
 
 
@@ -85,7 +85,7 @@ def histogram(name: str, text: str, figures: Histogram) -> Metric:
 def exposition(server: WatchedServer, accept: str) -> Tuple[bytes, str]:
     """The text of all metrics in a form that `accept` asks for, and its content type."""
     registry = CollectorRegistry()
-    registry.register(Collector(server))        # type: ignore[arg-type]
+    registry.register(Collector(server))
     ProcessCollector(registry=registry, pid=os.getpid)
     PlatformCollector(registry=registry)
     encode, kind = choose_encoder(accept)

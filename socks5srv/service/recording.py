@@ -62,4 +62,6 @@ class Recording(Counting, Explaining):
 
 
 def recording(handler_class: Type[ServiceHandler]) -> Type[ServiceHandler]:
-    return type(f"Recording{handler_class.__name__}", (Recording, explained(handler_class)), {})
+    """The handler class that records; its `unrecorded` is the one for who comes when there are too many."""
+    unrecorded = type(f"Counting{handler_class.__name__}", (Counting, handler_class), {})
+    return type(f"Recording{handler_class.__name__}", (Recording, explained(handler_class)), {"unrecorded": unrecorded})

@@ -207,7 +207,11 @@ def server_class(options: argparse.Namespace) -> Type[ServiceServer]:
         from .workers import Workers
 
         server = Workers
-    if options.status is not None:
+    if options.status is not None and options.workers > 1:
+        from .gathering import WatchedWorkers
+
+        server = WatchedWorkers
+    elif options.status is not None:
         from .figures import watched
 
         server = watched(server)

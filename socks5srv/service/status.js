@@ -277,25 +277,43 @@ async function load(id) {
 
 const ROW = 46, HEAD = 50;
 
+let drawn = { id: null, width: 0 };     // what the diagram shows, so that it can grow without being drawn again
+
 function showDiagram() {
   const box = $("diagram"), width = Math.max(280, box.clientWidth || 600), steps = loaded.steps;
+  const svg = drawn.id === loaded.id && drawn.width === width ? box.firstChild : newDiagram(box, width);
+  const height = HEAD + Math.max(1, steps.length) * ROW + 10;
+  fill(svg, { viewBox: `0 0 ${width} ${height}`, height, "aria-label": `Conversation ${loaded.id} in ${steps.length} steps` }, []);
+  svg.querySelectorAll(".lane").forEach((lane) => lane.setAttribute("y2", height));
+  const places = [loaded.client, "", loaded.peer || place(loaded)];
+  svg.querySelectorAll(".where").forEach((text, index) => say(text, clip(places[index], drawn.gutter ? 24 : 21)));
+  for (let index = svg.querySelectorAll("[data-step]").length; index < steps.length; index++) {
+    const step = drawStep(steps[index], index, drawn.lanes, width, drawn.gutter);
+    svg.append(step);
+    step.querySelectorAll("[data-room]").forEach(fit);
+  }
+}
+
+function newDiagram(box, width) {
   const gutter = width > 480 ? 66 : 0, edge = gutter ? 62 : 30;
   const lanes = { client: gutter + edge, target: width - edge };
   lanes.proxy = (lanes.client + lanes.target) / 2;
-  const height = HEAD + Math.max(1, steps.length) * ROW + 10;
+  drawn = { id: loaded.id, width, gutter, lanes };
   const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.step : undefined;
-  const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": `Conversation ${loaded.id} in ${steps.length} steps` });
-  for (const [name, where] of [["client", loaded.client], ["proxy", ""], ["target", loaded.peer || place(loaded)]]) {
+  const svg = draw("svg", { role: "group" });
+  for (const name of ["client", "proxy", "target"]) {
     svg.append(
-      draw("line", { class: "lane", x1: lanes[name], x2: lanes[name], y1: HEAD - 12, y2: height }),
-      laneText("head", lanes[name], 14, name, name, gutter), laneText("where mono", lanes[name], 31, clip(where, gutter ? 24 : 21), name, gutter));
+      draw("line", { class: "lane", x1: lanes[name], x2: lanes[name], y1: HEAD - 12 }),
+      laneText("head", lanes[name], 14, name, name, gutter), laneText("where mono", lanes[name], 31, "", name, gutter));
   }
-  steps.forEach((step, index) => svg.append(drawStep(step, index, lanes, width, gutter)));
   box.replaceChildren(svg);
-  svg.querySelectorAll("[data-room]").forEach(fit);
-  if (focused !== undefined && svg.querySelector(`[data-step="${focused}"]`)) {
-    svg.querySelector(`[data-step="${focused}"]`).focus({ preventScroll: true });
+  if (focused !== undefined) {
+    requestAnimationFrame(() => {
+      const step = svg.querySelector(`[data-step="${focused}"]`);
+      if (step) step.focus({ preventScroll: true });
+    });
   }
+  return svg;
 }
 
 /* Above its lane; where that is at the edge of a narrow page, beginning or ending there. */

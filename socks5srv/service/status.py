@@ -374,7 +374,7 @@ class HttpServer(HTTPServer):
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         try:
-            return super().get_request()        # type: ignore[no-any-return]
+            return super().get_request()
         except OSError:
             threading.Event().wait(0.1)         # out of descriptors: it stays in the backlog, and would wake us at once
             raise

@@ -8,7 +8,7 @@ import builtins
 import errno
 import os
 import sys
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
 import pytest
 from tests.clients.harness import need_module
@@ -175,6 +175,13 @@ def test_without_the_extra_it_says_what_to_install(watch: Start) -> None:
     assert page.ask("/healthz", Host=f"{LOCALHOST}:{page.port}")[1] == b"ok\n"
 
 
-def test_no_metric_is_made_of_a_name() -> None:
-    names: List[str] = sorted(CLOSED)
-    assert not {"user", "client", "host", "destination", "peer"} & set(names)
+def test_the_readme_has_every_metric_and_every_label(watch: Start) -> None:
+    from tests.test_readme import literals, section, table
+
+    rows = table("Metric", section("Status page"))
+    documented = {name[:-len("_total")] if name.endswith("_total") else name for names, _labels in rows for name in literals(names)}
+    assert documented == {name for name in families(watch()) if name.startswith("socks5srv_")}
+    labels = {label for _names, cell in rows for label in literals(cell)}
+    assert labels == {*CLOSED, "errno", "version", "python"}
+    (reasons,) = [cell.partition(": ")[2] for names, cell in rows if "handshake" in names]
+    assert set(reasons.split(", ")) == REASONS

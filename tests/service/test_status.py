@@ -10,8 +10,11 @@ import argparse
 import http.client
 import json
 import socket
+import subprocess
+import sys
+import time
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, List, Tuple
 
 import pytest
 from tests.conftest import LOCALHOST, TIMEOUT, Client, can_bind, eventually, exchange, needs_ipv6
@@ -19,6 +22,7 @@ from tests.service.conftest import Outcome, Service
 from tests.service.watched import Events, Watched
 
 from socks5srv.protocol import Address, Command, Credentials, Datagram, Greeting, Method, ReplyCode, Request
+from socks5srv.service import conversations
 from socks5srv.service import status as module
 from socks5srv.service.conversations import KEPT, STEPS
 from socks5srv.service.options import build_parser
@@ -404,7 +408,20 @@ def test_a_target_that_refuses_is_told(watch: Start, new_client: Any, refusing: 
     assert found["event"] == "failed"
 
 
-def test_only_the_last_conversations_are_kept_and_of_each_the_first_steps(watch: Start, new_client: Any) -> None:
+def test_of_many_that_come_at_once_some_are_only_counted(watch: Start, new_client: Any, echo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = watch()
+    monkeypatch.setattr(conversations, "A_SECOND", 2)
+    page.server.book.conversations.second = time.monotonic() + 1000
+    for _ in range(5):
+        new_client(page.server).connect(echo)
+    status = page.status()
+    assert [row["id"] for row in status["recent"]] == [2, 1]
+    assert [row["id"] for row in status["sessions"]] == [1, 2, 3, 4, 5]
+    assert status["counters"]["replies"]["succeeded"] == 5
+
+
+def test_only_the_last_conversations_are_kept_and_of_each_the_first_steps(watch: Start, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "A_SECOND", 1000)
     page = watch()
     for _ in range(KEPT + 3):
         new_client(page.server).close()
@@ -454,15 +471,39 @@ def test_clients_on_this_computer_may_look_at_it_through_the_proxy(watch: Start,
 @pytest.mark.parametrize("place", ["127.0.0.1", "localhost", "::ffff:127.0.0.1"])
 def test_clients_on_other_computers_may_not_whatever_else_they_may(watch: Start, new_client: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     page = watch(allow_local_targets=True)
-    monkeypatch.setattr(type(page.server), "is_here", lambda _self, host: False)
+    monkeypatch.setattr(type(page.server), "is_here", lambda *_: False)
     reply = new_client(page.server).ask(Command.CONNECT, Address.named(place, page.port))
     assert reply.code is ReplyCode.NOT_ALLOWED
 
 
 def test_nor_where_the_page_is_on_all_addresses(watch: Start, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     page = watch(host="0.0.0.0", others=True, allow_local_targets=True)
-    monkeypatch.setattr(type(page.server), "is_here", lambda _self, host: False)
+    monkeypatch.setattr(type(page.server), "is_here", lambda *_: False)
     assert new_client(page.server).ask(Command.CONNECT, (LOCALHOST, page.port)).code is ReplyCode.NOT_ALLOWED
+
+
+# --- what the README says of it ---
+
+def test_the_readme_has_every_name_of_the_json(watch: Start) -> None:
+    from tests.test_readme import literals, section, table
+
+    status = watch().status()
+    text = section("Status page")
+    rows = table("Name", text)
+    told = {name for row in rows for cell in row for name in literals(cell)}
+    assert {literals(name)[0] for name, _meaning in rows} <= set(status)
+    assert set(status) | set(status["counters"]) | set(status["rates"]) <= told
+
+
+def test_the_readme_has_every_path(watch: Start) -> None:
+    from tests.test_readme import literals, section, table
+
+    page = watch()
+    paths = [literals(path)[0] for path, _what in table("Path", section("Status page"))]
+    assert len(paths) == 7
+    for path in paths:
+        if path not in ("/events", "/conversations/ID.json"):
+            assert page.ask(path)[0].status == 200
 
 
 # --- the option ---
@@ -499,11 +540,15 @@ def test_the_first_line_says_where_the_page_is_and_it_is_there_until_the_end(sta
     service = start("--status", "0", "--log-format", "json")
     url = json.loads(service.wait_for("listening"))["status"]
     port = int(url.rstrip("/").rpartition(":")[2])
-    connection = http.client.HTTPConnection(LOCALHOST, port, timeout=TIMEOUT)
-    connection.request("GET", "/readyz")
-    answer = connection.getresponse()
-    assert (answer.status, answer.read()) == (200, b"ok\n")
-    connection.close()
+
+    def ready() -> bool:
+        connection = http.client.HTTPConnection(LOCALHOST, port, timeout=TIMEOUT)
+        connection.request("GET", "/readyz")
+        answer = connection.getresponse()
+        connection.close()
+        return answer.status == 200
+
+    eventually(ready)
     with Client(service.server_address) as client:
         client.greet()
         assert service.stop() == 0
@@ -520,10 +565,7 @@ def test_somebody_who_watches_does_not_keep_it_from_stopping(start: Callable[...
         assert service.stop() == 0
 
 
-def test_without_the_option_nothing_of_it_is_imported(run_command: Callable[..., Outcome]) -> None:
-    import subprocess
-    import sys
-
+def test_without_the_option_nothing_of_it_is_imported() -> None:
     program = (
         "import sys; from socks5srv.service import run; options = run.parse(['0']); server = run.listen(options, ['127.0.0.1']);"
         "server.server_close(); print([name for name in sys.modules if name.startswith(('http', 'prometheus'))"
@@ -556,7 +598,7 @@ def test_datagrams_are_counted_while_they_flow(watch: Start, new_client: Any) ->
         eventually(lambda: [row["up"] for row in page.status()["sessions"]] == [5])
 
 
-def test_the_password_is_nowhere(watch: Start, new_client: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_password_is_nowhere(watch: Start, new_client: Any) -> None:
     page = watch(users={"anna": "sesame"})
     for password in ("sesame", "wr0ng-w0rd"):
         client = new_client(page.server)

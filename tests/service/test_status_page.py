@@ -280,6 +280,8 @@ def test_it_fits_and_can_be_read(watch: Any, show: Show, echo: Any, new_client: 
     exchange(client)
     browser = show(page)
     browser.emulate(width, color_scheme=scheme, reduced_motion="reduce")
+    drawn = "const svg = document.querySelector('#diagram svg'); return svg && svg.viewBox.baseVal.width === svg.parentNode.clientWidth"
+    eventually(lambda: browser.script(drawn))       # it is drawn again where there is less room
     request_arrow(browser).click()
     assert browser.script("return document.documentElement.scrollWidth") <= width
     colors = browser.script("""
@@ -312,7 +314,7 @@ def test_a_screen_reader_finds_its_way(watch: Any, show: Show, echo: Any, new_cl
         ("table", "Live sessions"), ("columnheader", "Destination"), ("columnheader", "Up"),
     ]:
         assert (role, name) in found, (role, name)
-    assert [name for role, name in found if role == "heading"][0].startswith("socks5h://")
+    assert next(name for role, name in found if role == "heading").startswith("socks5h://")
     assert any(role in ("img", "image", "graphics-document") and name.startswith("Throughput") for role, name in found)
     buttons = [name for role, name in found if role in ("button", "togglebutton", "ToggleButton")]
     assert any(re.match(r"1, client to proxy: GREETING .*, after [0-9.]+ ms", name) for name in buttons)
