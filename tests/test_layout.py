@@ -184,6 +184,16 @@ def test_so_does_what_is_there_for_tests(tmp_path):
     assert python("-c", run, cwd=tmp_path) == "False\n"
 
 
+PAGE = "import pkgutil, {0}.service.status as s; print(sorted(len(pkgutil.get_data(s.__package__, name)) > 99 for name, _ in s.FILES.values()))"
+
+
+def test_the_files_of_the_status_page_go_with_it(tmp_path):
+    copy(tmp_path / "vendor" / "socks5srv")
+    assert python("-c", PAGE.format("vendor.socks5srv"), cwd=tmp_path) == f"{[True] * 4}\n"
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", str(tmp_path / "vendor"))
+    assert python("-c", PAGE.format("socks5srv"), cwd=tmp_path / "vendor" / "socks5srv" / "service", path=archive) == f"{[True] * 4}\n"
+
+
 def test_the_package_works_out_of_a_zip_file(tmp_path):
     """setup.cfg says so."""
     copy(tmp_path / "tree" / "socks5srv")

@@ -19,6 +19,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
+from functools import cached_property
 from typing import Any, Counter as CounterType, Dict, List, NamedTuple, Optional, Tuple, Type
 
 from ..outbound import is_own_address
@@ -31,6 +32,7 @@ from .conversations import Conversations, told
 from .run import ServiceServer
 
 SHOWN = 500             # sessions in a report at most: those that move most
+DESCRIPTORS = 40        # for the page and all who look at it: see status.py
 RATE_TIME = 0.9         # seconds between two looks that a rate is made of, at least
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)      # the upper bounds of a histogram
 
@@ -334,6 +336,12 @@ class WatchedServer(ServiceServer):
         if not welcome:
             self.book.count("clients", "turned_away")
         return welcome
+
+    @cached_property
+    def most_clients(self) -> float:
+        """As ever, but with room for those who look at the page: it has to be there when the proxy is full."""
+        most = super().most_clients
+        return most if self.max_clients is not None else max(1, most - DESCRIPTORS / 2)
 
     def is_status_page(self, address: Address) -> bool:
         page: Optional[Address] = getattr(self.options, "status_address", None)

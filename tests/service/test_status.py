@@ -26,7 +26,7 @@ from socks5srv.service import conversations
 from socks5srv.service import status as module
 from socks5srv.service.conversations import KEPT, STEPS
 from socks5srv.service.options import build_parser
-from socks5srv.service.run import status_address
+from socks5srv.service.run import ServiceHandler, ServiceServer, status_address
 from socks5srv.service.status import HEADERS, split_host
 
 Start = Callable[..., Watched]
@@ -352,6 +352,13 @@ def test_it_is_ready_until_it_is_full_or_stops(watch: Start, new_client: Any) ->
     answer, body = page.ask("/readyz")
     assert (answer.status, body) == (503, b"stopping\n")
     assert page.ask("/healthz")[0].status == 200
+
+
+def test_there_is_room_for_who_looks_when_the_proxy_is_full(watch: Start) -> None:
+    limit = watch().server.most_clients
+    with ServiceServer((LOCALHOST, 0), ServiceHandler) as other:
+        assert other.most_clients - limit >= (module.WATCHERS + module.REQUESTS) / 2 or limit == float("inf")
+    assert watch(max_clients=7).server.most_clients == 7
 
 
 # --- what is kept of conversations ---
