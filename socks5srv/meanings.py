@@ -119,9 +119,19 @@ def name_text(octets: bytes) -> str:
         return plain(repr(octets)[2:-1])
 
 
+def trimmed(text: str, most: int) -> str:
+    """Of what is too long the beginning and the end."""
+    return text if len(text) <= most else f"{text[:most - 20]}..{text[-18:]}"
+
+
+def brief(text: object) -> str:
+    """Like plain(), for names in a sentence."""
+    return trimmed(plain(str(text)), 80)
+
+
 def plain_sentence(text: str) -> str:
-    """Like plain(), but with its blanks."""
-    return plain(text).replace("\\x20", " ")
+    """A sentence that somebody else has made: like plain(), but with its blanks."""
+    return trimmed(plain(text).replace("\\x20", " "), 240)
 
 
 # --- what the octets of a box mean ---
@@ -250,6 +260,8 @@ def deviations(kind: Type[Message], parts: List[Part]) -> List[str]:
     for part in parts:
         if part.name in DEVIATIONS and part.whole:
             found += DEVIATIONS[part.name](kind, part.octets)
+            if found and part.name == "VER":        # some other layout: the other boxes mean nothing
+                return found
         if part.name.endswith(".ADDR") and part.whole and octets_in(parts, "ATYP")[0] == AddressType.DOMAINNAME:
             found += of_a_name(kind, part.octets[1:])
     return found
@@ -325,7 +337,7 @@ def of_a_name(kind: Type[Message], octets: bytes) -> List[str]:
     except Socks5Error:
         return [f"no host can have this name{refused}"]
     if Address(name, 0, AddressType.DOMAINNAME).literal is not None:
-        return [f"{plain(name)} is an IP address, and is sent as a name{' (accepted as the address)' if refused else ''}"]
+        return [f"{brief(name)} is an IP address, and is sent as a name{' (accepted as the address)' if refused else ''}"]
     return []
 
 
@@ -351,7 +363,7 @@ def of_selection(message: Any) -> str:
 
 
 def of_credentials(message: Any) -> str:
-    return f"I am {name_text(message.username) or 'nobody'}, here is my password."
+    return f"I am {trimmed(name_text(message.username), 80) or 'nobody'}, here is my password."
 
 
 def of_login_reply(message: Any) -> str:
@@ -359,7 +371,7 @@ def of_login_reply(message: Any) -> str:
 
 
 def of_request(message: Any) -> str:
-    host, port = plain(message.destination.host), message.destination.port
+    host, port = brief(message.destination.host), message.destination.port
     if message.command is Command.CONNECT:
         return f"Connect me to {host}, port {port}."
     if message.command is Command.BIND:
@@ -370,7 +382,7 @@ def of_request(message: Any) -> str:
 
 def of_reply(message: Any) -> str:
     if message.code == ReplyCode.SUCCEEDED:
-        return f"Done. My end is {plain(str(message.bound))}."
+        return f"Done. My end is {brief(message.bound)}."
     return REPLIES.get(message.code, "It did not work, for a reason that the RFC does not know.")
 
 
@@ -383,7 +395,7 @@ REPLIES: Dict[int, str] = {
 
 
 def of_datagram(message: Any) -> str:
-    return f"{counted(len(message.data), 'octet')}, to or from {plain(str(message.address))}."
+    return f"{counted(len(message.data), 'octet')}, to or from {brief(message.address)}."
 
 
 SENTENCES: Dict[Type[Message], Callable[[Any], str]] = {

@@ -9,6 +9,8 @@ from socks5srv.explain import Exhibit
 
 HEX = re.compile(r"((?:(?:[0-9a-f]{2}|\.\.) )*(?:[0-9a-f]{2}|\.\.))(?: {2,}|$)")
 
+ATOMIC = 4096       # octets that several processes can write to a pipe without mixing them up: POSIX asks for 512, Linux has these
+
 Cells = List[Tuple[str, Optional[bytes], bool]]     # name, octets (None: secret), and whether that is all of them
 
 
@@ -57,6 +59,7 @@ def check(exhibit: Exhibit) -> None:
     assert text.isascii()
     assert text.replace("\n", "").isprintable()
     assert all(len(line) <= 79 and line == line.rstrip() for line in text.split("\n")), text
+    assert len(text) < ATOMIC
     if not exhibit.fields:
         return
     check_cells(data, here(text), secret=None)

@@ -245,6 +245,10 @@ def test_deviations_are_marked(kind: Any, octets: str, deviation: str) -> None:
     assert f"! {deviation}" in broken(kind, bytes.fromhex(octets)).remarks
 
 
+def test_of_another_version_nothing_else_is_marked() -> None:
+    assert broken(Request, b"\x04\x09\x07").remarks == ["! VER is 04, RFC 1928 section 4 says 05 (refused with reply 01)"]
+
+
 def test_empty_names_and_passwords_are_marked() -> None:
     remarks = exhibit(Credentials(b"", b"")).remarks
     assert "! the user name is empty, RFC 1929 section 2 says 1 to 255 octets" in remarks

@@ -34,7 +34,8 @@ CORE = {
 BESIDE = {
     "client": {"protocol"},
     "check": {"protocol", "client"},
-    "explain": {"protocol", "session", "strangers"},
+    "meanings": {"protocol", "session"},
+    "explain": {"protocol", "strangers", "meanings"},
     "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
 }
 FRONT = {"__init__", "__main__"}

@@ -19,10 +19,12 @@ from typing import Any, Dict, List, Set, Tuple
 import pytest
 
 from socks5srv import Socks5Handler, Socks5Server, testing
-from socks5srv.protocol import Address, Command, ReplyCode
+from socks5srv.explain import exhibit
+from socks5srv.protocol import Address, AddressType, Command, ReplyCode, Request
 from socks5srv.service import run
 from socks5srv.service.banner import Tally, banner, listening
 from socks5srv.service.options import build_parser
+from socks5srv.service.reasons import about_request
 from socks5srv.session import Session
 from socks5srv.testing import faults
 
@@ -75,7 +77,7 @@ def test_every_server_command_is_one_that_the_parser_takes(monkeypatch: pytest.M
     monkeypatch.setenv("SOCKS5SRV_PASSWORD", "sesame")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "users").touch(0o600)
-    commands = [line for block in blocks("console") for line in block.splitlines() if line.startswith("$ python3 -m socks5srv")]
+    commands = [line for block in blocks("console") for line in block.splitlines() if line.split()[:4] == ["$", "python3", "-m", "socks5srv"]]
     assert len(commands) >= 2
     for command in commands:
         run.parse(command.split()[4:])
@@ -101,6 +103,15 @@ def test_the_terminal_session_shows_what_is_really_printed() -> None:
     tally.started -= 41
     lines = [re.sub(r"^(\^C)?\d\d:\d\d:\d\d ", "", line) for line in third.splitlines()]
     assert lines == [str(session), *str(tally).splitlines()]
+
+
+def test_the_table_of_a_message_is_the_one_that_is_printed() -> None:
+    (shown,) = blocks("text", section("Every message explained"))
+    request = Request(Command.CONNECT, Address("localhost", 8000, AddressType.DOMAINNAME))
+    found = exhibit(request)
+    found.session, found.number, found.at = 1, "3", 0.0006
+    found.remarks += about_request(request, by_name=False)
+    assert shown == f"{found}\n"
 
 
 # --- snippets ---

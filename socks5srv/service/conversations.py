@@ -50,7 +50,7 @@ class Conversation:
         if exhibit.fields:
             self.add(exhibit.sender, exhibit.receiver, label_of(exhibit), exhibit.at, kind="message", exhibit=cut(exhibit.as_dict()))
         else:
-            self.add("proxy", "proxy", " ".join([exhibit.title, *exhibit.remarks]), exhibit.at, kind="note")
+            self.add("proxy", "proxy", " ".join([exhibit.title, *exhibit.remarks]), exhibit.at, kind="note", title=exhibit.title)
 
     def summary(self) -> Dict[str, Any]:
         """A row of `recent` in /status.json."""

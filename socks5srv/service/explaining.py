@@ -25,7 +25,7 @@ from typing import Any, Dict, List, Optional, Sequence, Type, TypeVar, cast
 
 from ..datagrams import LOOK_UPS, Association
 from ..explain import Exhibit, broken, exhibit, stranger
-from ..meanings import KINDS, counted, plain, plain_sentence
+from ..meanings import KINDS, brief, counted, plain_sentence
 from ..outbound import UNDER_WAY, Route
 from ..protocol import (
     Address, AddressType, Command, CredentialsReply, Message, Method, MethodSelection, ProtocolError,
@@ -242,7 +242,7 @@ class Explaining(Socks5Handler):
     # --- the tunnel ---
 
     def relay(self, target: socket.socket) -> None:
-        ends = [plain(str(end)) for end in (self.session.client, end_of(target), self.session.peer) if end is not None]
+        ends = [brief(end) for end in (self.session.client, end_of(target), self.session.peer) if end is not None]
         self.note("TUNNEL OPEN", " == proxy == ".join([ends[0], " -> ".join(ends[1:])]))
         super().relay(target)
 
@@ -331,7 +331,7 @@ class WatchedRoute(Route):
     def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
         if kind != socket.SOCK_STREAM:
             return self.route.socket(address, kind)
-        attempt = Try(plain(str(address)))
+        attempt = Try(brief(address))
         self.tries.append(attempt)
         try:
             sock = self.route.socket(address, kind)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, ca
 
 from ..datagrams import REMEMBERED, Association, header_length
 from ..explain import Exhibit, broken, exhibit
-from ..meanings import counted, plain, plain_sentence
+from ..meanings import brief, counted, plain_sentence
 from ..protocol import Address, Datagram, Socks5Error
 from . import reasons
 
@@ -82,7 +82,7 @@ class OverheardAssociation(Association):
         outer, place = target
         if not isinstance(outer, socket.socket):
             return "It goes to the upstream's relay as it is."
-        return f"It goes to {plain(str(Address.of(place)))} without the header, from port {outer.getsockname()[1]}."
+        return f"It goes to {brief(Address.of(place))} without the header, from port {outer.getsockname()[1]}."
 
     def send_out(self, header: bytes, payload: memoryview) -> None:
         seen, self.pending = self.pending, None
@@ -124,7 +124,7 @@ class OverheardAssociation(Association):
     def resolved(self, header: bytes, addresses: List[Address], name: str) -> None:
         self.handler.judgements.clear()
         super().resolved(header, addresses, name)
-        words, at = [self.handler.look_ups.pop(name, f"{plain(name)} has been looked up"), self.fate_of(header)], time.monotonic()
+        words, at = [self.handler.look_ups.pop(name, f"{brief(name)} has been looked up"), self.fate_of(header)], time.monotonic()
         if self.teller.has_room():
             self.teller.put(lambda: (Exhibit("NAME LOOKED UP", remarks=words), "", at))
 
@@ -144,7 +144,7 @@ class OverheardAssociation(Association):
             found = exhibit(message, octets)
         except Socks5Error:
             return broken_with(octets, fate), number, at
-        place, amount = plain(str(message.address)), counted(len(message.data), "octet")
+        place, amount = brief(message.address), counted(len(message.data), "octet")
         if to_client:
             found.sender, found.receiver = "proxy", "client"
             found.remarks[-1] = f'"This is {amount} from {place}."'

@@ -10,7 +10,7 @@ import errno
 import os
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from ..meanings import counted, plain, plain_sentence
+from ..meanings import brief, counted, plain_sentence
 from ..protocol import Address, AddressType, Command, Method, ReplyCode, Request, Socks5Error
 
 
@@ -46,7 +46,7 @@ def about_method(method: int, wanted: Method, trusted: bool, trouble: Optional[S
 def about_login(user: Optional[str], trouble: Optional[Socks5Error]) -> List[str]:
     """`user` is who has been let in."""
     if user is not None:
-        return [f"Why: {plain(user)} is a user, and the password is right."]
+        return [f"Why: {brief(user)} is a user, and the password is right."]
     reason = plain_sentence(str(trouble or "its method says so"))
     same = " Both get the same answer, so that nobody finds out which names there are." if reason == WRONG else ""
     return [f"Why: {reason}.{same}"]
@@ -73,7 +73,7 @@ def about_look_up(host: str, found: Sequence[str], seconds: float, error: Option
         found = [f"failed: {plain_sentence(str(getattr(error, 'strerror', None) or error))}"]
     addresses = list(dict.fromkeys(map(plain_sentence, found)))
     rest = f" and {len(addresses) - 8} more" if len(addresses) > 8 else ""
-    return f"Lookup: {plain(host)} -> {', '.join(addresses[:8]) or 'no address'}{rest} ({seconds * 1000:.1f} ms)"
+    return f"Lookup: {brief(host)} -> {', '.join(addresses[:8]) or 'no address'}{rest} ({seconds * 1000:.1f} ms)"
 
 
 def about_rules(judgements: Sequence[Judgement]) -> List[str]:
@@ -86,7 +86,7 @@ def about_rules(judgements: Sequence[Judgement]) -> List[str]:
 
 
 def about_judgement(judgement: Judgement) -> str:
-    address = plain(str(judgement.address))
+    address = brief(judgement.address)
     if judgement.reason:
         return f"{address} refused ({plain_sentence(judgement.reason)})"
     return f"{address} allowed ({f'rule: {plain_sentence(judgement.rule)}' if judgement.rule else 'no rule forbids it'})"
@@ -113,7 +113,7 @@ def about_attempt(attempt: Attempt) -> str:
 
 def about_success(command: Optional[Command], bound: Address, first: bool, bind_timeout: float) -> List[str]:
     """What such a reply says, by command; BIND has two."""
-    place = plain(str(bound))
+    place = brief(bound)
     if command is Command.UDP_ASSOCIATE:
         return [f'"Send your datagrams to {place}, each with a header that says where to."',
                 "This relay lives as long as this TCP connection, which from now on says nothing."]

@@ -232,7 +232,7 @@ function showItem(item, summary) {
   say(what, `#${summary.id} ${summary.command || "handshake"} ${summary.command === "udp" ? "" : place(summary)}`);
   const text = outcome(summary) + (summary.user ? ` \u00b7 ${summary.user}` : "") + (summary.reason && summary.event !== "close" ? ` \u00b7 ${summary.reason}` : "");
   say(how, text);
-  how.className = summary.event === "open" || summary.event === "close" ? "" : "bad";
+  how.className = { open: "good", close: "" }[summary.event] ?? "bad";
   button.title = text;
   button.setAttribute("aria-current", String(summary.id === chosen));
 }
@@ -357,10 +357,11 @@ function drawArrow(group, step, y, lanes, width) {
 }
 
 function drawNote(group, step, y, lanes, width) {
-  const x = lanes.client - 12, wide = lanes.target - lanes.client + 24;
+  const x = lanes.client - 12, wide = lanes.target - lanes.client + 24, title = step.title || "";
+  const rest = title.endsWith("OPEN") ? "" : step.label.slice(title.length);     // its ends are those of the diagram
   group.append(
     draw("rect", { class: "band", x, y: y + 10, width: wide, height: 26, rx: 13 }),
-    draw("text", { x: x + wide / 2, y: y + 27, "text-anchor": "middle", "data-room": wide - 20 }, draw("tspan", {}, step.label)));
+    draw("text", { x: x + wide / 2, y: y + 27, "text-anchor": "middle", "data-room": wide - 20 }, draw("tspan", { class: "name" }, title), draw("tspan", {}, rest)));
 }
 
 const after = (seconds) => (seconds < 10 ? `+${(seconds * 1000).toFixed(1)} ms` : `+${duration(seconds)}`);
