@@ -229,8 +229,8 @@ function newItem(id) {
 
 function showItem(item, summary) {
   const button = item.firstChild, [what, how] = button.children;
-  say(what, `#${summary.id} ${summary.command || "handshake"} ${summary.command === "udp" ? "" : place(summary)}`);
-  const text = outcome(summary) + (summary.user ? ` \u00b7 ${summary.user}` : "") + (summary.reason && summary.event !== "close" ? ` \u00b7 ${summary.reason}` : "");
+  say(what, `#${summary.id} ${summary.command === "udp" ? "datagrams" : place(summary) || "no request"}`);
+  const text = (summary.command ? `${summary.command} \u00b7 ` : "") + outcome(summary) + (summary.user ? ` \u00b7 ${summary.user}` : "") + (summary.reason && summary.event !== "close" ? ` \u00b7 ${summary.reason}` : "");
   say(how, text);
   how.className = { open: "good", close: "" }[summary.event] ?? "bad";
   button.title = text;
@@ -285,7 +285,7 @@ function showDiagram() {
   const height = HEAD + Math.max(1, steps.length) * ROW + 10;
   fill(svg, { viewBox: `0 0 ${width} ${height}`, height, "aria-label": `Conversation ${loaded.id} in ${steps.length} steps` }, []);
   svg.querySelectorAll(".lane").forEach((lane) => lane.setAttribute("y2", height));
-  const places = [loaded.client, "", loaded.peer || place(loaded)];
+  const places = [loaded.client, "", loaded.command === "udp" ? "any" : loaded.peer || place(loaded)];
   svg.querySelectorAll(".where").forEach((text, index) => say(text, clip(places[index], drawn.gutter ? 24 : 21)));
   for (let index = svg.querySelectorAll("[data-step]").length; index < steps.length; index++) {
     const step = drawStep(steps[index], index, drawn.lanes, width, drawn.gutter);
@@ -435,8 +435,14 @@ function cell(field) {
 function fieldTable(exhibit) {
   const rows = exhibit.fields.flatMap((field) => field.meanings.map((meaning, index) => make("tr", index ? { class: "more" } : {},
     index ? make("td") : make("th", { scope: "row" }, field.name),
-    make("td", { class: "octets" }, clip(spaced(meaning.octets || ""), 95)), make("td", {}, meaning.text))));
+    make("td", { class: "octets" }, byFours(meaning.octets || "")), make("td", {}, meaning.text))));
   return make("table", { class: "fields", "aria-label": "Its fields" }, make("tbody", {}, ...rows));
+}
+
+/* Four octets in a line, in eight lines at most. */
+function byFours(hex) {
+  const lines = (hex.match(/.{1,8}/g) || []).map(spaced);
+  return lines.slice(0, 8).join("\n") + (lines.length > 8 ? " .." : "");
 }
 
 function remark(text) {
