@@ -21,6 +21,8 @@ from .session import shown
 
 Meaning = Tuple[bytes, str]
 
+SOME = 12           # methods that are named; hardly a client offers more than three
+
 
 class Kind(NamedTuple):
     """What is the same in all messages of a class: the RFC's picture, and who says it."""
@@ -173,7 +175,9 @@ def of_nmethods(octets: bytes) -> List[Meaning]:
 
 
 def of_methods(octets: bytes) -> List[Meaning]:
-    return [(octets[i:i + 1], method_words(octets[i])) for i in range(len(octets))] or one(b"", "none")
+    found = [(octets[i:i + 1], method_words(octets[i])) for i in range(min(len(octets), SOME))]
+    rest = octets[SOME:]
+    return found + one(rest, f"and {len(rest)} more") * bool(rest) or one(b"", "none")
 
 
 def of_method(octets: bytes) -> List[Meaning]:

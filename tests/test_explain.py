@@ -210,6 +210,12 @@ def test_a_long_name_is_shortened_where_there_is_no_room_for_it() -> None:
     assert "               61 2d 6e .. 2e  a-name-of-32-octets.example.com.\n" in text
 
 
+def test_of_many_methods_some_are_named() -> None:
+    found = exhibit(Greeting(bytes(range(255))))
+    tables.check(found)
+    assert "and 243 more" in str(found)
+
+
 def test_what_is_not_kept_of_a_datagram_is_counted() -> None:
     found = exhibit(Datagram(name("example.com"), bytes(1000)))
     assert found.length == len(bytes(Datagram(name("example.com"), bytes(1000))))

@@ -114,6 +114,13 @@ def test_the_table_of_a_message_is_the_one_that_is_printed() -> None:
     assert shown == f"{found}\n"
 
 
+def test_the_names_in_the_json_of_a_message_are_told() -> None:
+    told = set(literals(section("JSON log").partition("With ``--explain``")[2]))
+    found = exhibit(Request(Command.CONNECT, Address("localhost", 8000, AddressType.DOMAINNAME))).as_dict()
+    (row, *_others) = found["fields"]
+    assert {*found, *row, *row["meanings"][0]} <= told
+
+
 # --- snippets ---
 
 @pytest.mark.parametrize(("number", "passed"), [(0, "1 passed"), (1, "1 passed"), (2, "9 passed")])

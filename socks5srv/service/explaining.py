@@ -77,13 +77,13 @@ class Explaining(Socks5Handler):
         Called for each message in its order on the wire, in the conversation's own thread; for datagrams in
         another, but never in the relay thread.  For the end of a tunnel it is the one of session_ended().
         """
-        logger.info("%s", exhibit.title, extra={"exhibit": exhibit})
+        logger.info("%s\n", exhibit, extra={"exhibit": exhibit})
 
     def show_now(self, exhibit: Exhibit, number: str = "", at: Optional[float] = None) -> None:
         """Show it as the next message of this session, or with a `number` and a time of its own."""
         exhibit.session = self.session.id
         exhibit.at = (time.monotonic() if at is None else at) - self.session.clock
-        if exhibit.fields:
+        if exhibit.fields or number:
             exhibit.number = number or str(next(self.numbers))
         self.show(exhibit)
 
@@ -237,6 +237,7 @@ class Explaining(Socks5Handler):
             found.remarks.append(f"Why: {plain_sentence(str(self.trouble))}." if self.trouble is not None else "Why: a bug, which the log tells of.")
         found.remarks += self.take_findings()
         if message.code != ReplyCode.SUCCEEDED:
+            found.remarks.append("BND.ADDR and BND.PORT say nothing then, but clients wait for them.")
             found.remarks += reasons.what_clients_print(message.code)
 
     # --- the tunnel ---

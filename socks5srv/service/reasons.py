@@ -35,7 +35,7 @@ class Attempt(NamedTuple):
 
 def about_method(method: int, wanted: Method, trusted: bool, trouble: Optional[Socks5Error]) -> List[str]:
     if method == Method.NO_ACCEPTABLE_METHODS:
-        return [f"Why: this proxy wanted {wanted:02x}, which METHODS has not got: {plain_sentence(str(trouble))}."]
+        return [f"Why: this proxy wanted {wanted:02x}, which METHODS has not got: {plain_sentence(str(trouble))}.", *NO_METHOD]
     if method == Method.NO_AUTHENTICATION_REQUIRED:
         who = "clients of this network need no login" if trusted else "this proxy has no users, so it asks nobody for a login"
         return [f"Why: {who}."]
@@ -49,7 +49,7 @@ def about_login(user: Optional[str], trouble: Optional[Socks5Error]) -> List[str
         return [f"Why: {brief(user)} is a user, and the password is right."]
     reason = plain_sentence(str(trouble or "its method says so"))
     same = " Both get the same answer, so that nobody finds out which names there are." if reason == WRONG else ""
-    return [f"Why: {reason}.{same}"]
+    return [f"Why: {reason}.{same}", *NO_LOGIN]
 
 
 WRONG = "wrong name or password"
@@ -151,13 +151,25 @@ def what_clients_print(code: int) -> List[str]:
     if code not in CLIENTS:
         return []
     pysocks, python_socks, httpx = CLIENTS[code]
-    return [
-        "What clients print:",
-        f"curl: Can't complete SOCKS5 connection to ... ({code:d})",
-        f"PySocks: 0x{code:02x}: {pysocks}",
-        f"python-socks: {python_socks}",
-        f"httpx: Proxy Server could not connect: {httpx}.",
-    ]
+    return printed(
+        f"Can't complete SOCKS5 connection to ... ({code:d})", f"0x{code:02x}: {pysocks}", python_socks,
+        f"Proxy Server could not connect: {httpx}.",
+    )
+
+
+def printed(curl: str, pysocks: str, python_socks: str, httpx: str) -> List[str]:
+    return ["What clients print:", f"curl: {curl}", f"PySocks: {pysocks}", f"python-socks: {python_socks}", f"httpx: {httpx}"]
+
+
+NO_METHOD = printed(
+    "No authentication method was acceptable.", "All offered SOCKS5 authentication methods were rejected",
+    "No acceptable authentication methods were offered",
+    "Requested NO AUTHENTICATION REQUIRED from proxy server, but got NO ACCEPTABLE METHODS.",
+)
+NO_LOGIN = printed(
+    "User was rejected by the SOCKS5 server (1 1).", "SOCKS5 authentication failed", "Username and password authentication failure",
+    "Invalid username/password",
+)
 
 
 def about_datagrams_left_out(number: int) -> str:

@@ -413,6 +413,36 @@ def test_the_phrases_of_the_clients_are_those_that_they_have() -> None:
         assert httpx == REPLY_CODES[bytes((code,))]
 
 
+# In a process of its own: HTTPX leaves its socket to the garbage collector.
+ASK_WITHOUT_SUCCESS = """
+import sys
+import httpx, python_socks.sync, socks
+host, port, *login = sys.argv[1:]
+url = f"socks5://{':'.join(login)}{'@' * bool(login)}{host}:{port}"
+client = socks.socksocket()
+client.set_proxy(socks.SOCKS5, host, int(port), True, *login)
+for who, ask in (
+    ("PySocks", lambda: client.connect(("localhost", 1))),
+    ("python-socks", lambda: python_socks.sync.Proxy.from_url(url).connect("localhost", 1)),
+    ("httpx", lambda: httpx.get("http://localhost:1/", proxy=url)),
+):
+    try:
+        ask()
+    except Exception as error:
+        print(f"{who}: {error}".replace("Socket error: ", ""))
+"""
+
+
+@pytest.mark.parametrize(("login", "told"), [(("anna", "wrong"), reasons.NO_LOGIN), ((), reasons.NO_METHOD)])
+def test_and_those_for_a_login_are_what_they_print(start_server: Any, login: Tuple[str, ...], told: List[str]) -> None:
+    for module in ("socks", "python_socks.sync", "httpx"):
+        pytest.importorskip(module)
+    host, port = start_server(users={"anna": "sesame"}).server_address
+    words = [sys.executable, "-c", ASK_WITHOUT_SUCCESS, host, str(port), *login]
+    done = subprocess.run(words, env=environment(), capture_output=True, timeout=TIMEOUT, text=True, check=True)
+    assert done.stdout.splitlines() == told[2:]
+
+
 # --- tunnels ---
 
 def test_the_ends_of_a_tunnel_and_how_it_ended(explain: Any, heard: Any, start_echo: Any) -> None:
