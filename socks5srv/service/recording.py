@@ -32,16 +32,16 @@ class Recording(Counting, Explaining):
         if self.server.options.explain:
             super().show(exhibit)
 
-    def tell(self, sender: str, receiver: str, label: str) -> None:
+    def tell(self, sender: str, receiver: str, label: str, failed: bool = False) -> None:
         if self.conversation is not None:
-            self.conversation.add(sender, receiver, label)
+            self.conversation.add(sender, receiver, label, failed=failed)
 
     def resolve(self, host: str) -> Sequence[str]:
         self.tell("proxy", "target", f"look up {shown(host)}")
         try:
             found: Sequence[str] = super().resolve(host)
         except (OSError, UnicodeError) as error:
-            self.tell("target", "proxy", f"no address: {getattr(error, 'strerror', None) or error}")
+            self.tell("target", "proxy", f"no address: {getattr(error, 'strerror', None) or error}", failed=True)
             raise
         self.tell("target", "proxy", f"{shown(host)} is {', '.join(found)}")
         return found
@@ -50,7 +50,7 @@ class Recording(Counting, Explaining):
         try:
             target = super().connect(request)
         except (RequestFailed, OSError) as error:
-            self.tell("proxy", "target", f"not connected: {error}")
+            self.tell("proxy", "target", f"not connected: {error}", failed=True)
             raise
         self.tell("proxy", "target", f"connected to {self.session.peer}")
         return target

@@ -332,7 +332,7 @@ function fit(text) {
 
 function drawStep(step, index, lanes, width, gutter) {
   const y = HEAD + index * ROW, group = draw("g", {
-    role: "button", tabindex: 0, "data-step": index, "aria-pressed": String(index === opened), "aria-label": aloud(step, index),
+    role: "button", tabindex: 0, "data-step": index, "aria-controls": "detail", "aria-pressed": String(index === opened), "aria-label": aloud(step, index),
     class: `${step.kind} ${isBad(step) ? "bad" : ""}`,
   }, draw("title", {}, step.label), draw("rect", { class: "hit", x: 1, y: y + 1, width: width - 2, height: ROW - 3, rx: 6 }));
   if (step.kind === "note") drawNote(group, step, y, lanes, width);
@@ -372,7 +372,7 @@ function aloud(step, index) {
 }
 
 function isBad(step) {
-  if (step.kind !== "message") return step.label.startsWith("no");
+  if (step.kind !== "message") return Boolean(step.failed);
   return step.exhibit.fields.some((field) => ["REP", "STATUS"].includes(field.name) && field.octets && field.octets !== "00"
     || field.name === "METHOD" && field.octets === "ff");
 }

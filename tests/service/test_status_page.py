@@ -182,6 +182,22 @@ def test_a_click_on_an_arrow_shows_the_fields_of_its_message(watch: Any, show: S
     assert browser.find("[data-step][aria-pressed=true]").get_attribute("aria-label") == request_arrow(browser).get_attribute("aria-label")
 
 
+def test_a_conversation_that_is_chosen_stays_while_others_come(watch: Any, show: Show, echo: Any, new_client: Any, refusing: Any) -> None:
+    page = watch()
+    new_client(page.server).ask(Command.CONNECT, refusing())
+    talk(page, new_client, echo)
+    browser = show(page)
+    eventually(lambda: browser.texts("nav strong") == [f"#2 127.0.0.1:{echo[1]}", browser.texts("nav strong")[-1]])
+    browser.find("nav li:last-child button").click()
+    eventually(lambda: [label for label in labels(browser) if "REPLY connection refused" in label])
+    talk(page, new_client, echo)
+    eventually(lambda: len(browser.texts("nav li")) == 3)
+    assert browser.script("return [...document.querySelectorAll('nav [aria-current=true]')].map((e) => e.parentNode.dataset.id)") == ["1"]
+    assert browser.find("#diagram svg").get_attribute("aria-label").startswith("Conversation 1 in ")
+    assert browser.texts("nav small")[-1].startswith("connect · failed (reply 05)")
+    assert [text.partition(" ")[0] for text in browser.texts("#diagram .bad .label")] == ["not", "REPLY"]
+
+
 def test_the_keyboard_does_as_well(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
     page = watch()
     talk(page, new_client, echo)
