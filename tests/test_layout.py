@@ -40,7 +40,7 @@ BESIDE = {
     "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
 }
 FRONT = {"__init__", "__main__"}
-PLUGINS = {"pytest_plugin": {"pytest"}}     # only pytest imports it
+PLUGINS = {"pytest_plugin": {"pytest"}, "metrics": {"prometheus_client"}}      # what is imported only where that is there
 A_PROGRAMS_BUSINESS = {"argparse", "signal", "getpass", "sys", "subprocess", "atexit", "json"}
 
 modules = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -190,6 +190,16 @@ def test_so_does_what_is_there_for_tests(tmp_path):
     copy(tmp_path / "vendor" / "socks5srv")
     run = "from vendor.socks5srv.testing import start, faults, targets; start().stop(); import sys; print('socks5srv' in sys.modules)"
     assert python("-c", run, cwd=tmp_path) == "False\n"
+
+
+PAGE = "import pkgutil, {0}.service.status as s; print(sorted(len(pkgutil.get_data(s.__package__, name)) > 99 for name, _ in s.FILES.values()))"
+
+
+def test_the_files_of_the_status_page_go_with_it(tmp_path):
+    copy(tmp_path / "vendor" / "socks5srv")
+    assert python("-c", PAGE.format("vendor.socks5srv"), cwd=tmp_path) == f"{[True] * 4}\n"
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", str(tmp_path / "vendor"))
+    assert python("-c", PAGE.format("socks5srv"), cwd=tmp_path / "vendor" / "socks5srv" / "service", path=archive) == f"{[True] * 4}\n"
 
 
 def test_the_package_works_out_of_a_zip_file(tmp_path):

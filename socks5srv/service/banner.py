@@ -15,8 +15,8 @@ from ..protocol import Address
 from ..session import COMMAND_WORDS, Session, amount, shown
 
 
-def banner(addresses: List[Address], users: Optional[Sized], keys: bool = True) -> str:
-    """The lines to paste, for a server that listens on these addresses, and on the keyboard."""
+def banner(addresses: List[Address], users: Optional[Sized], keys: bool = True, status: Optional[str] = None) -> str:
+    """The lines to paste, for a server that listens on these addresses, and on the keyboard; `status` is its page's URL."""
     login = f"login required ({counted(len(users), 'user')})" if users is not None else "no password"
     whom = "this computer only" if all(is_loopback(address.host) for address in addresses) else "other computers, too"
     reachable = reachable_address(addresses[0])
@@ -26,6 +26,7 @@ def banner(addresses: List[Address], users: Optional[Sized], keys: bool = True) 
         f"socks5srv {__version__}  serving {whom}, {login}",
         *(f"listening on     {address}" for address in addresses if len(addresses) > 1),
         f"proxy address:   {url}",
+        *([f"status page:     {status}"] if status is not None else []),
         "",
         f"  try it     curl -x {url} example.com",
         f"  a shell    export ALL_PROXY={url}",

@@ -138,6 +138,9 @@ def build_parser() -> Parser:
     see.add_argument("--log-format", choices=("text", "json"), default="text", help="one line a client, for people or for programs (default: text)")
     see.add_argument("--log-file", metavar="FILE", help="append log lines to FILE instead")
     see.add_argument("--pcap", metavar="FILE", help="record everything as packets, for Wireshark; passwords, too. - is standard output")
+    see.add_argument("--status", type=listen_address, metavar="[ADDRESS:]PORT",
+                     help="a web page of what goes on, on this address; also /status.json, /metrics, /healthz, /readyz (PORT alone: on 127.0.0.1; 0: a free one)")
+    see.add_argument("--status-open", action="store_true", help="let other computers see that page: who uses the proxy, and for what")
     see.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: auto; obeys NO_COLOR")
 
     other = parser.add_argument_group("help and setup")
@@ -167,6 +170,7 @@ def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
     options.port = next(number for number in (port, options.port, default) if number is not None)
     options.bind = ([host] if host else []) + options.bind or [DEFAULT_ADDRESS]
     options.users = users(parser, options)
+    options.status_address = options.status_url = None      # till it is there
     return options
 
 

@@ -17,7 +17,7 @@ import socket
 import sys
 import tempfile
 from collections import deque
-from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type, cast
 
 from ..client import Proxy
 from ..outbound import Route, is_own_address, look_up
@@ -27,7 +27,7 @@ from ..upstream import UpstreamHandler
 from . import log
 from .banner import Tally, banner, is_loopback, listening
 from .cores import OneCore
-from .options import complain, parse, print_hash, settings
+from .options import DEFAULT_ADDRESS, complain, parse, print_hash, settings
 from .program import Contacts, run_program
 from .selftest import self_test
 
@@ -52,7 +52,6 @@ class ServiceServer(Socks5Server):
         self.core = OneCore()
         self.newest = 0             # the id of the last client, which is also how many there were
         self.calls: Deque[Callable[[], None]] = deque()     # for the thread of serve_forever()
-        self.unexplained: Optional[Type[ServiceHandler]] = None     # the handler class without --explain
         super().__init__(*arguments, **keywords)
 
     def begin(self, handler: Socks5Handler) -> None:
@@ -79,12 +78,9 @@ class ServiceServer(Socks5Server):
 
     def explain(self, on: bool) -> None:
         """Explain every message of new clients, or no longer."""
-        from .explaining import explained
-
-        if self.unexplained is None:
-            self.unexplained = handler_class(argparse.Namespace(**{**vars(self.options), "explain": False}))
         self.options.explain = on
-        self.RequestHandlerClass = explained(self.unexplained) if on else self.unexplained
+        if self.options.status is None:         # with it, the handler looks at the option
+            self.RequestHandlerClass = handler_class(self.options)
 
     def get_ready(self) -> bool:
         """Before serve_forever(), whatever it takes to serve; False if a signal says to stop meanwhile."""
@@ -111,7 +107,11 @@ def handler_class(options: argparse.Namespace) -> Type[ServiceHandler]:
         from .wiretap import overheard          # which only those import who use it
 
         handler = overheard(handler)
-    if options.explain:
+    if options.status is not None:
+        from .remembering import remembering    # which explains to the page, and to the log if that is asked for
+
+        handler = remembering(handler)
+    elif options.explain:
         from .explaining import explained
 
         handler = explained(handler)
@@ -133,7 +133,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         check_source(options)
         set_up_log(options)
         raise_descriptor_limit()
-        with listen(options, addresses) as server:
+        with listen(options, addresses) as server, status_page(server, options):
             start_recording(server, options)
             return serve(server, options) if options.run is None else serve_program(server, options)
     except CannotStart as error:
@@ -147,14 +147,19 @@ def listen_addresses(options: argparse.Namespace) -> List[str]:
     """The IP addresses to listen on, for addresses and names."""
     found: List[str] = []
     for host in options.bind:
-        try:
-            rows = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            raise CannotStart(f"{host!r} is no address to listen on", "try  -b 127.0.0.1") from None
-        found += sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
+        found += resolved(host, "-b 127.0.0.1")
     if "::" in found and socket.has_dualstack_ipv6():
         found = [address for address in found if address != "0.0.0.0"]      # which is served by it
     return list(dict.fromkeys(found))
+
+
+def resolved(host: str, way_out: str) -> List[str]:
+    """The IP addresses of a host to listen on, at least one."""
+    try:
+        rows = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise CannotStart(f"{host!r} is no address to listen on", f"try  {way_out}") from None
+    return sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
 
 
 def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None:
@@ -231,15 +236,54 @@ def listen(options: argparse.Namespace, addresses: List[str]) -> ServiceServer:
 
 
 def server_class(options: argparse.Namespace) -> Type[ServiceServer]:
+    """The server for these options; what few need is imported for them only."""
+    server: Type[ServiceServer] = ServiceServer
     if options.workers > 1:
-        from .workers import Workers        # which costs a while to import, and few need it
+        from .workers import Workers
 
-        return Workers
+        server = Workers
     if options.pcap is not None:
         from .wiretap import OverheardServer
 
-        return type("OverheardServiceServer", (OverheardServer, ServiceServer), {})
-    return ServiceServer
+        server = type("OverheardServiceServer", (OverheardServer, server), {})
+    if options.status is not None and options.workers > 1:
+        from .gathering import WatchedWorkers
+
+        server = WatchedWorkers
+    elif options.status is not None:
+        from .figures import watched
+
+        server = watched(server)
+    return server
+
+
+@contextlib.contextmanager
+def status_page(server: ServiceServer, options: argparse.Namespace) -> Iterator[None]:
+    """While serving, and until all has ended, the page of --status."""
+    if options.status is None:
+        yield
+        return
+    from .status import StatusPage
+
+    address = status_address(options)
+    with in_words(address.host, address.port):
+        page = StatusPage(cast(Any, server), address, options.status_open)
+    options.status_address, options.status_url = page.address, page.url
+    with page:
+        yield
+
+
+def status_address(options: argparse.Namespace) -> Address:
+    """Where the page is to be, which is not for other computers unless they are let in."""
+    host, port = options.status
+    (found, *_others) = resolved(host or DEFAULT_ADDRESS, "--status 127.0.0.1:9180")
+    if not is_loopback(found) and not options.status_open:
+        raise CannotStart(
+            f"--status {Address.numeric(found, port)} would show other computers who uses this proxy, and for what",
+            f"for this computer only:  --status {port}",
+            "for everybody who can reach it, on purpose:  --status-open", code=2,
+        )
+    return Address.numeric(found, port)
 
 
 def configure(server: ServiceServer, options: argparse.Namespace) -> None:
@@ -325,13 +369,16 @@ def at_keyboard() -> bool:
 
 
 def greet(server: ServiceServer, options: argparse.Namespace, addresses: List[Address]) -> None:
-    facts = listening(addresses, server.users, server.commands)
+    facts, page = listening(addresses, server.users, server.commands), options.status_url
+    if page is not None:
+        facts["status"] = page
     if sys.stderr.isatty() and options.log_format == "text" and not options.quiet:
-        print(banner(addresses, server.users, at_keyboard()), file=sys.stderr, flush=True)
+        print(banner(addresses, server.users, at_keyboard(), page), file=sys.stderr, flush=True)
         if not options.log_file:
             return
     logger.info(
-        "listening %s auth=%s commands=%s pid=%d", " ".join(facts["urls"]), facts["auth"], ",".join(facts["commands"]), facts["pid"],
+        "listening %s auth=%s commands=%s pid=%d%s", " ".join(facts["urls"]), facts["auth"], ",".join(facts["commands"]), facts["pid"],
+        f" status={page}" * (page is not None),
         extra={"event": "listening", "facts": facts},
     )
 

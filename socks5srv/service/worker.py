@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, Type, cast
 
 from ..listener import Listener
 from ..protocol import Address
@@ -441,9 +441,17 @@ def hear_orders(line: Line) -> Orders:
 def prepare(line: Line, orders: Orders) -> WorkerServer:
     keep_to_one_cpu(orders.number, orders.workers)
     log.set_up(orders.options)
-    server = WorkerServer(line, orders)
+    server = worker_class(orders.options)(line, orders)
     configure(server, orders.options)
     return server
+
+
+def worker_class(options: argparse.Namespace) -> Type[WorkerServer]:
+    if options.status is None:
+        return WorkerServer
+    from .gathering import WatchedWorker
+
+    return WatchedWorker
 
 
 def keep_to_one_cpu(number: int, workers: int) -> None:

@@ -244,3 +244,12 @@ def expect_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return captured.err[len("socks5srv: error: "):-len("\n  see  socks5srv --help\n")]
 
     return expect
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Start a server in this process with a status page: ``watch(users=, others=, **attributes)``; see watched.py."""
+    from tests.service.watched import watching
+
+    with watching(monkeypatch) as start:
+        yield start
