@@ -4,6 +4,7 @@ The promises of SECURITY.rst, one test for each, under the same name.
 
 from __future__ import annotations
 
+import http.client
 import random
 import re
 import subprocess
@@ -236,3 +237,20 @@ def test_names_from_the_wire_cannot_forge_a_log_line(text: str) -> None:
     assert str(session).split(" ")[3] == "connect"
 
 
+def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer() -> None:
+    words = [sys.executable, "-m", "socks5srv", "--status"]
+    done = subprocess.run([*words, "0.0.0.0:0", "0"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, "Traceback" in done.stderr, "--status-open" in done.stderr) == (2, False, True)
+    with subprocess.Popen([*words, "0", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as service:
+        try:
+            url = re.search(r"status=http://([^ /]+)/", service.stderr.readline())[1]       # type: ignore[union-attr,index]
+            for method, host, status in [
+                ("GET", url, 200), ("POST", url, 405), ("DELETE", url, 405), ("GET", "rebound.example", 421),
+            ]:
+                page = http.client.HTTPConnection(url, timeout=10)
+                page.request(method, "/status.json", headers={"Host": host})
+                with page.getresponse() as answer:
+                    assert answer.status == status, (method, host)
+                page.close()
+        finally:
+            service.terminate()
