@@ -24,11 +24,11 @@ from typing import Any, Counter as CounterType, Dict, List, NamedTuple, Optional
 
 from ..outbound import is_own_address
 from ..protocol import Address, Command, LoginFailed, NoAcceptableMethod, Request, RequestFailed, Socks5Error
-from ..relay import Tunnel
 from ..server import Socks5Handler
 from ..session import COMMAND_WORDS
 from ..strangers import HTTP, Stranger
 from .conversations import Conversations, told
+from .keys import octets_moved
 from .run import ServiceServer
 
 SHOWN = 500             # sessions in a report at most: those that move most
@@ -151,7 +151,7 @@ class Book:
         with self.lock:
             handlers = list(self.live.values())
             figures = self.figures.copy()
-            each = {handler.session.id: octets_of(handler) for handler in handlers}
+            each = {handler.session.id: octets_moved(handler) for handler in handlers}
             figures.up += sum(up for up, _down in each.values())
             figures.down += sum(down for _up, down in each.values())
             self.look(each, (figures.up, figures.down))
@@ -170,19 +170,6 @@ class Book:
         self.rates = rate(self.seen, total, seconds)
         self.rates_each = {id: rate(self.seen_each.get(id, (0, 0)), octets, seconds) for id, octets in each.items()}
         self.seen, self.seen_each, self.looked_at = total, each, now
-
-
-def octets_of(handler: Socks5Handler) -> Octets:
-    """
-    What a session has moved so far.
-
-    A tunnel hands its sums to the session when it ends: until then the one is zero, and then
-    both are the same, so there is no moment at which the larger one is wrong.
-    """
-    session, carried = handler.session, handler.carried
-    if isinstance(carried, Tunnel):
-        return max(session.up, carried.up.octets), max(session.down, carried.down.octets)
-    return session.up, session.down
 
 
 def rate(before: Octets, now: Octets, seconds: float) -> Tuple[float, float]:

@@ -116,10 +116,15 @@ def row(handler: Socks5Handler) -> Tuple[str, ...]:
 
 
 def octets_moved(handler: Socks5Handler) -> Tuple[int, int]:
-    """Octets of payload up and down by now: a tunnel adds its own to the session only when it has ended."""
-    session, tunnel = handler.session, handler.carried
-    if isinstance(tunnel, Tunnel) and tunnel.ended is not None:
-        return session.up + tunnel.up.octets, session.down + tunnel.down.octets
+    """
+    Octets of payload, up and down, by now.
+
+    A tunnel hands its sums to the session when it ends: until then the one is zero, and then
+    both are the same, so there is no moment at which the larger one is wrong.
+    """
+    session, carried = handler.session, handler.carried
+    if isinstance(carried, Tunnel):
+        return max(session.up, carried.up.octets), max(session.down, carried.down.octets)
     return session.up, session.down
 
 
