@@ -1,8 +1,8 @@
 """
 Lab 9.  A chain of two proxies: who learns what, and what happens when a chain is a circle.
 
-Goal: to see what each hop of a chain sees.  A proxy that goes out through another one is a server to its client, and a
-client to the other one, which is called its upstream.
+Goal: to see what each hop of a chain (each proxy on the way) sees.  A proxy that goes out through another one is a server
+to its client, and a client to the other one, which is called its upstream.
 
     client ------> proxy A ------> proxy B ------> target, "db.internal", a name that only B knows
 

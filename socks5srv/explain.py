@@ -358,8 +358,8 @@ USAGE = """\
 usage: python -m socks5srv.explain HEX...
 
 Shows what these octets are as messages of SOCKS5: 050100, 05:01:00, 05 01 00 and
-0x050100 are the same.  With - they are read from standard input.  Passwords are
-not shown.
+0x050100 are the same.  With - they are read from standard input.  Messages in a row
+must be those of one side, client or proxy.  Passwords are not shown.
 """
 NO_HEX = "this is no hexadecimal: two digits of 0-9a-f for each octet, as in 050100"
 
