@@ -816,6 +816,17 @@ def test_nothing_is_noted_after_the_end(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == pcap.FILE_HEADER
 
 
+def test_a_reader_that_does_not_read_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording(pcap.open_file(str(tmp_path / "file")))
+    waits: List[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(recording.thread, "join", waits.append)
+        recording.close()       # by who serves,
+        recording.close()       # and when the server is left
+    recording.thread.join()
+    assert waits == [pcap.PATIENCE, 0]
+
+
 def test_a_bug_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recording = Recording(pcap.open_file(str(tmp_path / "file")))
     recording.note(lambda: [bytes(1 // 0)])
