@@ -40,6 +40,7 @@ CELL = 6            # octets in a box at most; of more, the first three and the 
 COLUMN = 16         # octets beside their meaning at most, four in a line
 LINES = 16          # lines that the meanings of one box have at most
 KEPT = 64           # octets of DATA, and of what is not known, that an exhibit keeps
+LOGIN = bytes((CREDENTIALS_VER,))       # what a login begins with, wherever it comes
 BEGINNING = 8       # octets of what is no SOCKS5: HTTP may have a password further on
 
 HIDDEN = {
@@ -253,10 +254,11 @@ def unknown(message: Message) -> Exhibit:
 def broken(kind: Type[Message], octets: bytes) -> Exhibit:
     """What came instead of such a message, or only the beginning of one."""
     parts = cut(kind, octets)
-    if kind is Credentials:
-        parts = [part for part in parts[:2] if part.name == "VER" or parts[0].octets[0] == CREDENTIALS_VER]
+    secret = kind is Credentials or (kind is Request and octets[:1] == LOGIN)
+    if secret:
+        parts = [part for part in parts[:2] if part.name == "VER" or (kind is Credentials and octets[:1] == LOGIN)]
     rows = [row_of(kind, part, parts) for part in parts]
-    if kind is Credentials:
+    if secret:
         hidden = one(b"", "not shown: it may be the password, or have it in it")
         rows += [Row(name, size, None, hidden) for name, size in KINDS[kind].sizes.items() if name not in [row.name for row in rows]]
     remarks = [f"! {text}" for text in deviations(kind, parts)]
@@ -320,7 +322,7 @@ def chained(octets: bytes, kinds: Sequence[Type[Message]]) -> Iterator[Chain]:
 
 def suspected_login(octets: bytes) -> Optional[List[Exhibit]]:
     """A login that cannot be read to its end, alone or behind a greeting; None if it is none."""
-    if octets[:1] == bytes((CREDENTIALS_VER,)) and len(octets) != 2:
+    if octets[:1] == LOGIN and len(octets) != 2:
         return [broken(Credentials, octets)]
     try:
         stream = BytesIO(octets)
@@ -328,7 +330,7 @@ def suspected_login(octets: bytes) -> Optional[List[Exhibit]]:
     except Socks5Error:
         return None
     rest = stream.read()
-    if Method.USERNAME_PASSWORD not in greeting.methods or rest[:1] != bytes((CREDENTIALS_VER,)):
+    if Method.USERNAME_PASSWORD not in greeting.methods or rest[:1] != LOGIN:
         return None
     return [exhibit(greeting), broken(Credentials, rest)]
 
@@ -347,6 +349,10 @@ def guessed(octets: bytes) -> Exhibit:
 def stranger(octets: bytes, reason: str = "") -> Exhibit:
     """What is no SOCKS5 at all: its first octets, and what it seems to be."""
     reason = reason or str(strangers.recognise(octets, Address.numeric("127.0.0.1", 1080), pac=False))
+    if octets[:1] == LOGIN:         # without a greeting
+        found = broken(Credentials, octets)
+        found.remarks = [f"! {plain_sentence(reason)}"]
+        return found
     kept = octets[:BEGINNING]
     row = Row("FIRST OCTETS", "Variable", kept, one(kept, name_text(kept)), len(octets) - len(kept))
     return Exhibit("NOT SOCKS5", "", "client", "proxy", [row], [f"! {plain_sentence(reason)}"])

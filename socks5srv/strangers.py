@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import List, Optional
 
-from .protocol import Address, Field, Message, ProtocolError
+from .protocol import CREDENTIALS_VER, Address, Field, Message, ProtocolError
 
 HTTP = b"GHPCOD"        # GET HEAD POST/PUT/PATCH CONNECT OPTIONS DELETE
 MOST = 4096             # octets of an HTTP request that are read: its first line is in them
@@ -71,6 +71,8 @@ def recognise(octets: bytes, here: Address, pac: bool) -> Stranger:
         return Stranger(f"this is HTTP: use socks5h://{here}", page("501 Not Implemented", "text/plain; charset=utf-8", PAGE, here))
     if octets[0] == 0x16:
         return Stranger("this is TLS: the proxy's address begins with socks5h://, not https://")
+    if octets[0] == CREDENTIALS_VER:    # of which nothing is told: the password may be in it
+        return Stranger("this is a login, and nobody has asked for it: a greeting comes first")
     return Stranger(f"this is not SOCKS: it begins with {octets[:3].hex(' ')}")
 
 

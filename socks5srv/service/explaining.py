@@ -35,7 +35,7 @@ from ..handler import ClientStream, Socks5Handler
 from ..server import Socks5Server
 from ..strangers import Note, Stranger
 from . import reasons
-from .explaining_udp import overhear
+from .explaining_udp import overhear, turned_into
 
 logger = logging.getLogger("socks5srv.explain")     # every exhibit, at INFO
 
@@ -340,8 +340,7 @@ class WatchedRoute(Route):
         except (OSError, RequestFailed) as error:
             attempt.reason = getattr(error, "strerror", None) or str(error)
             raise
-        watched = WatchedSocket(sock.family, sock.type, sock.proto, fileno=sock.detach())
-        watched.setblocking(False)
+        watched = turned_into(WatchedSocket, sock)
         watched.attempt = attempt
         return watched
 

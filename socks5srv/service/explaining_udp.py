@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, cast
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, cast
 
 from ..datagrams import REMEMBERED, Association, header_length
 from ..explain import Exhibit, broken, exhibit
@@ -245,6 +245,9 @@ class Teller:
 
 
 CLASSES: Dict[type, type] = {}
+SOCKETS: Dict[Tuple[type, type], type] = {}
+
+S = TypeVar("S", bound=socket.socket)
 
 
 def overhear(association: Association, handler: Explaining) -> Association:
@@ -256,9 +259,20 @@ def overhear(association: Association, handler: Explaining) -> Association:
     overheard = cast(OverheardAssociation, association)
     overheard.refused = {}
     overheard.handler, overheard.teller = handler, Teller(handler.show_now)
-    plain_socket = association.inner.socket
-    ear = Ear(plain_socket.family, plain_socket.type, plain_socket.proto, fileno=plain_socket.detach())
-    ear.setblocking(False)
+    ear = turned_into(Ear, association.inner.socket)
     ear.association = overheard
     association.inner.socket = ear
     return overheard
+
+
+def turned_into(kind: Type[S], sock: socket.socket) -> S:
+    """The same socket in this class: a plain one is taken over, one that does more (wiretap.py) does that as well."""
+    if type(sock) is socket.socket:
+        found = kind(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        found.setblocking(False)
+        return found
+    both = kind, type(sock)
+    if both not in SOCKETS:
+        SOCKETS[both] = type(f"{kind.__name__}{type(sock).__name__}", both, {})
+    sock.__class__ = SOCKETS[both]
+    return cast(S, sock)

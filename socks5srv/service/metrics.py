@@ -88,5 +88,8 @@ def exposition(server: WatchedServer, accept: str) -> Tuple[bytes, str]:
     registry.register(Collector(server))
     ProcessCollector(registry=registry, pid=os.getpid)
     PlatformCollector(registry=registry)
-    encode, kind = choose_encoder(accept)
+    try:
+        encode, kind = choose_encoder(accept if accept.isascii() and accept.isprintable() else "")
+    except (TypeError, ValueError):     # a version that is no number; `kind` has that of whoever asks in it
+        encode, kind = choose_encoder("")
     return encode(registry), kind

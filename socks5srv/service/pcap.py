@@ -86,6 +86,7 @@ class Recording:
         self.notes: List[Tuple[int, Callable[..., Packets], Tuple[Any, ...]]] = []
         self.held = 0               # octets in notes that are not written yet
         self.over = False           # nothing more is recorded
+        self.patience = PATIENCE    # seconds that close() has
         self.thread = threading.Thread(target=self.run, name="socks5srv-recording", daemon=True)
         self.thread.start()
 
@@ -107,11 +108,12 @@ class Recording:
             logger.error("nothing more is recorded: %s; serving goes on", reason)
 
     def close(self) -> None:
-        """Write the rest, if that is possible in PATIENCE seconds."""
+        """Write the rest, if that is possible in PATIENCE seconds, of which there are no more when it is called again."""
         with self.changed:
             self.over = True
             self.changed.notify_all()
-        self.thread.join(PATIENCE)
+            patience, self.patience = self.patience, 0.0
+        self.thread.join(patience)
 
     # --- in the thread ---
 

@@ -308,6 +308,26 @@ def test_no_password_is_in_what_is_shown(explain: Any, heard: Any, ending: str) 
     assert "1d" not in str(shown["USERNAME/PASSWORD"]).split()
 
 
+@pytest.mark.parametrize("greeting", [b"", b"\x05\x01\x00"])
+@pytest.mark.parametrize("name", [b"", b"a", b"anna"])
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_no_password_of_a_login_that_nobody_has_asked_for_is_shown(explain: Any, heard: Any, greeting: bytes, name: bytes, cut_off: bool) -> None:
+    shown = explain()
+    client = heard(shown)
+    login = bytes((1, len(name))) + name + bytes((0x1D,)) + PASSWORD.encode()
+    client.send(greeting + (login[:-20] if cut_off else login))
+    client.end()
+    client.rest()
+    session = shown.server.next_ended()
+    client_said = [exhibit for exhibit in shown.of() if exhibit.sender == "client" and exhibit.title != "GREETING"]
+    assert [exhibit.as_dict()["length"] for exhibit in client_said] == [None]
+    assert {row["octets"] for row in client_said[0].as_dict()["fields"]} <= {None, "01", f"{len(name):02x}"}
+    everything = shown.text() + str(session)
+    assert "1d" not in re.findall(r"[0-9a-z]+", everything)
+    assert PASSWORD[:3] not in everything
+    assert PASSWORD[:4].encode().hex() not in everything
+
+
 # --- why ---
 
 def say(shown: Shown, client: Heard, place: Any, *methods: int) -> Reply:

@@ -185,3 +185,16 @@ def test_the_readme_has_every_metric_and_every_label(watch: Start) -> None:
     assert labels == {*CLOSED, "errno", "version", "python"}
     (reasons,) = [cell.partition(": ")[2] for names, cell in rows if "handshake" in names]
     assert set(reasons.split(", ")) == REASONS
+
+
+@pytest.mark.parametrize("version", ["abc", "1.x", "1.0.0\r\n X: y", "\xff", ""])
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+def test_a_version_that_is_none_is_no_bug_and_comes_not_back(watch: Start, caplog: pytest.LogCaptureFixture, kind: str, version: str) -> None:
+    need_module("prometheus_client")
+    page = watch()
+    accept = f"Accept: {kind};version={version}".encode("latin-1")
+    answer = page.raw(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%s\r\n\r\n" % (page.port, accept))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"socks5srv_build_info" in answer
+    assert b"X: y" not in answer
+    assert "a bug" not in caplog.text

@@ -575,6 +575,31 @@ def test_datagrams_are_recorded_on_both_sides(
     assert_sound(server.path)
 
 
+@pytest.mark.parametrize("words", [["--explain"], ["--status", "0"], ["--explain", "--status", "0"]])
+def test_who_explains_or_watches_takes_nothing_out_of_it(
+    recorded: Callable[..., Recorded], words: List[str], listen: Callable[..., socket.socket], udp_echo: Place, new_udp: Callable[..., socket.socket],
+) -> None:
+    server, target, ours = recorded(*words), listen(), new_udp()
+    with Client(server.place) as client:
+        connection, source = tunnel(client, target)
+        with connection:
+            client.send(b"question")
+            assert connection.recv(99) == b"question"
+            connection.sendall(b"answer")
+            client.exactly(6)
+    with Client(server.place) as client:
+        relay = client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+        assert over_udp(ours, relay, udp_echo, b"hello") == b"hello"
+    server.await_line(" udp ")
+    packets = server.packets()
+    octets = said(packets)
+    assert octets[source, target.getsockname()] == b"question"
+    assert octets[target.getsockname(), source] == b"answer"
+    assert story(packets, source, target.getsockname())[:4] == [">S", "<SA", ">8", "<6"]
+    header = bytes(Datagram(address_of(udp_echo), b""))
+    assert [packet.payload for packet in packets if not packet.flags] == [header + b"hello", b"hello", b"hello", header + b"hello"]
+
+
 # --- the file ---
 
 @pytest.fixture
@@ -789,6 +814,17 @@ def test_nothing_is_noted_after_the_end(tmp_path: Path) -> None:
     recording.close()
     assert recording.notes == []
     assert (tmp_path / "file").read_bytes() == pcap.FILE_HEADER
+
+
+def test_a_reader_that_does_not_read_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording(pcap.open_file(str(tmp_path / "file")))
+    waits: List[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(recording.thread, "join", waits.append)
+        recording.close()       # by who serves,
+        recording.close()       # and when the server is left
+    recording.thread.join()
+    assert waits == [pcap.PATIENCE, 0]
 
 
 def test_a_bug_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
