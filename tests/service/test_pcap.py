@@ -332,8 +332,9 @@ def test_what_the_server_breaks_off_at_its_end_is_reset(recorded: Callable[..., 
         ours = client.socket.getsockname()
         connection, source = tunnel(client, target)
         with connection:
+            exchange_with(client, connection)       # so the relay thread has them by now
             packets = server.packets()
-    assert story(packets, source, target.getsockname()) == [">S", "<SA", ">RA"]
+    assert story(packets, source, target.getsockname()) == [">S", "<SA", ">4", "<4", ">RA"]
     assert story(packets, ours, server.place)[-1] == "<RA"
     assert_sound(server.path)
 
