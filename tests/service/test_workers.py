@@ -362,13 +362,15 @@ def test_not_even_a_burst_exceeds_a_limit(option: str, start: Callable[..., Any]
             pass
         return client
 
+    welcome = []
     for _ in range(5):
         clients = [done() for done in [in_thread(come) for _ in range(40)]]
-        welcome = [client for client in clients if first_octets(client) == b"\5\0"]
-        assert 1 <= len(welcome) <= 5
+        welcome.append(len([client for client in clients if first_octets(client) == b"\5\0"]))
         for client in clients:
             client.close()
         eventually(lambda: comes_in(service))
+    assert max(welcome) <= 5
+    assert sum(welcome) > 0         # not in each round: places of the one before may not be free again yet
 
 
 @needs_neighbour
