@@ -115,7 +115,9 @@ def test_the_numbers_fit_together(run: Dict[str, Any]) -> None:
 @pytest.mark.skipif(not on_linux, reason="not on this platform: only Linux tells what a process costs")
 def test_a_server_costs_time_and_memory(run: Dict[str, Any]) -> None:
     ours = run["results"][OURS]
-    assert ours["connections"]["cpu_16"] > 0
+    costs = [value for column in ours.values() for name, value in column.items() if name.startswith("cpu_")]
+    assert min(costs) >= 0
+    assert any(costs)       # some are less than the system can measure: it counts hundredths of a second
     assert 0.2 < ours["idle"]["kib_200"] < 100
 
 
