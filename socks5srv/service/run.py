@@ -206,8 +206,8 @@ def set_up_log(options: argparse.Namespace) -> None:
 def start_recording(server: ServiceServer, options: argparse.Namespace) -> None:
     if options.pcap is None:
         return
-    from .wiretap import OverheardServer
     from .pcap import open_file
+    from .wiretap import OverheardServer
 
     assert isinstance(server, OverheardServer)      # handler_class() and server_class() have seen to it
     try:
@@ -338,10 +338,10 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     stop_on_signals(server)
     read_users_on_hangup(server)
     if server.get_ready():
-        with port_file(options.port_file, addresses[0].port):
-            greet(server, options, addresses)
-            if options.upstream is not None:
-                logger.info("going out through %s", options.upstream)
+        greet(server, options, addresses)
+        if options.upstream is not None:
+            logger.info("going out through %s", options.upstream)
+        with port_file(options.port_file, addresses[0].port):      # who waits for it finds the greeting in the log
             if at_keyboard():
                 from .keys import listen_to_keys
 
