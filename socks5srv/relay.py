@@ -592,8 +592,7 @@ class Tunnel:
         except ValueError:          # it has been aborted already
             pass
         except OSError as error:    # so it is being, just now, or the system will not watch any more
-            reason = error
-            self.relay.call(lambda: self.reset(reason))
+            self.abort_soon(error.strerror or str(error))
 
     def look(self, now: float) -> None:
         """End it if nothing has moved for too long."""

@@ -25,13 +25,13 @@ from typing import Any, Dict, List, Optional, Sequence, Type, TypeVar, cast
 
 from ..datagrams import LOOK_UPS, Association
 from ..explain import Exhibit, broken, exhibit, stranger
+from ..handler import ClientStream, Socks5Handler
 from ..meanings import KINDS, brief, counted, plain_sentence
 from ..outbound import UNDER_WAY, Route
 from ..protocol import (
     Address, AddressType, Command, CredentialsReply, Message, Method, MethodSelection, ProtocolError,
     Reply, ReplyCode, Request, RequestFailed, Socks5Error,
 )
-from ..handler import ClientStream, Socks5Handler
 from ..server import Socks5Server
 from ..strangers import Note, Stranger
 from . import reasons

@@ -11,10 +11,11 @@ them.  What becomes of the notes is not known here: see pcap.py.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from io import FileIO
-from typing import Any, List, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Iterator, List, Optional, Tuple, Type, TypeVar, Union
 
 from ..datagrams import Association, Inner, Outer
 from ..outbound import UNDER_WAY, Route
@@ -77,6 +78,15 @@ class Stream(socket.socket):
         if self.connection is not None and isinstance(error, ConnectionError) and not self.deaf:
             self.recording.note(self.connection.reset, 1 - self.side)
 
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Note what goes wrong, and let it go wrong."""
+        try:
+            yield
+        except OSError as error:
+            self.failed(error)
+            raise
+
     # --- what can be done with a socket, as far as the server does it ---
 
     def connect_ex(self, address: Any, /) -> int:
@@ -100,38 +110,26 @@ class Stream(socket.socket):
             self.resets = value == (RESET,)
 
     def recv(self, most: int, flags: int = 0, /) -> bytes:
-        try:
+        with self.failing():
             octets = super().recv(most, flags)
-        except OSError as error:
-            self.failed(error)
-            raise
         self.heard(octets)
         return octets
 
     def recv_into(self, buffer: Any, most: int = 0, flags: int = 0) -> int:
-        try:
+        with self.failing():
             n = super().recv_into(buffer, most, flags)
-        except OSError as error:
-            self.failed(error)
-            raise
         self.heard(bytes(memoryview(buffer)[:n]))
         return n
 
     def send(self, octets: Any, flags: int = 0, /) -> int:
-        try:
+        with self.failing():
             n = super().send(octets, flags)
-        except OSError as error:
-            self.failed(error)
-            raise
         self.said(bytes(memoryview(octets)[:n]))
         return n
 
     def sendall(self, octets: Any, flags: int = 0, /) -> None:
-        try:
+        with self.failing():            # how much of it has gone then, nobody knows
             super().sendall(octets, flags)
-        except OSError as error:        # how much of it has gone, nobody knows
-            self.failed(error)
-            raise
         self.said(bytes(octets))
 
     def shutdown(self, how: int, /) -> None:

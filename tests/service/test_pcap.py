@@ -6,6 +6,7 @@ tshark is asked for what it knows better: whether the packets are right, and wha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -179,12 +180,14 @@ def recorded(start: Callable[..., Any], tmp_path: Path) -> Callable[..., Recorde
     return started
 
 
-def tunnel(client: Client, target: Any) -> Tuple[socket.socket, Place]:
+@contextlib.contextmanager
+def tunnel(client: Client, target: Any) -> Iterator[Tuple[socket.socket, Place]]:
     """A CONNECT to this listening socket: the target's end, and where it comes from."""
     client.connect(target.getsockname())
     connection, source = target.accept()
-    connection.settimeout(TIMEOUT)
-    return connection, source[:2]
+    with connection:
+        connection.settimeout(TIMEOUT)
+        yield connection, source[:2]
 
 
 def rest_of(sock: socket.socket) -> bytes:
@@ -231,8 +234,7 @@ def test_both_sides_have_their_true_addresses(recorded: Callable[..., Recorded],
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(client, target)
-        with connection:
+        with tunnel(client, target) as (connection, source):
             client.send(b"question")
             assert connection.recv(99) == b"question"
             connection.sendall(b"answer")
@@ -254,8 +256,7 @@ def test_ipv6_on_both_sides(recorded: Callable[..., Recorded], listen: Callable[
     server, target = recorded("-b", "::1"), listen("::1")
     with Client(("::1", server.service.port)) as client:
         ours = client.socket.getsockname()[:2]
-        connection, source = tunnel(client, target)
-        with connection:
+        with tunnel(client, target) as (connection, source):
             client.send(b"question")
             assert connection.recv(99) == b"question"
     server.await_line("ok")
@@ -279,8 +280,7 @@ def test_a_half_close_is_a_fin_that_is_passed_on(recorded: Callable[..., Recorde
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(client, target)
-        with connection:
+        with tunnel(client, target) as (connection, source):
             client.send(b"all of it")
             client.end()
             assert rest_of(connection) == b"all of it"
@@ -297,8 +297,7 @@ def test_a_reset_is_a_reset_that_is_passed_on(recorded: Callable[..., Recorded],
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(client, target)
-        with connection:
+        with tunnel(client, target) as (connection, source):
             exchange_with(client, connection)
             client.reset()
             with pytest.raises(ConnectionError):
@@ -314,10 +313,9 @@ def test_a_target_that_resets_does_so_in_the_recording(recorded: Callable[..., R
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(client, target)
-        exchange_with(client, connection)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.close()
+        with tunnel(client, target) as (connection, source):
+            exchange_with(client, connection)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         assert client.rest() == b""
     server.await_line("ok")
     packets = server.packets()
@@ -330,8 +328,7 @@ def test_what_the_server_breaks_off_at_its_end_is_reset(recorded: Callable[..., 
     server, target = recorded(), listen()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
-        connection, source = tunnel(client, target)
-        with connection:
+        with tunnel(client, target) as (connection, source):
             exchange_with(client, connection)       # so the relay thread has them by now
             packets = server.packets()
     assert story(packets, source, target.getsockname()) == [">S", "<SA", ">4", "<4", ">RA"]
@@ -391,14 +388,12 @@ def test_early_data_are_where_they_were(recorded: Callable[..., Recorded], liste
 def test_five_megabytes_each_way_are_all_in_it(recorded: Callable[..., Recorded], listen: Callable[..., socket.socket]) -> None:
     server, target = recorded(), listen()
     up, down = os.urandom(MEGABYTES << 20), os.urandom(MEGABYTES << 20)
-    with Client(server.place) as client:
-        connection, source = tunnel(client, target)
-        with connection:
-            for octets, sender, receiver in ((up, client.socket, connection), (down, connection, client.socket)):
-                writer = threading.Thread(target=sender.sendall, args=(octets,))
-                writer.start()
-                assert received(receiver, len(octets)) == octets
-                writer.join()
+    with Client(server.place) as client, tunnel(client, target) as (connection, source):
+        for octets, sender, receiver in ((up, client.socket, connection), (down, connection, client.socket)):
+            writer = threading.Thread(target=sender.sendall, args=(octets,))
+            writer.start()
+            assert received(receiver, len(octets)) == octets
+            writer.join()
     server.await_line("ok")
     packets = server.packets()
     assert said(packets)[source, target.getsockname()] == up
@@ -581,13 +576,11 @@ def test_who_explains_or_watches_takes_nothing_out_of_it(
     recorded: Callable[..., Recorded], words: List[str], listen: Callable[..., socket.socket], udp_echo: Place, new_udp: Callable[..., socket.socket],
 ) -> None:
     server, target, ours = recorded(*words), listen(), new_udp()
-    with Client(server.place) as client:
-        connection, source = tunnel(client, target)
-        with connection:
-            client.send(b"question")
-            assert connection.recv(99) == b"question"
-            connection.sendall(b"answer")
-            client.exactly(6)
+    with Client(server.place) as client, tunnel(client, target) as (connection, source):
+        client.send(b"question")
+        assert connection.recv(99) == b"question"
+        connection.sendall(b"answer")
+        client.exactly(6)
     with Client(server.place) as client:
         relay = client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
         assert over_udp(ours, relay, udp_echo, b"hello") == b"hello"
