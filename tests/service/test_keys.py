@@ -231,6 +231,7 @@ def test_in_the_background_the_server_serves_and_leaves_the_keyboard_alone(
     script = 'set -m; "$@" & echo "so be it"; read line; echo "the shell has $line"; kill %1; wait'
     terminal = at_terminal("0", "--port-file", str(port_file), command=(need("bash"), "-c", script, "bash", *COMMAND))
     terminal.wait_for(READY + "\n")
+    eventually(port_file.exists)
     assert_serves(int(port_file.read_text()), echo)
     terminal.type("h\n")
     terminal.wait_for("the shell has h\n")

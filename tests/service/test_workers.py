@@ -649,7 +649,7 @@ def test_a_signal_ends_all_and_the_sum_is_right(
     assert stop["event"] == "stop"
     assert stop["events"]["close"] == 2
     assert (stop["up"], stop["down"], stop["clients"], stop["targets"]) == (10, 10, 1, 1)
-    assert stop["sessions"] == len([line for line in told if "id" in line])
+    assert stop["sessions"] == sum(stop["events"].values()) >= len([line for line in told if "id" in line]), "of the same mistake one is told"
     assert 2 <= stop["most_at_once"] <= stop["sessions"]
     for client in clients.values():
         assert client.rest() == b""
