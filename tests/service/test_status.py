@@ -259,7 +259,9 @@ def test_who_is_too_slow_or_crowded_out_is_counted_as_that(watch: Start, new_cli
     page = watch(handshake_timeout=0.2)
     new_client(page.server).rest()
     page.server.handshake_timeout, page.server.max_handshakes = 30, 1
-    first, second = new_client(page.server), new_client(page.server)
+    first = new_client(page.server)
+    eventually(lambda: page.server.handshakes)
+    second = new_client(page.server)
     first.rest()
     second.close()
     eventually(lambda: page.status()["counters"]["handshake_failures"] == {"timeout": 1, "crowded_out": 1, "closed": 1})

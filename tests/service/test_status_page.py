@@ -132,7 +132,7 @@ def test_a_session_appears_while_it_is_open_and_goes_when_it_closes(watch: Any, 
     assert browser.texts("#rows tr") == []
     client = talk(page, new_client, echo, "anna", "localhost")
     eventually(lambda: browser.texts("#rows .destination") == [f"localhost:{echo[1]}"])
-    assert browser.text("#rows .peer") == "→ {}:{}".format(*echo)
+    eventually(lambda: browser.text("#rows .peer") == "→ {}:{}".format(*echo))
     assert browser.text("#rows .client") == "{}:{}".format(*client.socket.getsockname())
     assert browser.text("#rows .user") == "anna"
     exchange(client, b"x" * 1500)
