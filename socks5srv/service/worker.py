@@ -276,9 +276,7 @@ class WorkerServer(ServiceServer):
         with selectors.DefaultSelector() as selector:
             selector.register(self.line.socket, selectors.EVENT_READ)
             try:
-                while not self.told_to_stop.is_set():
-                    for word, *details in self.line.messages():     # some may have come with the orders
-                        getattr(self, f"on_{word}")(*details)
+                while not self.has_been_told_to_stop():     # words may have come with the orders
                     if selector.select(0.5):
                         self.line.fill()
                     self.line.flush()
@@ -288,6 +286,12 @@ class WorkerServer(ServiceServer):
                 logger.exception("a bug, met while obeying")
                 os._exit(1)
         self.end()
+
+    def has_been_told_to_stop(self) -> bool:
+        """After doing what has come by now."""
+        for word, *details in self.line.messages():
+            getattr(self, f"on_{word}")(*details)
+        return self.told_to_stop.is_set()
 
     def end(self) -> None:
         self.told_to_stop.set()
