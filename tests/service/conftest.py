@@ -20,7 +20,8 @@ import pytest
 
 from tests.conftest import LOCALHOST, TIMEOUT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 COMMAND = (sys.executable, "-m", "socks5srv")
 WORKERS = "SOCKS5SRV_TEST_WORKERS"
 
@@ -48,6 +49,14 @@ def with_workers() -> List[str]:
     """The options for as many workers as the environment of the tests asks for."""
     number = os.environ.get(WORKERS)
     return ["--workers", number] if number else []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """With workers leave out what starts no server, and would only do again what it does without."""
+    if WORKERS in os.environ:
+        same = {item for item in items if Path(item.fspath).parent == HERE and "start" not in getattr(item, "fixturenames", ())}
+        items[:] = [item for item in items if item not in same]
+        config.hook.pytest_deselected(items=list(same))
 
 
 @pytest.fixture
