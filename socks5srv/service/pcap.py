@@ -165,7 +165,10 @@ def datagram(source: bytes, destination: bytes, protocol: int, content: bytes, c
     Its own checksum, still zero, is filled in; it covers the addresses as well.
     """
     pseudo_header = source + destination + struct.pack("!II", len(content), protocol)
-    content = content[:checksum_at] + checksum(pseudo_header, content) + content[checksum_at + 2:]
+    total = checksum(pseudo_header, content)
+    if protocol == UDP and total == ZERO:       # which stands for none there, and there only
+        total = MINUS_ZERO
+    content = content[:checksum_at] + total + content[checksum_at + 2:]
     if len(source) == 16:
         return struct.pack("!IHBB", 6 << 28, len(content), protocol, HOP_LIMIT) + source + destination + content
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(content), 0, DONT_FRAGMENT, HOP_LIMIT, protocol, 0) + source + destination
@@ -173,6 +176,7 @@ def datagram(source: bytes, destination: bytes, protocol: int, content: bytes, c
 
 
 HOP_LIMIT, DONT_FRAGMENT = 64, 0x4000
+ZERO, MINUS_ZERO = b"\0\0", b"\xff\xff"      # of a checksum; the same number in ones' complement
 
 
 PIECE = 4096                # octets; larger numbers take longer than as many small ones
@@ -183,12 +187,11 @@ def checksum(*parts: bytes) -> bytes:
     The Internet checksum (RFC 1071) of all the parts; only the last may be odd.
 
     It adds 16-bit words, with the carry back in at the low end: arithmetic modulo 65535, where 65536 is 1, so
-    that the sum of the words is the remainder of the whole as one number, or of pieces of it.  It is never 0, which for UDP
-    means none.
+    that the sum of the words is the remainder of the whole as one number, or of pieces of it.
     """
     pieces = (part[start:start + PIECE] for part in parts for start in range(0, len(part), PIECE))
     numbers = (int.from_bytes(piece, "big") << 8 * (len(piece) % 2) for piece in pieces)
-    return (0xFFFF - sum(numbers) % 0xFFFF).to_bytes(2, "big")
+    return (-sum(numbers) % 0xFFFF).to_bytes(2, "big")
 
 
 # --- UDP: RFC 768 ---

@@ -836,8 +836,16 @@ def test_a_bug_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCapture
 def test_the_checksum_is_that_of_the_rfc(parts: List[bytes], last: bytes) -> None:
     octets = b"".join(parts) + last
     found = pcap.checksum(*parts, last)
-    assert found != b"\0\0"
-    assert sum_of_words(found + octets) == 0xFFFF
+    assert found != b"\xff\xff"
+    assert sum_of_words(found + octets) == (0xFFFF if any(octets) else 0)
+
+
+@pytest.mark.parametrize(("protocol", "checksum"), [(pcap.TCP, b"\0\0"), (pcap.UDP, b"\xff\xff")])
+def test_a_checksum_of_zero_is_another_number_for_udp_alone(protocol: int, checksum: bytes) -> None:
+    """RFC 768; for TCP tshark complains of that (RFC 1624)."""
+    ends = bytes([192, 0, 2, 1]), bytes([192, 0, 2, 2])
+    some = pcap.datagram(*ends, protocol, bytes(30), checksum_at=6)[26:28]
+    assert pcap.datagram(*ends, protocol, bytes(28) + some, checksum_at=6)[26:28] == checksum
 
 
 @pytest.mark.parametrize("length", [pcap.PIECE - 1, pcap.PIECE, pcap.PIECE + 1, pcap.PIECE + 2, 3 * pcap.PIECE + 1, pcap.SEGMENT])
