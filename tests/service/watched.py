@@ -93,7 +93,7 @@ class Events:
         return found
 
     def until(self, condition: Callable[[Dict[str, Any]], Any]) -> Dict[str, Any]:
-        for _ in range(60):
+        for _ in range(500):
             event = self.next()
             if condition(event):
                 return event
