@@ -68,7 +68,7 @@ def cut(kind: Type[Message], octets: bytes) -> List[Part]:
     parts: List[Part] = []
     for name in KINDS[kind].sizes:
         length = length_of(kind, name, parts, octets)
-        if length is None or (not octets and length):
+        if length is None or (not octets and length) or (parts and not parts[-1].whole):
             break
         parts.append(Part(name, octets[:length], len(octets) >= length))
         octets = octets[length:]
