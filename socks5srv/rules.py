@@ -127,15 +127,24 @@ def parse_host(host: str) -> Tuple[Optional[str], Optional[Network]]:
     """A name or a network, and None for the other."""
     try:
         return None, ip_network(host)
-    except ValueError as error:
-        if str(error).endswith("has host bits set"):
-            raise BadRule(f"{host!r} is no network: {ip_network(host, strict=False)} would be one") from None
+    except ValueError:
+        meant = network_around(host)
+        if meant is not None:
+            raise BadRule(f"{host!r} is no network: {meant} would be one") from None
     bare = host[2:] if host.startswith("*.") else host
     if NUMERIC.fullmatch(bare) or "/" in bare or ":" in bare:
         raise BadRule(f"{host!r} is no address: write it out, as in 127.0.0.1 or 10.0.0.0/8")
     if not bare or "*" in bare or not bare.isprintable() or " " in bare:
         raise BadRule(f"{host!r} is no host: NAME, *.DOMAIN, an IP address or NETWORK/BITS is")
     return normal(host), None
+
+
+def network_around(text: str) -> Optional[Network]:
+    """What 10.0.0.1/8, which is no network, seems to mean; None if it is nothing of the kind."""
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        return None
 
 
 def normal(name: str) -> str:

@@ -40,8 +40,6 @@ from .rules import Network, Rule, Rules, is_local
 from .session import Session
 from .users import Guessing, Users, UsersFile
 
-__all__ = ["Socks5Handler", "Socks5Server"]
-
 logger = logging.getLogger("socks5srv")
 
 # One carries all that Python can carry at a time; where it runs free, on all cores, there is one for each.

@@ -36,7 +36,7 @@ from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
 from .relay import READ, WRITE
 from .rules import Rules
-from .server import Socks5Handler
+from .handler import Socks5Handler
 
 SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
 LOOK_AGAIN = 60.0   # seconds until we ask once more whether there is a loop

@@ -26,7 +26,8 @@ from socks5srv.protocol import (
     Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Message, Method, MethodSelection, Reply,
     ReplyCode, Request, read_exactly,
 )
-from socks5srv.server import Socks5Handler, Socks5Server
+from socks5srv.handler import Socks5Handler
+from socks5srv.server import Socks5Server
 from socks5srv.session import Session
 
 pytest_plugins = ["socks5srv.testing.pytest_plugin"]       # installed or not

@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Tuple
 import pytest
 
 from socks5srv.protocol import Command
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 
 from .benchmarks import columns, processes, rounds
 from .benchmarks.columns import Job

@@ -28,7 +28,7 @@ from socks5srv.protocol import (
     UNSPECIFIED, VER, Address, AddressType, Credentials, CredentialsReply, Datagram, Message, Method, MethodSelection,
     ProtocolError, Reply, ReplyCode, Request, RequestFailed,
 )
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 from socks5srv.upstream import UpstreamHandler
 
 from .clients.harness import need

@@ -16,7 +16,7 @@ import pytest
 
 from socks5srv import datagrams, relay
 from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, needs_neighbour
 

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 
 from socks5srv.protocol import UNSPECIFIED, Command, Greeting, Method, MethodSelection, Request
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 
 from .conftest import LOCALHOST, Client, address_of, eventually, exchange, name
 

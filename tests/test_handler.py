@@ -26,7 +26,8 @@ from socks5srv.protocol import (
     UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Method, MethodSelection, Reply,
     ReplyCode, Request, RequestFailed,
 )
-from socks5srv.server import Socks5Handler, Socks5Server
+from socks5srv.handler import Socks5Handler
+from socks5srv.server import Socks5Server
 
 from .conftest import (
     LOCALHOST, TIMEOUT, address_of, eventually, exchange, handler_with, in_thread, name, needs_ipv6,

@@ -37,7 +37,7 @@ BESIDE = {
     "check": {"protocol", "client"},
     "meanings": {"protocol", "session"},
     "explain": {"protocol", "strangers", "meanings"},
-    "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "server", "client"},
+    "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "handler", "client"},
 }
 FRONT = {"__init__", "__main__"}
 PLUGINS = {"pytest_plugin": {"pytest"}, "metrics": {"prometheus_client"}}      # what is imported only where that is there

@@ -12,7 +12,7 @@ from typing import Any, List
 import pytest
 
 from socks5srv.protocol import Command, Method, MethodSelection, ReplyCode
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 
 from .conftest import LOCALHOST, eventually, exchange, needs_neighbour, within
 

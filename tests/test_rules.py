@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from socks5srv.protocol import Address, Command, ReplyCode
 from socks5srv.rules import ALL_PORTS, BadRule, Rule, Rules, is_local
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 
 from .conftest import LOCALHOST, Client, exchange, name, needs_ipv6
 

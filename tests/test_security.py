@@ -16,7 +16,8 @@ import pytest
 
 from socks5srv import users
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Method, ReplyCode, Request
-from socks5srv.server import Socks5Handler, Socks5Server
+from socks5srv.handler import Socks5Handler
+from socks5srv.server import Socks5Server
 from socks5srv.service import options, run
 from socks5srv.session import Session
 

@@ -22,7 +22,8 @@ from socks5srv.datagrams import Association
 from socks5srv.listener import Listener
 from socks5srv.protocol import Command, Credentials, Method, MethodSelection, Reply, ReplyCode
 from socks5srv.relay import Relay, Tunnel
-from socks5srv.server import Socks5Handler, Socks5Server
+from socks5srv.handler import Socks5Handler
+from socks5srv.server import Socks5Server
 
 from .conftest import (
     LOCALHOST, TIMEOUT, Client, address_of, descriptors, eventually, exchange, handler_with, name, needs_ipv6, needs_proc, serve,

@@ -18,7 +18,7 @@ from socks5srv.protocol import (
     RequestFailed,
 )
 from socks5srv.rules import Rules
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 from socks5srv.upstream import Loop, UpstreamHandler, spelled_out
 
 from .conftest import LOCALHOST, TIMEOUT, Client, address_of, eventually, exchange, handler_with, in_thread, name, needs_ipv6

@@ -24,7 +24,7 @@ from typing import Any, Counter as CounterType, Dict, List, NamedTuple, Optional
 
 from ..outbound import is_own_address
 from ..protocol import Address, Command, LoginFailed, NoAcceptableMethod, Request, RequestFailed, Socks5Error
-from ..server import Socks5Handler
+from ..handler import Socks5Handler
 from ..session import COMMAND_WORDS
 from ..strangers import HTTP, Stranger
 from .conversations import Conversations, told

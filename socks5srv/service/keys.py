@@ -22,7 +22,7 @@ from functools import partial
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 from ..relay import Tunnel
-from ..server import Socks5Handler
+from ..handler import Socks5Handler
 from ..session import COMMAND_WORDS, amount, shown
 from .banner import counted
 from .run import ServiceServer

@@ -19,7 +19,7 @@ from typing import Any, Dict, FrozenSet, List, NoReturn, Optional, Sequence, Tup
 from .. import __version__
 from ..client import Proxy
 from ..protocol import Command
-from ..rules import BadRule, Network, Rule
+from ..rules import BadRule, Network, Rule, network_around
 from ..session import COMMAND_WORDS
 from ..users import BadUsersFile, UsersFile, hash_password
 
@@ -277,8 +277,9 @@ def proxy_url(text: str) -> Proxy:
 def network(text: str) -> Network:
     try:
         return ipaddress.ip_network(text)
-    except ValueError as error:
-        hint = f"; {ipaddress.ip_network(text, strict=False)} would be one" if str(error).endswith("has host bits set") else ""
+    except ValueError:
+        meant = network_around(text)
+        hint = f"; {meant} would be one" if meant is not None else ""
         raise argparse.ArgumentTypeError(f"{text!r} is no network{hint}") from None
 
 

@@ -178,7 +178,6 @@ def datagram(source: bytes, destination: bytes, protocol: int, content: bytes, c
 HOP_LIMIT, DONT_FRAGMENT = 64, 0x4000
 ZERO, MINUS_ZERO = b"\0\0", b"\xff\xff"      # of a checksum; the same number in ones' complement
 
-
 PIECE = 4096                # octets; larger numbers take longer than as many small ones
 
 

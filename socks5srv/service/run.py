@@ -1,7 +1,8 @@
 """
 ``python -m socks5srv`` from its options to its exit code.
 
-This is the only place that touches signals, but for the keyboard's (keys.py).
+What the server does on a signal is decided here.  (program.py decides for a program that is run, and keys.py what
+becomes of reading the keyboard in the background.)
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tup
 from ..client import Proxy
 from ..outbound import Route, is_own_address, look_up
 from ..protocol import Address, Command
-from ..server import Socks5Handler, Socks5Server
+from ..handler import Socks5Handler
+from ..server import Socks5Server
 from ..upstream import UpstreamHandler
 from . import log
 from .banner import Tally, banner, is_loopback, listening

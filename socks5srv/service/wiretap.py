@@ -21,7 +21,8 @@ from ..datagrams import Association, Inner, Outer
 from ..outbound import UNDER_WAY, Route
 from ..protocol import Address
 from ..relay import RESET, Relay
-from ..server import Socks5Handler, Socks5Server
+from ..handler import Socks5Handler
+from ..server import Socks5Server
 from .pcap import CALLED, CALLER, Connection, Recording, udp
 
 

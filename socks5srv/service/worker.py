@@ -32,7 +32,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoR
 
 from ..listener import Listener
 from ..protocol import Address
-from ..server import Socks5Handler
+from ..handler import Socks5Handler
 from ..users import AT_ONCE, Guessing, UsersFile
 from . import log
 from .banner import Tally

@@ -29,7 +29,8 @@ from urllib.parse import quote
 
 from ..protocol import Address, Command, Message, Reply, ReplyCode, Request, RequestFailed, Socks5Error
 from ..rules import Rule, normal
-from ..server import Socks5Handler, Socks5Server
+from ..handler import Socks5Handler
+from ..server import Socks5Server
 from ..session import Session
 from ..users import Users
 from .faults import Broken, Fault, Faults, MessageClass, SecondReply

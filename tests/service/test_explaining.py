@@ -19,7 +19,7 @@ from socks5srv.explain import Exhibit
 from socks5srv.protocol import (
     UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Datagram, Greeting, MethodSelection, Reply, ReplyCode, Request,
 )
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 from socks5srv.service import explaining_udp, reasons
 from socks5srv.service.explaining import Explaining, explained
 

@@ -223,33 +223,35 @@ def test_a_program_that_is_run_has_the_keyboard_to_itself(at_terminal: Callable[
     assert "list the clients" not in text
 
 
-def test_in_the_background_the_server_serves_and_leaves_the_keyboard_alone(
-    at_terminal: Callable[..., Any], echo: Place, tmp_path: Path,
-) -> None:
+@pytest.fixture
+def in_shell(at_terminal: Callable[..., Any], tmp_path: Path) -> Callable[[str], Tuple[Any, int]]:
+    """A shell at a terminal that runs this script, in which ``"$@"`` is a server: the terminal and the port, once it serves."""
+    def started(script: str) -> Tuple[Any, int]:
+        port_file = tmp_path / "port"
+        terminal = at_terminal("0", "--port-file", str(port_file), command=(need("bash"), "-c", script, "bash", *COMMAND))
+        terminal.wait_for(READY + "\n")
+        eventually(port_file.exists)
+        return terminal, int(port_file.read_text())
+
+    return started
+
+
+def test_in_the_background_the_server_serves_and_leaves_the_keyboard_alone(in_shell: Callable[[str], Any], echo: Place) -> None:
     """A shell stops programs that read the keyboard from there."""
-    port_file = tmp_path / "port"
-    script = 'set -m; "$@" & echo "so be it"; read line; echo "the shell has $line"; kill %1; wait'
-    terminal = at_terminal("0", "--port-file", str(port_file), command=(need("bash"), "-c", script, "bash", *COMMAND))
-    terminal.wait_for(READY + "\n")
-    eventually(port_file.exists)
-    assert_serves(int(port_file.read_text()), echo)
+    terminal, port = in_shell('set -m; "$@" & echo "so be it"; read line; echo "the shell has $line"; kill %1; wait')
+    assert_serves(port, echo)
     terminal.type("h\n")
     terminal.wait_for("the shell has h\n")
     assert "list the clients" not in terminal.end()[1]
 
 
-def test_sent_to_the_background_it_serves_on_and_back_in_the_foreground_it_listens_again(
-    at_terminal: Callable[..., Any], echo: Place, tmp_path: Path,
-) -> None:
-    port_file = tmp_path / "port"
-    script = 'set -m; "$@"; echo "it is stopped"; bg; read line; echo "the shell has $line"; fg'
-    terminal = at_terminal("0", "--port-file", str(port_file), command=(need("bash"), "-c", script, "bash", *COMMAND))
-    terminal.wait_for(READY + "\n")
+def test_sent_to_the_background_it_serves_on_and_back_in_the_foreground_it_listens_again(in_shell: Callable[[str], Any], echo: Place) -> None:
+    terminal, port = in_shell('set -m; "$@"; echo "it is stopped"; bg; read line; echo "the shell has $line"; fg')
     terminal.type("l\n")
     terminal.wait_for("0 clients being served")
     terminal.type("\x1a")
     terminal.wait_for("it is stopped\n")
-    assert_serves(int(port_file.read_text()), echo)
+    assert_serves(port, echo)
     terminal.type("h\n")
     terminal.wait_for("the shell has h\n")
     assert "list the clients" not in terminal.text

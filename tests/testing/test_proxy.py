@@ -14,7 +14,7 @@ import pytest
 import socks5srv.testing
 from socks5srv import outbound
 from socks5srv.protocol import Address, AddressType, Command, MethodSelection, ReplyCode, Request, RequestFailed
-from socks5srv.server import Socks5Handler
+from socks5srv.handler import Socks5Handler
 from socks5srv.testing.proxy import Proxy, start
 from socks5srv.testing.targets import EchoServer
 
