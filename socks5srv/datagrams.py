@@ -32,7 +32,7 @@ import time
 from io import BytesIO
 from typing import Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
 
-from . import outbound
+from . import outbound, resolver
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
 from .relay import READ, Relay
 from .session import Session
@@ -215,7 +215,7 @@ class Association:
             return
         self.looking_up[header] = [payload]
         try:
-            outbound.start_look_up(lambda: self.resolve(header, address))
+            resolver.start_look_up(lambda: self.resolve(header, address))
         except OSError:                 # too many at a time: one datagram lost, as on a bad line
             del self.looking_up[header]
 

@@ -15,7 +15,7 @@ The one idea: a failure is raised where it is noticed, carries its answer, and i
 one place, `refuse()`.  After a success reply nothing is answered any more: it would land in the
 middle of somebody's data.
 
-Not here: the octets (protocol.py), how to reach a target (outbound.py), who may log in (users.py),
+Not here: the octets (protocol.py), how to reach a target (resolver.py, outbound.py), who may log in (users.py),
 what may be reached (rules.py), and who is let in at all (server.py).
 """
 
@@ -28,7 +28,7 @@ import socketserver
 import time
 from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
-from . import outbound, strangers
+from . import outbound, resolver, strangers
 from .datagrams import Association
 from .listener import OUT_OF, RETRY
 from .outbound import ClientGone
@@ -273,7 +273,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
         Called in a thread of its own and may block: when time is up, nobody waits for it.
         """
-        return outbound.look_up(host, self.server.route.family)
+        return resolver.look_up(host, self.server.route.family)
 
     def connect(self, request: Request) -> socket.socket:
         """A TCP socket connected to the request's destination; RequestFailed if there is none."""
@@ -300,7 +300,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         destination = request.destination
         self.check(request.command, destination)
         with outbound.reporting(destination):
-            hosts = outbound.in_time(self.resolve, destination.host, self.connection, until)
+            hosts = resolver.in_time(self.resolve, destination.host, self.connection, until)
         found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
         if not found:
             raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{destination.host} has no address")

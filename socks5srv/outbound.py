@@ -4,7 +4,7 @@ Going out: a destination becomes a connected socket, or a reply code.
 A name may have many addresses, in two families, and any of them may be dead.  So all are
 tried, in the way of RFC 8305 ("Happy Eyeballs"): families take turns, an address has 250 ms
 before the next one starts beside it, the first to answer wins, and the others are closed.
-One deadline covers all of it, the look-up included.
+One deadline covers all of it, the look-up (resolver.py) included.
 
 The one idea: whatever this thread waits for (an answer of the resolver, a connection to
 come about, a peer to call back), it waits for *in `wait()`, with an eye on the client*.
@@ -20,11 +20,10 @@ import errno
 import os
 import select
 import socket
-import threading
 import time
 from collections import deque
 from itertools import zip_longest
-from typing import Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
 from .relay import READ, WRITE, tune
@@ -185,77 +184,7 @@ def wait_by_select(interests: Dict[int, int], client: socket.socket, timeout: fl
             return ready
 
 
-# --- names ---
-
-def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
-    """
-    The IP addresses of a host, as text, best first.  Blocks, for as long as the resolver likes.
-
-    OSError or UnicodeError if there are none.
-    """
-    # As octets an ASCII name passes Python's IDNA codec by, which chokes on a..b and long labels.
-    name = host.encode("ascii") if host.isascii() else host.encode("idna")
-    rows = socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)
-    return [str(row[4][0]) for row in rows]
-
-
-def start_look_up(look: Callable[[], None]) -> None:
-    """
-    Call `look` in a thread of its own.  OSError if too many are under way already.
-
-    A resolver that does not answer keeps each of them for seconds, so they have to be bounded.
-    """
-    if not look_ups.acquire(blocking=False):
-        raise OSError(errno.EAGAIN, f"{LOOK_UPS} look-ups are under way already")
-
-    def run() -> None:
-        try:
-            look()
-        finally:
-            look_ups.release()
-
-    try:
-        threading.Thread(target=run, name="socks5srv-lookup", daemon=True).start()
-    except RuntimeError as error:
-        look_ups.release()
-        raise OSError(errno.EAGAIN, "no thread left to look it up") from error
-
-
-LOOK_UPS = 256      # under way at a time, in this process: threads, some 20 KiB each
-look_ups = threading.BoundedSemaphore(LOOK_UPS)
-
-
-def in_time(function: Callable[[str], Sequence[str]], host: str, client: socket.socket, until: float) -> Sequence[str]:
-    """
-    ``function(host)``, given up at the deadline or when the client goes.
-
-    A look-up can be neither timed nor cancelled, so it has a thread of its own, which an
-    answer that comes too late finds empty.
-    """
-    answers: Deque[Sequence[str]] = deque()
-    errors: Deque[Exception] = deque()
-    ours, theirs = socket.socketpair()
-
-    def look() -> None:
-        with theirs:            # closing it is what wakes us
-            try:
-                answers.append(function(host))
-            except Exception as error:
-                errors.append(error)
-
-    with ours:
-        try:
-            start_look_up(look)
-        except OSError:
-            theirs.close()
-            raise
-        wait({ours.fileno(): READ}, client, until)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{host}: the look-up took too long")
-    return answers[0]
-
+# --- connecting ---
 
 def interleave(addresses: Iterable[Address]) -> List[Address]:
     """The families by turns, beginning with that of the first, each address once.  RFC 8305 section 4."""
@@ -264,8 +193,6 @@ def interleave(addresses: Iterable[Address]) -> List[Address]:
     other = [a for a in unique if a.address_type is not unique[0].address_type]
     return [a for pair in zip_longest(first, other) for a in pair if a is not None]
 
-
-# --- connecting ---
 
 def connect(addresses: Sequence[Address], route: Route, client: socket.socket, until: float) -> Tuple[socket.socket, Address]:
     """

@@ -24,6 +24,7 @@ import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Iterable, List, NamedTuple, Optional, Tuple, Union
 
+from .names import normal
 from .protocol import Address
 
 IPAddress = Union[IPv4Address, IPv6Address]
@@ -145,17 +146,6 @@ def network_around(text: str) -> Optional[Network]:
         return ip_network(text, strict=False)
     except ValueError:
         return None
-
-
-def normal(name: str) -> str:
-    """A name as it is compared: in ASCII and lower case, without the dot at its end."""
-    name = name.rstrip(".").lower()
-    if not name.isascii():
-        try:
-            name = name.encode("idna").decode()
-        except UnicodeError:        # no such name can be looked up
-            pass
-    return name
 
 
 # --- what an address means ---

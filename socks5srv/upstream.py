@@ -29,7 +29,7 @@ import time
 from contextlib import contextmanager
 from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union, cast
 
-from . import outbound
+from . import outbound, resolver
 from .client import Conversation, Proxy
 from .datagrams import TURN, Association, Outer, Target, header_length, udp_socket
 from .outbound import ClientGone
@@ -165,7 +165,7 @@ class UpstreamHandler(Socks5Handler):
         place = Address.named(proxy.host, proxy.port)
         if place.literal is not None:
             return [place.literal.dialled]
-        hosts = outbound.in_time(lambda host: outbound.look_up(host, self.server.route.family), proxy.host, self.connection, until)
+        hosts = resolver.in_time(lambda host: resolver.look_up(host, self.server.route.family), proxy.host, self.connection, until)
         return outbound.interleave(Address.numeric(host, proxy.port).dialled for host in hosts)
 
     def look_for_a_loop(self, until: float) -> None:

@@ -395,6 +395,22 @@ def silent() -> Iterator[Callable[..., Tuple[str, int]]]:
         yield make
 
 
+@pytest.fixture
+def pair(listen: Callable[..., socket.socket]) -> Iterator[Tuple[socket.socket, socket.socket]]:
+    """A client, and the server's end of its connection."""
+    listener = listen()
+    with socket.create_connection(listener.getsockname(), TIMEOUT) as client:
+        connection, _ = listener.accept()
+        with connection:
+            yield client, connection
+
+
+@pytest.fixture
+def connection(pair: Tuple[socket.socket, socket.socket]) -> socket.socket:
+    """The server's end of a client's connection that stays as it is."""
+    return pair[1]
+
+
 class Echo(socketserver.ThreadingTCPServer):
     """Sends back what it receives, connection by connection, and ends when the other end does."""
 

@@ -22,13 +22,15 @@ CORE = {
     "protocol": set(),
     "session": {"protocol"},
     "users": set(),
-    "rules": {"protocol"},
+    "names": set(),
+    "rules": {"protocol", "names"},
     "strangers": {"protocol"},
     "listener": {"protocol"},
     "relay": {"session"},
     "outbound": {"protocol", "relay"},
-    "datagrams": {"protocol", "session", "relay", "outbound"},
-    "handler": {"protocol", "session", "strangers", "listener", "relay", "outbound", "datagrams"},
+    "resolver": {"protocol", "relay", "outbound"},
+    "datagrams": {"protocol", "session", "relay", "outbound", "resolver"},
+    "handler": {"protocol", "session", "strangers", "listener", "relay", "outbound", "resolver", "datagrams"},
     "server": {"protocol", "session", "users", "rules", "listener", "relay", "outbound", "datagrams", "handler"},
 }
 # What uses it, or stands beside it: nothing in the core imports these.
@@ -37,7 +39,7 @@ BESIDE = {
     "check": {"protocol", "client"},
     "meanings": {"protocol", "session"},
     "explain": {"protocol", "strangers", "meanings"},
-    "upstream": {"protocol", "rules", "relay", "outbound", "datagrams", "handler", "client"},
+    "upstream": {"protocol", "rules", "relay", "outbound", "resolver", "datagrams", "handler", "client"},
 }
 FRONT = {"__init__", "__main__"}
 PLUGINS = {"pytest_plugin": {"pytest"}, "metrics": {"prometheus_client"}}      # what is imported only where that is there

@@ -269,12 +269,12 @@ def test_look_ups_that_hang_are_bounded_and_cost_other_names_only(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
     import threading
 
-    from socks5srv import outbound
+    from socks5srv import resolver
     from socks5srv.protocol import Greeting, Reply, Request
 
     from .conftest import name
 
-    monkeypatch.setattr(outbound, "look_ups", threading.BoundedSemaphore(3))
+    monkeypatch.setattr(resolver, "look_ups", threading.BoundedSemaphore(3))
     release = threading.Event()
 
     class Hanging(Socks5Handler):

@@ -181,7 +181,7 @@ def test_nobody_waits_for_the_upstream_when_the_client_has_left(start_server: An
 
 
 def test_an_upstream_with_a_name_is_looked_up(start_server: Any, far: Any, echo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream.outbound, "look_up", lambda host, _family: {"far.example": [LOCALHOST]}[host])
+    monkeypatch.setattr(upstream.resolver, "look_up", lambda host, _family: {"far.example": [LOCALHOST]}[host])
     near = start_server(through(("far.example", far.server_address[1])))
     with connect(url_of(near), *echo) as sock:
         exchange(sock)

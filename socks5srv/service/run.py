@@ -21,9 +21,10 @@ from collections import deque
 from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type, cast
 
 from ..client import Proxy
-from ..outbound import Route, is_own_address, look_up
+from ..outbound import Route, is_own_address
 from ..protocol import Address, Command
 from ..handler import Socks5Handler
+from ..resolver import look_up
 from ..server import Socks5Server
 from ..upstream import UpstreamHandler
 from . import log

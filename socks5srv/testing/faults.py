@@ -28,7 +28,7 @@ from ..protocol import (
     ReplyCode, Request, RequestFailed,
 )
 from ..relay import RESET
-from ..rules import normal
+from ..names import normal
 from ..session import Session
 
 __all__ = [

@@ -28,7 +28,8 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 from urllib.parse import quote
 
 from ..protocol import Address, Command, Message, Reply, ReplyCode, Request, RequestFailed, Socks5Error
-from ..rules import Rule, normal
+from ..names import normal
+from ..rules import Rule
 from ..handler import Socks5Handler
 from ..server import Socks5Server
 from ..session import Session

@@ -12,7 +12,7 @@ from typing import Any, Iterator, List
 import pytest
 
 import socks5srv.testing
-from socks5srv import outbound
+from socks5srv import resolver
 from socks5srv.protocol import Address, AddressType, Command, MethodSelection, ReplyCode, Request, RequestFailed
 from socks5srv.handler import Socks5Handler
 from socks5srv.testing.proxy import Proxy, start
@@ -211,7 +211,7 @@ def test_rules_go_for_names_that_lead_to_another_port(echo: EchoServer) -> None:
 
 
 def test_a_name_that_the_test_does_not_know_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbound, "look_up", lambda *_arguments: pytest.fail("it was"))
+    monkeypatch.setattr(resolver, "look_up", lambda *_arguments: pytest.fail("it was"))
     with start(hosts={"api.example.com": LOCALHOST}) as proxy, Client(proxy.address) as client:
         assert client.ask(Command.CONNECT, ("www.example.com", 80)).code is ReplyCode.HOST_UNREACHABLE
         assert "internet=True" in proxy.last().reason
