@@ -30,19 +30,22 @@ import logging
 import socket
 import time
 from io import BytesIO
-from typing import Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
+from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple, TypeVar
 
-from . import outbound, resolver
+from . import outbound
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
 from .relay import READ, Relay
+from .resolver import NO_SUCH_NAME, LookUp, look_ups
 from .session import Session
 
 logger = logging.getLogger("socks5srv")
 
 TURN = 32               # datagrams moved in one turn at most, so that a flood leaves room for the others: under 1 ms
 SPACE = 22              # octets in front of what is received: the longest header of an answer
-REMEMBERED = 4096       # targets and sources known at a time; then all are looked up afresh
-FORGET = 60.0           # seconds after which the same happens: names may move
+REMEMBERED = 4096       # targets, sources and hosts known at a time; then the oldest are forgotten
+FORGET = 60.0           # seconds after which all targets are found out afresh: names may move
+DEAD = 2.0              # seconds that a failed look-up, or an address without a route, is remembered: it may work the next moment
+MISSING = 10.0          # seconds that a name is remembered which does not exist
 QUEUED = 64             # datagrams that wait for their names to be looked up
 LOOK_UPS = 16           # names being looked up at a time, for one client
 REASSEMBLY = 5.0        # seconds that fragments wait for the rest; RFC 1928 section 7 asks for 5 at least
@@ -62,13 +65,26 @@ def header_length(octets: memoryview) -> int:
     return 7 + octets[4] if atyp == AddressType.DOMAINNAME else 0
 
 
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def keep(known: Dict[K, V], key: K, value: V) -> None:
+    """Remember it as the newest, and forget the oldest if there are too many."""
+    known.pop(key, None)
+    if len(known) >= REMEMBERED:
+        del known[next(iter(known))]
+    known[key] = value
+
+
 class Conversation(Protocol):
     """What an association asks of the conversation that it comes from: handler.py's."""
 
     session: Session
 
     def may_reach(self, command: Command, address: Address, name: Optional[str] = None) -> bool: ...
-    def resolve(self, host: str) -> Sequence[str]: ...
+    def look_up_of(self, host: str) -> LookUp: ...
+    def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None: ...
     def finished(self) -> None: ...
 
 
@@ -92,10 +108,12 @@ class Association:
         self.outer: Dict[int, Outer] = {}                   # by address family
         self.control: Optional[Control] = None
         self.bound = Address.of(self.inner.socket.getsockname())
-        # What has been found out, each to be thrown away at any time:
-        self.targets: Dict[bytes, Optional[Target]] = {}    # by header; None: leads nowhere
+        # What has been found out, each to be thrown away at any time, and the oldest if there is too much:
+        self.targets: Dict[bytes, Target] = {}              # by header
+        self.stale: Dict[bytes, Target] = {}                # names that are to be looked up again when they are used again
+        self.dead: Dict[bytes, float] = {}                  # headers that lead nowhere, and until when
         self.headers: Dict[SockAddr, bytes] = {}            # by source
-        self.contacted: Set[str] = set()                    # hosts that may answer
+        self.contacted: Dict[str, None] = {}                # hosts that may answer
         self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
         self.forget_at = time.monotonic() + FORGET
         self.fragments: Optional[Fragments] = Fragments() if reassemble else None
@@ -125,11 +143,11 @@ class Association:
     # --- all of what follows runs in the relay thread ---
 
     def forget_old(self) -> None:
-        """Now and then, look everything up afresh.  (No timer does it: those of the dead would pile up.)"""
+        """Now and then, find everything out afresh.  (No timer does it: those of the dead would pile up.)"""
         now = time.monotonic()
         if now >= self.forget_at:
+            self.stale = {header: target for header, target in self.targets.items() if header[3] == AddressType.DOMAINNAME}
             self.targets.clear()
-            self.headers.clear()
             self.forget_at = now + FORGET
 
     @property
@@ -148,7 +166,7 @@ class Association:
 
     def send_out(self, header: bytes, payload: memoryview) -> None:
         """A datagram of the client's: on to where its header says, if that is known."""
-        target = self.targets[header] if header in self.targets else self.find(header, payload)
+        target = self.targets.get(header) or self.find(header, payload)
         if target is not None:
             outer, sockaddr = target
             try:
@@ -158,6 +176,8 @@ class Association:
 
     def find(self, header: bytes, payload: memoryview) -> Optional[Target]:
         """What a header not seen before stands for; None if it leads nowhere, or not yet."""
+        if self.dead.get(header, 0.0) > time.monotonic():
+            return None
         try:
             datagram = Datagram.read(BytesIO(header))
         except (ProtocolError, RequestFailed):
@@ -166,29 +186,38 @@ class Association:
             self.add_fragment(datagram, bytes(payload))
             return None
         literal = datagram.address.literal
-        if literal is not None:
-            return self.remember(header, self.open_towards([literal.dialled], None))
-        self.look_up(header, datagram.address, bytes(payload))
-        return None
+        if literal is None:
+            return self.look_up(header, datagram.address, bytes(payload))
+        target = self.open_towards([literal.dialled], None)
+        if target is None:
+            keep(self.dead, header, time.monotonic() + DEAD)
+            return None
+        return self.remember(header, target)
 
-    def remember(self, header: bytes, target: Optional[Target]) -> Optional[Target]:
-        if len(self.targets) >= REMEMBERED:
-            self.targets.clear()
-        self.targets[header] = target
+    def remember(self, header: bytes, target: Target) -> Target:
+        keep(self.targets, header, target)
         return target
 
     def open_towards(self, addresses: Sequence[Address], name: Optional[str]) -> Optional[Target]:
         """The first of the addresses that is allowed and can be sent to."""
         for address in addresses:
             try:
-                if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address, name):
+                if not self.may_reach(address, name):
                     continue
+                if len(addresses) > 1:
+                    outbound.local_address_towards(address, self.route)     # an error if there is no route
                 outer = self.outer_socket(address)
             except (OSError, RequestFailed):
                 continue
-            self.contacted.add(address.host)
+            keep(self.contacted, address.host, None)
             return outer, (address.host, address.port)
         return None
+
+    def may_reach(self, address: Address, name: Optional[str] = None) -> bool:
+        try:
+            return self.conversation.may_reach(Command.UDP_ASSOCIATE, address, name)
+        except RequestFailed:           # of an allow() that says so in its own words
+            return False
 
     def outer_socket(self, address: Address) -> socket.socket:
         """The socket for all targets of this family."""
@@ -204,47 +233,74 @@ class Association:
 
     # --- names ---
 
-    def look_up(self, header: bytes, address: Address, payload: bytes) -> None:
-        """Have the name looked up aside; the datagrams for it wait, if they are not too many."""
+    def look_up(self, header: bytes, address: Address, payload: bytes) -> Optional[Target]:
+        """Have the name looked up aside.  Until the answer comes its datagrams wait, or go where they went before."""
+        target = self.stale.pop(header, None)
+        if target is not None:
+            self.remember(header, target)
         waiting = self.looking_up.get(header)
-        if waiting is not None:
-            if sum(map(len, self.looking_up.values())) < QUEUED:
-                waiting.append(payload)
+        if waiting is None:
+            self.start_look_up(header, address)
+            waiting = self.looking_up.get(header)
+        if target is None and waiting is not None and sum(map(len, self.looking_up.values())) < QUEUED:
+            waiting.append(payload)
+        return target
+
+    def start_look_up(self, header: bytes, address: Address) -> None:
+        """Ask the resolver, unless too many questions are open: then a datagram is lost, as on a bad line."""
+        if len(self.looking_up) >= LOOK_UPS or not self.may_reach(address):
             return
-        if len(self.looking_up) >= LOOK_UPS or not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
-            return
-        self.looking_up[header] = [payload]
+        began = time.monotonic()
+        self.looking_up[header] = []
         try:
-            resolver.start_look_up(lambda: self.resolve(header, address))
-        except OSError:                 # too many at a time: one datagram lost, as on a bad line
+            look_ups.begin(
+                self.conversation.look_up_of(address.host),
+                lambda answer: self.relay.call(lambda: self.resolved(header, address, answer, began)), patient=False,
+            )
+        except OSError:
             del self.looking_up[header]
 
-    def resolve(self, header: bytes, address: Address) -> None:
-        """In a thread of its own: ask, and bring the answer to the relay thread."""
-        try:
-            hosts = self.conversation.resolve(address.host)
-            found = [Address.numeric(host, address.port).dialled for host in hosts]
-        except (OSError, ValueError, RequestFailed):
-            found = []
-        except Exception:
-            found = []
-            logger.exception("a bug, met while looking up %s", address)
-        self.relay.call(lambda: self.resolved(header, found, address.host))
-
-    def resolved(self, header: bytes, addresses: List[Address], name: str) -> None:
-        """
-        The answer has come: send what has waited for it.
-
-        The family of the client's own connection goes first.  UDP cannot try one address after
-        the other, and that family is the one that is known to work here.
-        """
+    def resolved(self, header: bytes, address: Address, answer: LookUp, began: float) -> None:
+        """The answer has come: send what has waited for it."""
         waiting = self.looking_up.pop(header, [])
         if self.ended:
             return
-        addresses.sort(key=lambda address: address.address_type is not self.bound.address_type)
-        self.remember(header, self.open_towards(addresses, name))
+        self.conversation.resolved(address.host, answer.hosts, began, answer.error)
+        try:
+            addresses = [Address.numeric(host, address.port).dialled for host in answer.result()]
+        except Exception as error:
+            self.not_found(header, address, error)
+        else:
+            self.found(header, addresses, address.host)
         for payload in waiting:
             self.send_out(header, memoryview(payload))
+
+    def found(self, header: bytes, addresses: List[Address], name: str) -> None:
+        """
+        Where the name leads from now on.
+
+        To the first of its addresses that is allowed and has a route.  But an address in use stays, as long as
+        the name has it: resolvers turn the order round, and the host that knows the client is the one that it has spoken to.
+        """
+        current = self.targets.get(header)
+        if current is not None:
+            addresses.sort(key=lambda each: (each.host, each.port) != current[1][:2])
+        target = self.open_towards(addresses, name)
+        if target is None:
+            self.targets.pop(header, None)
+            keep(self.dead, header, time.monotonic() + (DEAD if addresses else MISSING))
+        else:
+            self.remember(header, target)
+
+    def not_found(self, header: bytes, address: Address, error: Exception) -> None:
+        """A name that does not exist any more leads nowhere; other failures change nothing for an address in use."""
+        missing = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
+        if not isinstance(error, (OSError, ValueError, RequestFailed)):
+            logger.error("a bug, met while looking up %s", address, exc_info=error)
+        if missing:
+            self.targets.pop(header, None)
+        if header not in self.targets:
+            keep(self.dead, header, time.monotonic() + (MISSING if missing else DEAD))
 
     # --- fragments ---
 
@@ -387,9 +443,8 @@ class Outer:
         address = Address.of(source)
         if address.host not in self.association.contacted:
             return b""
-        if len(self.association.headers) >= REMEMBERED:
-            self.association.headers.clear()
-        header = self.association.headers[source] = bytes(Datagram(address, b""))
+        header = bytes(Datagram(address, b""))
+        keep(self.association.headers, source, header)
         return header
 
 

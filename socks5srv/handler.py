@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Tuple, Typ
 
 from . import outbound, resolver, strangers
 from .datagrams import Association
+from .descriptors import COMMANDS, descriptors
 from .listener import OUT_OF, RETRY
 from .outbound import ClientGone
 from .protocol import (
@@ -50,6 +51,7 @@ M = TypeVar("M", Greeting, Credentials, Request)
 AUTH = {method: f"auth_{method.name}" for method in Method}
 DO = {command: f"do_{command.name}" for command in Command}
 
+NO_DESCRIPTORS = "the descriptors of the proxy are used up (ulimit -n)"
 LINGER = 1.0        # seconds that a refused client has to take its reply and hang up
 EARLY = 64 * 1024   # octets that a client may send ahead while BIND waits for its peer
 
@@ -109,6 +111,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     in_tunnel = False               # the last reply is sent: nothing is answered any more
     handed_over = False             # the sockets are the relay thread's, in what is
     carried: Union[Tunnel, Association, None] = None
+    reserved = 0                    # descriptors beyond those of every client
 
     def setup(self) -> None:
         # Not the base's rfile and wfile: a buffered file would swallow early data, and
@@ -218,7 +221,14 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         do = getattr(self, DO[request.command], None)
         if do is None or request.command not in self.server.commands:
             raise RequestFailed(ReplyCode.COMMAND_NOT_SUPPORTED, f"{request.command.name} is switched off")
+        self.reserve(COMMANDS.get(request.command, 0))
         do(request)
+
+    def reserve(self, number: int) -> None:
+        """Have so many more descriptors until the session ends; RequestFailed 01 if they are used up."""
+        if not descriptors.take(number):
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, NO_DESCRIPTORS)
+        self.reserved += number
 
     def do_CONNECT(self, request: Request) -> None:
         with outbound.reporting(request.destination):
@@ -271,7 +281,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         The IP addresses of a host as text, best first; OSError if it has none.
 
-        Called in a thread of its own and may block: when time is up, nobody waits for it.
+        Called in a thread of its own and may block: when time is up, the client gets its reply without it.
         """
         return resolver.look_up(host, self.server.route.family)
 
@@ -300,11 +310,34 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         destination = request.destination
         self.check(request.command, destination)
         with outbound.reporting(destination):
-            hosts = resolver.in_time(self.resolve, destination.host, self.connection, until)
+            hosts = self.ask_resolver(destination.host, until)
         found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
         if not found:
             raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{destination.host} has no address")
         return found
+
+    def ask_resolver(self, host: str, until: float) -> Sequence[str]:
+        """resolve(), in time."""
+        began = time.monotonic()
+        try:
+            hosts = resolver.in_time(self.look_up_of(host), self.connection, until)
+        except Exception as error:
+            self.resolved(host, (), began, error)
+            raise
+        self.resolved(host, hosts, began)
+        return hosts
+
+    def look_up_of(self, host: str) -> resolver.LookUp:
+        """What to ask the resolver; clients share it only if no override makes an answer of its own."""
+        ordinary = type(self).resolve is Socks5Handler.resolve
+        return resolver.LookUp(self.resolve, host, self.session.client.host, (host.lower(), self.server.route.family) if ordinary else None)
+
+    def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None:
+        """
+        Told when a name has been looked up, or could not be, and how long ago that `began` (`time.monotonic()`).
+
+        For watching.  For UDP ASSOCIATE it is called in the relay thread: it must not block then.
+        """
 
     def check(self, command: Command, address: Address) -> None:
         reason = self.refusal(command, address)

@@ -25,6 +25,7 @@ from collections import deque
 from itertools import zip_longest
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from .descriptors import descriptors
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
 from .relay import READ, WRITE, tune
 
@@ -227,11 +228,14 @@ class Race:
         self.failures: List[RequestFailed] = []
         self.route = route
         self.next_start = 0.0
+        self.beside = 0             # descriptors for attempts beside the first
 
     def start_next(self) -> Optional[Tuple[socket.socket, Address]]:
         """Begin with the next address if its time has come; the winner, if it connects at once."""
         while self.waiting and (not self.running or time.monotonic() >= self.next_start):
             self.next_start = time.monotonic() + STAGGER
+            if self.running and not self.may_run_beside():
+                break
             address = self.waiting.popleft()
             try:
                 sock = self.route.socket(address)
@@ -248,6 +252,12 @@ class Race:
         if not self.waiting:
             self.next_start = float("inf")
         return None
+
+    def may_run_beside(self) -> bool:
+        """Whether there is a descriptor for another attempt beside those that run; if not, it starts later."""
+        taken = descriptors.take_if_plenty(1)
+        self.beside += taken
+        return taken
 
     def finish(self, ready: Iterable[int]) -> Optional[Tuple[socket.socket, Address]]:
         """See how those that have finished did; the winner, if there is one."""
@@ -266,6 +276,7 @@ class Race:
     def close(self) -> None:
         for sock, _address in self.running.values():
             sock.close()
+        descriptors.give_back(self.beside)
 
 
 def begin_connecting(sock: socket.socket, sockaddr: Tuple[str, int]) -> int:

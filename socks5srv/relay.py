@@ -37,6 +37,7 @@ import time
 from collections import deque
 from typing import Callable, Deque, Dict, Iterable, List, Optional, Protocol, Sequence, Set, Tuple
 
+from .descriptors import PIPE_ENDS, descriptors
 from .session import Session
 
 logger = logging.getLogger("socks5srv")
@@ -366,12 +367,15 @@ class Pipes:
         return self.make() if len(self.all) < self.limit else None
 
     def make(self) -> Optional[Pipe]:
+        if not descriptors.take_if_plenty(PIPE_ENDS):       # they are needed elsewhere
+            return None
         try:
             pipe = Pipe()
-        except OSError:             # no descriptors left: they are needed elsewhere
+        except OSError:             # or by the rest of the program
+            descriptors.give_back(PIPE_ENDS)
             return None
         if not pipe.enlarge():
-            pipe.close()
+            self.throw_away(pipe)
             self.limit = len(self.all)
             return None
         self.all.add(pipe)
@@ -383,11 +387,15 @@ class Pipes:
             self.free.append(pipe)
             return
         self.all.discard(pipe)
+        self.throw_away(pipe)
+
+    def throw_away(self, pipe: Pipe) -> None:
         pipe.close()
+        descriptors.give_back(PIPE_ENDS)
 
     def close(self) -> None:
         for pipe in self.all:
-            pipe.close()
+            self.throw_away(pipe)
 
 
 # --- tunnels ---

@@ -3,7 +3,12 @@ The resolver: a name becomes IP addresses, in a thread that can be given up.
 
 The system's resolver (getaddrinfo) blocks, for as long as it likes, and can be neither timed nor
 cancelled.  So each look-up has a thread of its own; the conversation waits for its answer with an
-eye on its client, and on the clock.
+eye on its client, and on the clock.  Where the resolver does not answer, such threads remain, also
+after their clients have left, so there are only so many places for them.
+
+The one idea: no client takes the places of all.  One client's look-ups have a share; what is beyond
+that waits in a queue, in the order in which it came, for as long as its conversation waits.  A name that
+is being looked up already needs no second place, and a number needs none at all.
 
 Not here: how a name is spelled (names.py), and which of its addresses may be reached.
 """
@@ -11,14 +16,20 @@ Not here: how a name is spelled (names.py), and which of its addresses may be re
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
-from collections import deque
-from typing import Callable, Deque, List, Sequence
+from collections import Counter
+from typing import Any, Callable, Counter as CounterType, Dict, List, Optional, Sequence
 
+from .descriptors import LOOK_UP, WAIT, descriptors
 from .outbound import wait
 from .protocol import ReplyCode, RequestFailed
 from .relay import READ
+
+
+# What a resolver says about a name that does not exist; all other errors may be gone the next moment.
+NO_SUCH_NAME = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)}
 
 
 def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
@@ -33,59 +44,192 @@ def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
     return [str(row[4][0]) for row in rows]
 
 
-def start_look_up(look: Callable[[], None]) -> None:
-    """
-    Call `look` in a thread of its own.  OSError if too many are under way already.
+# --- look-ups in threads ---
 
-    A resolver that does not answer keeps each of them for seconds, so they have to be bounded.
+class LookUp:
     """
-    if not look_ups.acquire(blocking=False):
-        raise OSError(errno.EAGAIN, f"{LOOK_UPS} look-ups are under way already")
+    One question to the resolver, and all who wait for its answer.
 
-    def run() -> None:
+    ``function(host)`` is called in a thread; then there are `hosts`, or an `error`, and each of
+    `waiting` is called with this look-up, in that thread.  `client` is whose share it is counted in.
+    `name` is the same for questions that have the same answer; None: it is like no other.
+    """
+
+    hosts: Sequence[str] = ()
+    error: Optional[Exception] = None
+
+    def __init__(self, function: Callable[[str], Sequence[str]], host: str, client: str = "", name: Any = None) -> None:
+        self.function = function
+        self.host = host
+        self.client = client
+        self.name = name
+        self.waiting: List[Callable[[LookUp], None]] = []
+
+    def ask(self) -> None:
         try:
-            look()
-        finally:
-            look_ups.release()
+            self.hosts = self.function(self.host)
+        except Exception as error:
+            self.error = error
 
+    def result(self) -> Sequence[str]:
+        if self.error is not None:
+            raise self.error
+        return self.hosts
+
+
+class LookUps:
+    """The look-ups of this process: those that run, each in a thread, and those that wait for a place."""
+
+    most = 256          # that run at a time: threads, some 20 KiB each
+    share = 64          # of those, for one client: a quarter, so that it takes four to keep out a fifth
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.total = 0                                  # that run
+        self.running: CounterType[str] = Counter()      # of those, by client
+        self.named: Dict[Any, LookUp] = {}              # those that run and can be joined, by name
+        self.queue: Dict[LookUp, None] = {}             # those that wait, in their order
+
+    def begin(self, look_up: LookUp, answer: Callable[[LookUp], None], patient: bool = True) -> LookUp:
+        """
+        Have `answer` called, in another thread; the look-up that will do it, perhaps one that runs already.
+
+        OSError if there is no place and `patient` is false, or if the system lacks what it takes.
+        """
+        if look_up.name is not None and is_number(look_up.host):       # the resolver answers that at once
+            look_up.ask()
+            answer(look_up)
+            return look_up
+        with self.lock:
+            running = self.named.get(look_up.name)
+            if running is not None:
+                running.waiting.append(answer)
+                return running
+            look_up.waiting.append(answer)
+            if self.has_place(look_up):
+                self.start(look_up)
+            elif patient:
+                self.queue[look_up] = None
+            else:
+                raise OSError(errno.EAGAIN, "too many look-ups are under way already")
+            return look_up
+
+    def leave(self, look_up: LookUp, answer: Callable[[LookUp], None]) -> bool:
+        """
+        `answer` is not wanted any more; whether the look-up still waits for its place, and does so no longer.
+
+        One that runs goes on, since nothing can stop it.
+        """
+        with self.lock:
+            for asked in (look_up, self.named.get(look_up.name)):
+                if asked is not None and answer in asked.waiting:
+                    asked.waiting.remove(answer)
+            queued = look_up in self.queue
+            self.queue.pop(look_up, None)
+            return queued
+
+    # --- with the lock ---
+
+    def has_place(self, look_up: LookUp) -> bool:
+        return self.total < self.most and self.running[look_up.client] < self.share
+
+    def start(self, look_up: LookUp) -> None:
+        """OSError if there is no thread, or no descriptor for what it opens."""
+        if not descriptors.take(LOOK_UP):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        try:
+            threading.Thread(target=self.run, args=(look_up,), name="socks5srv-lookup", daemon=True).start()
+        except RuntimeError as error:
+            descriptors.give_back(LOOK_UP)
+            raise OSError(errno.EAGAIN, "no thread left to look it up") from error
+        self.total += 1
+        self.running[look_up.client] += 1
+        if look_up.name is not None:
+            self.named[look_up.name] = look_up
+
+    def start_waiting(self) -> None:
+        """Give free places to those that have waited longest, as far as their clients may have more."""
+        for look_up in list(self.queue):
+            running = self.named.get(look_up.name)
+            if running is not None:
+                running.waiting += look_up.waiting
+                del self.queue[look_up]
+            elif self.has_place(look_up):
+                del self.queue[look_up]
+                self.start_late(look_up)
+
+    def start_late(self, look_up: LookUp) -> None:
+        try:
+            self.start(look_up)
+        except OSError as error:
+            look_up.error = error
+            self.tell(look_up)
+
+    def tell(self, look_up: LookUp) -> None:
+        for answer in look_up.waiting:
+            answer(look_up)
+        look_up.waiting.clear()
+
+    # --- in the thread of a look-up ---
+
+    def run(self, look_up: LookUp) -> None:
+        look_up.ask()
+        descriptors.give_back(LOOK_UP)
+        with self.lock:
+            self.named.pop(look_up.name, None)
+            self.total -= 1
+            self.running[look_up.client] -= 1
+            if not self.running[look_up.client]:
+                del self.running[look_up.client]
+            self.tell(look_up)
+            self.start_waiting()
+
+
+look_ups = LookUps()
+
+
+def is_number(host: str) -> bool:
+    """Whether resolvers take this for an IPv4 address: 127.1, 0x7f.1."""
     try:
-        threading.Thread(target=run, name="socks5srv-lookup", daemon=True).start()
-    except RuntimeError as error:
-        look_ups.release()
-        raise OSError(errno.EAGAIN, "no thread left to look it up") from error
+        return host[:1].isdigit() and bool(socket.inet_aton(host))
+    except (OSError, ValueError):
+        return False
 
 
-LOOK_UPS = 256      # under way at a time, in this process: threads, some 20 KiB each
-look_ups = threading.BoundedSemaphore(LOOK_UPS)
-
-
-def in_time(function: Callable[[str], Sequence[str]], host: str, client: socket.socket, until: float) -> Sequence[str]:
+def in_time(look_up: LookUp, client: socket.socket, until: float) -> Sequence[str]:
     """
-    ``function(host)``, given up at the deadline or when the client goes.
+    The hosts that a look-up finds, for which `client` waits; given up at the deadline or when the client goes.
 
-    A look-up can be neither timed nor cancelled, so it has a thread of its own, which an
-    answer that comes too late finds empty.
+    RequestFailed 04 at the deadline, or 01 if there was no place for it until then; ClientGone; or what
+    the look-up itself raises.
     """
-    answers: Deque[Sequence[str]] = deque()
-    errors: Deque[Exception] = deque()
-    ours, theirs = socket.socketpair()
+    if not descriptors.take(WAIT):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            answered = wait_for(look_up, ours, theirs, client, until)
+    finally:
+        descriptors.give_back(WAIT)
+    return answered.result()
 
-    def look() -> None:
-        with theirs:            # closing it is what wakes us
-            try:
-                answers.append(function(host))
-            except Exception as error:
-                errors.append(error)
 
-    with ours:
-        try:
-            start_look_up(look)
-        except OSError:
-            theirs.close()
-            raise
+def wait_for(look_up: LookUp, ours: socket.socket, theirs: socket.socket, client: socket.socket, until: float) -> LookUp:
+    """The look-up that has the answer, of which the other end of a socket pair tells by being closed."""
+    answered: List[LookUp] = []
+
+    def answer(found: LookUp) -> None:
+        answered.append(found)
+        theirs.close()
+
+    look_ups.begin(look_up, answer)
+    queued = False
+    try:
         wait({ours.fileno(): READ}, client, until)
-    if errors:
-        raise errors[0]
-    if not answers:
-        raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{host}: the look-up took too long")
-    return answers[0]
+    finally:
+        queued = look_ups.leave(look_up, answer)
+    if answered:
+        return answered[0]
+    if queued:
+        raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"{look_up.host}: too many look-ups were under way for this one to begin in time")
+    raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{look_up.host}: the look-up took too long")

@@ -31,6 +31,7 @@ from typing import Any, Deque, Dict, FrozenSet, Iterable, List, Optional, Sequen
 
 from . import outbound
 from .datagrams import Association
+from .descriptors import CLIENT, descriptors
 from .handler import Socks5Handler
 from .listener import OUT_OF, RETRY, Listener
 from .outbound import Route
@@ -113,6 +114,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.users = Users(users) if isinstance(users, Mapping) else users
         self.rules = Rules.parse(rules)
         self.guessing = Guessing()
+        descriptors.measure()                               # the program may have changed its limit
         self.news: Dict[str, float] = {}                    # when what kind of trouble was told last
         self.ids = itertools.count(1)
         self.lock = threading.Lock()
@@ -298,41 +300,39 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.warn("strange " + host, "%s is not in a network that is allowed to come", host)
             return False
         with self.lock:         # counted here, or a burst would pass all at once
-            full = self.clients >= self.most_clients
-            if not full and self.one_more(client_address):
-                return True
-        if full:
-            self.warn("full", "%d clients are being served, and more do not fit: see --max-clients", self.clients)
-        else:
-            host = Address.of(client_address).host
-            self.warn("full " + host, "%s has %d connections, and may have no more", host, self.max_per_client)
-        return False
+            refusal = self.one_more(client_address)
+        if refusal:
+            self.warn(*refusal)
+        return not refusal
 
-    def one_more(self, client_address: Any) -> bool:
-        """Count one more client, unless its host has enough of them; to be called with the lock."""
+    def one_more(self, client_address: Any) -> Tuple[Any, ...]:
+        """Count one more client, or say why not, in the words of warn(); to be called with the lock."""
+        if self.max_clients is not None and self.clients >= self.max_clients:
+            return "full", "%d clients are being served, and more do not fit: see --max-clients", self.clients
         if self.max_per_client is not None:
             host = Address.of(client_address).host
             if self.hosts[host] >= self.max_per_client:
-                return False
+                return "full " + host, "%s has %d connections, and may have no more", host, self.max_per_client
+        if not descriptors.take_for_client():
+            return "full", "%d clients are being served, and the descriptors allow no more: see ulimit -n", self.clients
+        if self.max_per_client is not None:
             self.hosts[host] += 1
         self.clients += 1
-        return True
+        return ()
 
     def one_less(self, host: str) -> None:
         """Count one client of this host less; to be called with the lock."""
         self.clients -= 1
+        descriptors.give_back(CLIENT)
         if self.max_per_client is not None:
             self.hosts[host] -= 1
             if self.hosts[host] <= 0:
                 del self.hosts[host]
 
-    @cached_property
+    @property
     def most_clients(self) -> float:
-        """`max_clients`, or as many as the descriptors allow: two for each, and some for pipes, logs and listeners."""
-        if self.max_clients is not None:
-            return self.max_clients
-        limit = descriptor_limit()
-        return max(1, (limit - 32 - min(64, limit / 4)) / 2)
+        """How many clients there may be: `max_clients`, or fewer if the descriptors do not allow as many."""
+        return min(descriptors.most_clients, float("inf") if self.max_clients is None else self.max_clients)
 
     def warn(self, kind: str, message: str, *details: object) -> None:
         """Log it, once a minute for each kind of trouble."""
@@ -390,6 +390,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.handshakes.pop(handler.session.id, None)
             if isinstance(handler.carried, Association):
                 self.udp_relays.discard(handler.carried.bound)
+        descriptors.give_back(handler.reserved)
         self.ended.append(handler)
         self.bell.ring()
 
@@ -441,13 +442,3 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 def is_loopback(host: str) -> bool:
     """Whether this is an IP address of that kind.  Asked for each client, and found out slowly."""
     return ip_address(host).is_loopback
-
-
-def descriptor_limit() -> float:
-    """How many descriptors this process may have."""
-    try:
-        import resource
-    except ImportError:             # Windows has no such limit
-        return float("inf")
-    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return float("inf") if soft == resource.RLIM_INFINITY else soft

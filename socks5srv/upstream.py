@@ -39,6 +39,7 @@ from .rules import Rules
 from .handler import Socks5Handler
 
 SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
+UPSTREAM = "upstream"       # whose share of the look-ups it is: one runs at a time, whoever waits for it
 LOOK_AGAIN = 60.0   # seconds until we ask once more whether there is a loop
 
 
@@ -165,7 +166,9 @@ class UpstreamHandler(Socks5Handler):
         place = Address.named(proxy.host, proxy.port)
         if place.literal is not None:
             return [place.literal.dialled]
-        hosts = resolver.in_time(lambda host: resolver.look_up(host, self.server.route.family), proxy.host, self.connection, until)
+        family = self.server.route.family
+        look_up = resolver.LookUp(lambda host: resolver.look_up(host, family), proxy.host, UPSTREAM, (proxy.host, family))
+        hosts = resolver.in_time(look_up, self.connection, until)
         return outbound.interleave(Address.numeric(host, proxy.port).dialled for host in hosts)
 
     def look_for_a_loop(self, until: float) -> None:
@@ -316,10 +319,10 @@ class ChainedAssociation(Association):
             return None
         return cast(Target, (self.answers, bytes(Datagram(address, b""))))
 
-    def look_up(self, header: bytes, address: Address, payload: bytes) -> None:
+    def look_up(self, header: bytes, address: Address, payload: bytes) -> Optional[Target]:
         """Not here: the name goes on as it is."""
-        self.remember(header, self.open_towards([spelled_out(address)], None))
-        self.send_out(header, memoryview(payload))
+        target = self.open_towards([spelled_out(address)], None)
+        return self.remember(header, target) if target is not None else None
 
 
 class Answers(Outer):

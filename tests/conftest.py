@@ -22,6 +22,7 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple, Type, TypeVar
 import pytest
 from hypothesis import settings
 
+from socks5srv.descriptors import descriptors as descriptors_of_servers
 from socks5srv.protocol import (
     Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Message, Method, MethodSelection, Reply,
     ReplyCode, Request, read_exactly,
@@ -222,6 +223,7 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
         if thread.name == "socks5srv-lookup":       # those are not waited for, but have to end
             thread.join(TIMEOUT)
     assert [thread for thread in server_threads() if thread not in before] == []
+    assert descriptors_of_servers.taken == 0
     assert [record.getMessage() for record in bugs] == []
 
 

@@ -167,10 +167,27 @@ def test_a_dual_stack_listener_gives_an_ipv4_client_an_ipv4_relay(start_server: 
 
 
 @needs_ipv6
-def test_a_name_with_both_families_is_sent_to_the_clients_own(start_server: Any, associate: Any, new_socket: Any) -> None:
-    target = new_socket()
+def test_a_name_with_both_families_is_sent_to_the_first_of_its_addresses(start_server: Any, associate: Any, new_socket: Any) -> None:
+    """The resolver puts first what this computer reaches best, whatever the client's own family is."""
+    target = new_socket("::1")
     client = associate(start_server(handler=Named))
     client.send_to(name("both.invalid", target.address.port), b"x")
+    assert target.receive()[0] == b"x"
+
+
+# Addresses of this computer's network that no UDP socket can be connected to: link-local without an interface, and a broadcast address.
+NO_ROUTE = {LOCALHOST: "127.255.255.255", "::1": "fe80::1"}
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("here", "there"), [(LOCALHOST, "::1"), ("::1", LOCALHOST)])
+def test_an_address_of_a_name_without_a_route_is_passed_over(
+        here: str, there: str, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """On a computer with one family only, a name with both leads to that one, wherever the client comes from."""
+    monkeypatch.setitem(HOSTS, "half.invalid", [NO_ROUTE[here], there])
+    target = new_socket(there)
+    client = associate(start_server(handler=Named, address=(here, 0)), here)
+    client.send_to(name("half.invalid", target.address.port), b"x")
     assert target.receive()[0] == b"x"
 
 
@@ -416,6 +433,160 @@ def test_an_answer_to_a_look_up_that_comes_after_the_end_is_dropped(start_server
     client.control.close()
     assert server.next_ended().reason == "client closed"
     Named.release.set()
+
+
+@pytest.mark.parametrize(("error", "seconds"), [(socket.EAI_AGAIN, "DEAD"), (socket.EAI_NONAME, "MISSING")], ids=["again", "none"])
+def test_a_failed_look_up_is_not_remembered_for_long(
+        error: int, seconds: str, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    assert 0 < datagrams.DEAD <= 2 < datagrams.MISSING <= 10
+    monkeypatch.setattr(datagrams, "DEAD", 100.0)
+    monkeypatch.setattr(datagrams, "MISSING", 100.0)
+    monkeypatch.setattr(datagrams, seconds, 0.01)
+
+    class Recovering(Named):
+        def resolve(self, host: str) -> Sequence[str]:
+            self.asked.append(host)
+            if len(self.asked) < 3:
+                raise socket.gaierror(error, "not now")
+            return [LOCALHOST]
+
+    client, target = associate(start_server(handler=Recovering)), new_socket()
+    target.socket.settimeout(0.02)
+
+    def arrived() -> bool:
+        client.send_to(name("late.invalid", target.address.port), b"x")
+        try:
+            return target.receive()[0] == b"x"
+        except socket.timeout:
+            return False
+
+    eventually(arrived)
+    assert len(Named.asked) == 3
+
+
+# Two hosts on one port, and a name that leads to either.
+
+@pytest.fixture
+def hosts(new_socket: Any) -> Tuple[UdpSocket, UdpSocket]:
+    first = new_socket()
+    second = UdpSocket.__new__(UdpSocket)
+    second.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    second.socket.settimeout(TIMEOUT)
+    second.socket.bind(("127.0.0.2", first.address.port))
+    second.address = Address.of(second.socket.getsockname())
+    return first, second
+
+
+class Turning(Named):
+    """Its name has two addresses, which are turned round with each answer."""
+
+    answers: ClassVar[List[List[str]]] = []
+
+    def resolve(self, host: str) -> Sequence[str]:
+        self.asked.append(host)
+        return self.answers[min(len(self.asked), len(self.answers)) - 1]
+
+
+def send_until_asked(client: UdpClient, target: UdpSocket, times: int) -> None:
+    """Datagrams to the name, each of which has to reach this target, until the resolver has been asked so often."""
+    def asked() -> bool:
+        client.send_to(name("turning.invalid", target.address.port), b"x")
+        assert target.receive()[0] == b"x"
+        return len(Named.asked) >= times
+
+    eventually(asked)
+
+
+@needs_neighbour
+def test_a_flow_to_a_name_stays_with_its_host_while_the_name_has_that_address(
+        hosts: Tuple[UdpSocket, UdpSocket], monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any) -> None:
+    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    first, second = hosts
+    monkeypatch.setattr(Turning, "answers", [[LOCALHOST, "127.0.0.2"], ["127.0.0.2", LOCALHOST]] * 4)
+    with second.socket:
+        send_until_asked(associate(start_server(handler=Turning)), first, 8)
+        second.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            second.receive()
+
+
+@needs_neighbour
+def test_a_flow_to_a_name_moves_when_the_name_has_moved(
+        hosts: Tuple[UdpSocket, UdpSocket], monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any) -> None:
+    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    first, second = hosts
+    monkeypatch.setattr(Turning, "answers", [[LOCALHOST], [LOCALHOST], ["127.0.0.2"]])
+    client = associate(start_server(handler=Turning))
+    with second.socket:
+        send_until_asked(client, first, 2)
+        second.socket.settimeout(0.02)
+
+        def moved() -> bool:
+            client.send_to(name("turning.invalid", first.address.port), b"moved")
+            try:
+                return second.receive()[0] == b"moved"
+            except socket.timeout:
+                return False
+
+        eventually(moved)
+
+
+def test_a_flow_to_a_name_goes_on_while_it_is_looked_up_again(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+
+    class SlowLater(Named):
+        def resolve(self, host: str) -> Sequence[str]:
+            if self.asked:
+                return super().resolve("slow.invalid")
+            self.asked.append(host)
+            return [LOCALHOST]
+
+    client, target = associate(start_server(handler=SlowLater)), new_socket()
+
+    def send() -> bool:
+        client.send_to(name("turning.invalid", target.address.port), b"x")
+        assert target.receive()[0] == b"x"
+        return len(Named.asked) > 1
+
+    eventually(send)
+    for _ in range(20):         # and the answer has not come
+        send()
+    assert Named.asked == ["turning.invalid", "slow.invalid"]
+
+
+@pytest.mark.parametrize("error", [socket.EAI_AGAIN, socket.EAI_NONAME], ids=["again", "none"])
+def test_only_a_name_that_is_gone_ends_the_flow_to_it(
+        error: int, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+
+    class Failing(Named):
+        def resolve(self, host: str) -> Sequence[str]:
+            self.asked.append(host)
+            if len(self.asked) == 1:
+                return [LOCALHOST]
+            raise socket.gaierror(error, "not now")
+
+    client, target = associate(start_server(handler=Failing)), new_socket()
+    if error == socket.EAI_AGAIN:
+        def asked_again() -> bool:
+            client.send_to(name("gone.invalid", target.address.port), b"x")
+            assert target.receive()[0] == b"x"
+            return len(Named.asked) > 3
+
+        eventually(asked_again)
+        return
+    target.socket.settimeout(0.05)
+
+    def lost() -> bool:
+        client.send_to(name("gone.invalid", target.address.port), b"x")
+        try:
+            target.receive()
+        except socket.timeout:
+            return True
+        return False
+
+    eventually(lost)
 
 
 def test_what_is_known_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:

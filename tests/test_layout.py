@@ -21,17 +21,18 @@ SERVICE = sorted((PACKAGE / "service").glob("*.py"))
 CORE = {
     "protocol": set(),
     "session": {"protocol"},
+    "descriptors": {"protocol"},
     "users": set(),
     "names": set(),
     "rules": {"protocol", "names"},
     "strangers": {"protocol"},
     "listener": {"protocol"},
-    "relay": {"session"},
-    "outbound": {"protocol", "relay"},
-    "resolver": {"protocol", "relay", "outbound"},
+    "relay": {"session", "descriptors"},
+    "outbound": {"protocol", "descriptors", "relay"},
+    "resolver": {"protocol", "descriptors", "relay", "outbound"},
     "datagrams": {"protocol", "session", "relay", "outbound", "resolver"},
-    "handler": {"protocol", "session", "strangers", "listener", "relay", "outbound", "resolver", "datagrams"},
-    "server": {"protocol", "session", "users", "rules", "listener", "relay", "outbound", "datagrams", "handler"},
+    "handler": {"protocol", "session", "descriptors", "strangers", "listener", "relay", "outbound", "resolver", "datagrams"},
+    "server": {"protocol", "session", "descriptors", "users", "rules", "listener", "relay", "outbound", "datagrams", "handler"},
 }
 # What uses it, or stands beside it: nothing in the core imports these.
 BESIDE = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import select
 import socket
 import threading
@@ -12,7 +13,7 @@ import pytest
 from socks5srv import resolver
 from socks5srv.outbound import ClientGone, failure
 from socks5srv.protocol import ReplyCode, RequestFailed
-from socks5srv.resolver import in_time
+from socks5srv.resolver import LookUp, LookUps, in_time
 
 from .conftest import LOCALHOST, TIMEOUT, eventually, in_thread, set_reset, within
 
@@ -57,13 +58,13 @@ def test_the_resolver_reads_numbers_as_the_c_library_does(host):
 
 @pytest.mark.usefixtures("waiter")
 def test_a_look_up_in_time_has_its_answer_or_its_error(connection):
-    assert in_time(lambda host: [host], "127.0.0.1", connection, soon(TIMEOUT)) == ["127.0.0.1"]
+    assert in_time(LookUp(lambda host: [host], "127.0.0.1"), connection, soon(TIMEOUT)) == ["127.0.0.1"]
 
     def fail(host):
         raise socket.gaierror(socket.EAI_NONAME, host)
 
     with pytest.raises(socket.gaierror, match=r"x\.invalid"):
-        in_time(fail, "x.invalid", connection, soon(TIMEOUT))
+        in_time(LookUp(fail, "x.invalid"), connection, soon(TIMEOUT))
 
 
 @pytest.fixture
@@ -71,12 +72,15 @@ def hanging():
     """A look-up that hangs until the test is over; `asked` is set once it does."""
     release = threading.Event()
 
-    def look_up(_host):
+    def look_up(host):
+        look_up.hosts.append(host)
         look_up.asked.set()
         release.wait(TIMEOUT)
         return ["127.0.0.1"]
 
     look_up.asked = threading.Event()
+    look_up.hosts = []
+    look_up.release = release
     yield look_up
     release.set()
     eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "socks5srv-lookup"])
@@ -87,14 +91,14 @@ def test_a_look_up_that_takes_too_long_is_given_up(connection, hanging):
     """E5, and the deadline of CONNECT: nothing can cancel getaddrinfo()."""
     began = time.monotonic()
     with pytest.raises(RequestFailed, match="took too long") as caught:
-        in_time(hanging, "x.invalid", connection, soon(0.1))
+        in_time(LookUp(hanging, "x.invalid"), connection, soon(0.1))
     assert caught.value.code is ReplyCode.HOST_UNREACHABLE
     assert time.monotonic() - began < within(1)
 
 
 def test_a_look_up_is_given_up_when_the_client_goes(pair, hanging):
     client, connection = pair
-    waiting = in_thread(in_time, hanging, "x.invalid", connection, soon(TIMEOUT))
+    waiting = in_thread(in_time, LookUp(hanging, "x.invalid"), connection, soon(TIMEOUT))
     assert hanging.asked.wait(TIMEOUT)
     set_reset(client)
     client.close()
@@ -109,5 +113,152 @@ def test_without_a_thread_to_be_had_a_look_up_is_a_failure(monkeypatch, connecti
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(OSError, match="thread") as caught:
-        in_time(resolver.look_up, "localhost", connection, soon(TIMEOUT))
+        in_time(LookUp(resolver.look_up, "localhost"), connection, soon(TIMEOUT))
+    assert failure(caught.value, "it").code is ReplyCode.GENERAL_FAILURE
+
+
+# --- places ---
+
+@pytest.fixture
+def look_ups(monkeypatch):
+    """Places for four look-ups, of which one client may have two."""
+    found = LookUps()
+    found.most, found.share = 4, 2
+    monkeypatch.setattr(resolver, "look_ups", found)
+    return found
+
+
+@pytest.fixture
+def answers():
+    return queue.SimpleQueue()
+
+
+def test_one_client_has_its_share_and_leaves_the_rest_to_the_others(look_ups, hanging, answers):
+    for number in range(5):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+    assert (look_ups.total, len(look_ups.queue)) == (2, 3)
+    look_ups.begin(LookUp(lambda host: [host], "here.invalid", "192.0.2.2"), answers.put)
+    assert answers.get(timeout=TIMEOUT).hosts == ["here.invalid"]
+
+
+def test_the_places_of_all_are_bounded(look_ups, hanging, answers):
+    for client in range(9):
+        look_ups.begin(LookUp(hanging, "x.invalid", f"192.0.2.{client}"), answers.put)
+    eventually(lambda: len(hanging.hosts) == 4)
+    assert (look_ups.total, len(look_ups.queue)) == (4, 5)
+    hanging.release.set()
+    assert [answers.get(timeout=TIMEOUT).host for _ in range(9)] == ["x.invalid"] * 9
+    eventually(lambda: look_ups.total == 0)
+    assert not look_ups.running
+    assert not look_ups.queue
+
+
+def test_who_waits_longest_has_the_next_place_unless_the_clients_share_is_used_up(look_ups, hanging, answers):
+    asked = []
+    for number in range(2):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+    release = threading.Event()
+
+    def second(host):
+        asked.append(host)
+        release.wait(TIMEOUT)
+        return []
+
+    for number, client in enumerate("2345"):
+        look_ups.begin(LookUp(second, f"{number}.invalid", f"192.0.2.{client}"), answers.put)
+    look_ups.begin(LookUp(second, "late.invalid", "192.0.2.1"), answers.put)
+    look_ups.begin(LookUp(second, "last.invalid", "192.0.2.6"), answers.put)
+    eventually(lambda: len(asked) == 2)
+    release.set()
+    for _ in range(5):
+        answers.get(timeout=TIMEOUT)
+    assert sorted(asked) == ["0.invalid", "1.invalid", "2.invalid", "3.invalid", "last.invalid"]
+    hanging.release.set()
+    for _ in range(3):
+        answers.get(timeout=TIMEOUT)
+    assert asked[-1] == "late.invalid"
+
+
+def test_a_name_that_is_being_looked_up_needs_no_second_place(look_ups, hanging, answers):
+    for client in range(20):
+        look_ups.begin(LookUp(hanging, "x.invalid", f"192.0.2.{client}", name="x"), answers.put)
+    assert (look_ups.total, len(look_ups.queue)) == (1, 0)
+    hanging.release.set()
+    assert [answers.get(timeout=TIMEOUT).hosts for _ in range(20)] == [["127.0.0.1"]] * 20
+    assert hanging.hosts == ["x.invalid"]
+    assert not look_ups.named
+
+
+def test_those_that_wait_for_a_place_with_the_same_name_are_answered_together(look_ups, hanging, answers):
+    asked = []
+    for number in range(2):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+
+    def look_up(host):
+        asked.append(host)
+        return []
+
+    for _ in range(5):
+        look_ups.begin(LookUp(look_up, "x.invalid", "192.0.2.1", name="x"), answers.put)
+    assert len(look_ups.queue) == 5
+    hanging.release.set()
+    for _ in range(7):
+        answers.get(timeout=TIMEOUT)
+    assert 1 <= len(asked) <= 2         # two places have become free
+
+
+@pytest.mark.parametrize("host", ["127.1", "0x7f.1", "2130706433", "127.0.0.1"])
+def test_a_number_needs_no_place(host, look_ups, hanging, answers, connection):
+    for number in range(2):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+    look_up = LookUp(lambda host: resolver.look_up(host, socket.AF_INET), host, "192.0.2.1", name=host)
+    assert in_time(look_up, connection, soon(TIMEOUT)) == [LOCALHOST]
+
+
+def test_an_impatient_look_up_without_a_place_is_an_error(look_ups, hanging, answers):
+    for number in range(2):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+    with pytest.raises(OSError, match="too many"):
+        look_ups.begin(LookUp(hanging, "x.invalid", "192.0.2.1"), answers.put, patient=False)
+    assert not look_ups.queue
+
+
+@pytest.mark.usefixtures("waiter")
+def test_waiting_for_a_place_ends_at_the_deadline_and_leaves_the_queue(look_ups, hanging, answers, connection):
+    for number in range(2):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+    with pytest.raises(RequestFailed, match="too many") as caught:
+        in_time(LookUp(hanging, "x.invalid", "192.0.2.1"), connection, soon(0.05))
+    assert caught.value.code is ReplyCode.GENERAL_FAILURE
+    assert not look_ups.queue
+
+
+def test_a_client_that_goes_leaves_the_queue(look_ups, hanging, answers, pair):
+    client, connection = pair
+    for number in range(2):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+    waiting = in_thread(in_time, LookUp(hanging, "x.invalid", "192.0.2.1"), connection, soon(TIMEOUT))
+    eventually(lambda: look_ups.queue)
+    set_reset(client)
+    client.close()
+    with pytest.raises(ClientGone):
+        waiting()
+    assert not look_ups.queue
+
+
+def test_a_look_up_that_cannot_start_when_its_turn_comes_is_a_failure(look_ups, hanging, answers, connection, monkeypatch):
+    for number in range(2):
+        look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
+    waiting = in_thread(in_time, LookUp(hanging, "x.invalid", "192.0.2.1"), connection, soon(TIMEOUT))
+    eventually(lambda: look_ups.queue)
+    monkeypatch.setattr(resolver.descriptors, "room", 0)
+    hanging.release.set()
+    with pytest.raises(OSError, match="open files"):
+        waiting()
+
+
+def test_without_descriptors_to_be_had_a_look_up_is_a_failure(monkeypatch, connection):
+    monkeypatch.setattr(resolver.descriptors, "room", 0)
+    with pytest.raises(OSError, match="open files") as caught:
+        in_time(LookUp(resolver.look_up, "localhost"), connection, soon(TIMEOUT))
     assert failure(caught.value, "it").code is ReplyCode.GENERAL_FAILURE

@@ -23,7 +23,7 @@ import socket
 import time
 from typing import Any, Dict, List, Optional, Sequence, Type, TypeVar, cast
 
-from ..datagrams import LOOK_UPS, Association
+from ..datagrams import Association
 from ..explain import Exhibit, broken, exhibit, stranger
 from ..handler import ClientStream, Socks5Handler
 from ..meanings import KINDS, brief, counted, plain_sentence
@@ -69,7 +69,7 @@ class Explaining(Socks5Handler):
         self.findings: List[str] = []           # why the next reply will be what it is
         self.judgements: List[reasons.Judgement] = []
         self.tries: List[Try] = []
-        self.look_ups: Dict[str, str] = {}      # what they have found, by name, for datagrams
+        self.looked_up = ""                     # what has just been found for a datagram
         super().setup()
         self.stream = Overheard(self.connection)
 
@@ -186,24 +186,13 @@ class Explaining(Socks5Handler):
         finally:
             self.server = server
 
-    def resolve(self, host: str) -> Sequence[str]:
-        began = time.monotonic()
-        found: Sequence[str] = ()
-        trouble: Optional[Exception] = None
-        try:
-            found = super().resolve(host)
-        except Exception as error:
-            trouble = error
-            raise
-        finally:
-            self.note_look_up(host, reasons.about_look_up(host, found, time.monotonic() - began, trouble))
-        return found
-
-    def note_look_up(self, host: str, words: str) -> None:
-        if self.session.command is not Command.UDP_ASSOCIATE:
+    def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None:
+        words = reasons.about_look_up(host, hosts, time.monotonic() - began, error)
+        if self.session.command is Command.UDP_ASSOCIATE:
+            self.looked_up = words              # which the association fetches at once
+        else:
             self.findings.append(words)
-        elif len(self.look_ups) < LOOK_UPS:     # each is fetched as soon as the relay thread hears of it
-            self.look_ups[host] = words
+        super().resolved(host, hosts, began, error)
 
     def refusal(self, command: Command, address: Address, name: Optional[str] = None) -> str:
         try:

@@ -16,12 +16,13 @@ import socket
 import threading
 import time
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Type, TypeVar, cast
 
 from ..datagrams import REMEMBERED, Association, header_length
 from ..explain import Exhibit, broken, exhibit
 from ..meanings import brief, counted, plain_sentence
 from ..protocol import Address, Datagram, Socks5Error
+from ..resolver import LookUp
 from . import reasons
 
 if TYPE_CHECKING:
@@ -121,10 +122,10 @@ class OverheardAssociation(Association):
             self.refused[header] = reasons.about_judgement(refused[0])
         return self.refused.get(header, "")
 
-    def resolved(self, header: bytes, addresses: List[Address], name: str) -> None:
+    def resolved(self, header: bytes, address: Address, answer: LookUp, began: float) -> None:
         self.handler.judgements.clear()
-        super().resolved(header, addresses, name)
-        words, at = [self.handler.look_ups.pop(name, f"{brief(name)} has been looked up"), self.fate_of(header)], time.monotonic()
+        super().resolved(header, address, answer, began)
+        words, at = [self.handler.looked_up, self.fate_of(header)], time.monotonic()
         if self.teller.has_room():
             self.teller.put(lambda: (Exhibit("NAME LOOKED UP", remarks=words), "", at))
 

@@ -19,11 +19,11 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from functools import cached_property
-from typing import Any, Counter as CounterType, Dict, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Counter as CounterType, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 from ..outbound import is_own_address
 from ..protocol import Address, Command, LoginFailed, NoAcceptableMethod, Request, RequestFailed, Socks5Error
+from ..descriptors import descriptors
 from ..handler import Socks5Handler
 from ..session import COMMAND_WORDS
 from ..strangers import HTTP, Stranger
@@ -32,7 +32,6 @@ from .keys import octets_moved
 from .run import ServiceServer
 
 SHOWN = 500             # sessions in a report at most: those that move most
-DESCRIPTORS = 40        # for the page and all who look at it: see status.py
 RATE_TIME = 0.9         # seconds between two looks that a rate is made of, at least
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)      # the upper bounds of a histogram
 
@@ -243,12 +242,9 @@ class Counting(Socks5Handler):
             self.server.book.count("requests", "none", error.code.name.lower())
         super().refuse(error)
 
-    def resolve(self, host: str) -> Any:
-        began = time.monotonic()
-        try:
-            return super().resolve(host)
-        finally:
-            self.server.book.took(self.server.book.figures.resolving, began)
+    def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None:
+        self.server.book.took(self.server.book.figures.resolving, began)
+        super().resolved(host, hosts, began, error)
 
     def addresses(self, request: Request, until: float) -> List[Address]:
         found = super().addresses(request, until)
@@ -326,12 +322,6 @@ class WatchedServer(ServiceServer):
             self.book.count("clients", "turned_away")
         return welcome
 
-    @cached_property
-    def most_clients(self) -> float:
-        """As ever, but with room for those who look at the page: it has to be there when the proxy is full."""
-        most = super().most_clients
-        return most if self.max_clients is not None else max(1, most - DESCRIPTORS / 2)
-
     def is_status_page(self, address: Address) -> bool:
         page: Optional[Address] = getattr(self.options, "status_address", None)
         if page is None or page.port != address.port or address.literal is None:
@@ -360,7 +350,8 @@ class WatchedServer(ServiceServer):
         if self.stopped.is_set():
             return "starting"
         clients, limit = self.fullness()
-        return f"{clients} clients are being served, and more do not fit" if clients >= limit else ""
+        full = clients >= limit or descriptors.are_scarce()
+        return f"{clients} clients are being served, and more do not fit" if full else ""
 
     def fullness(self) -> Tuple[int, float]:
         """How many clients there are, and how many there may be."""

@@ -32,19 +32,17 @@ class Remembering(Counting, Explaining):
         if self.server.options.explain:
             super().show(exhibit)
 
-    def tell(self, sender: str, receiver: str, label: str, failed: bool = False) -> None:
+    def tell(self, sender: str, receiver: str, label: str, failed: bool = False, at: Optional[float] = None) -> None:
         if self.conversation is not None:
-            self.conversation.add(sender, receiver, label, failed=failed)
+            self.conversation.add(sender, receiver, label, at, failed=failed)
 
-    def resolve(self, host: str) -> Sequence[str]:
-        self.tell("proxy", "target", f"look up {shown(host)}")
-        try:
-            found: Sequence[str] = super().resolve(host)
-        except (OSError, UnicodeError) as error:
+    def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None:
+        self.tell("proxy", "target", f"look up {shown(host)}", at=began - self.session.clock)
+        if error is not None:
             self.tell("target", "proxy", f"no address: {getattr(error, 'strerror', None) or error}", failed=True)
-            raise
-        self.tell("target", "proxy", f"{shown(host)} is {', '.join(found)}")
-        return found
+        else:
+            self.tell("target", "proxy", f"{shown(host)} is {', '.join(hosts)}")
+        super().resolved(host, hosts, began, error)
 
     def connect(self, request: Request) -> Any:
         try:

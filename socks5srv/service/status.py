@@ -32,6 +32,7 @@ from pkgutil import get_data
 from typing import Any, Callable, Deque, Dict, Iterator, Optional, Set, Tuple
 
 from .. import __version__
+from ..descriptors import descriptors
 from ..protocol import Address, ReplyCode
 from ..session import COMMAND_WORDS, rfc3339
 from .figures import Figures, Report, WatchedServer
@@ -43,6 +44,7 @@ SOON = 0.2              # seconds until a session that has just begun or ended i
 HISTORY = 120           # looks that the plot shows
 WATCHERS = 16           # of /events at a time
 REQUESTS = 16           # others at a time
+DESCRIPTORS = WATCHERS + REQUESTS + 8       # for all of these, the listener, and files that are read: the page is there when the proxy is full
 ASKING_TIME = 10.0      # seconds that a request may take to come
 TAKING_TIME = 5.0       # seconds that somebody may take for what is sent
 LOOK = 0.5              # seconds between two looks for who is too slow
@@ -466,6 +468,7 @@ class StatusPage:
         return f"http://{self.address}/"
 
     def __enter__(self) -> StatusPage:
+        descriptors.set_aside(DESCRIPTORS)
         self.pulse.thread.start()
         self.thread.start()
         return self
@@ -475,6 +478,7 @@ class StatusPage:
         self.http.shutdown()
         self.thread.join()
         self.http.server_close()
+        descriptors.set_aside(-DESCRIPTORS)
 
     @contextlib.contextmanager
     def one_more_watches(self) -> Iterator[bool]:
