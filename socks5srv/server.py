@@ -24,10 +24,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from ipaddress import ip_address
 from sysconfig import get_config_var
-from typing import Any, Deque, Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple, Type, Union, cast
+from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, List, Optional, Sequence, Set, Tuple, Type, Union, cast
 
 from . import outbound
 from .datagrams import Association
@@ -182,10 +183,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                         listener.start(self.request_queue_size)
                 self.stopped.clear()
             while not self.stopping:
-                self.keep_books(poll_interval)
-                self.end_slow_handshakes()
-                self.service_actions()
-                self.pause()
+                self.attempt(self.keep_books, poll_interval)
+                self.attempt(self.end_slow_handshakes)
+                self.attempt(self.service_actions)
+                self.attempt(self.pause)
         finally:
             self.stopping = False
             try:
@@ -194,11 +195,30 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             finally:
                 self.stopped.set()
 
+    def attempt(self, duty: Callable[..., Any], *arguments: Any) -> None:
+        """
+        Call it, and go on whatever comes of it: a users file that cannot be opened must not end every tunnel.
+
+        For all that the thread of serve_forever() does by itself.
+        """
+        try:
+            duty(*arguments)
+        except Exception as error:
+            with suppress(Exception):       # a log that fails is no place to tell of it
+                self.tell_of(error)
+
+    def tell_of(self, error: Exception) -> None:
+        """Log an error that no client can be told of, once a minute.  To be out of something is no bug."""
+        if isinstance(error, OSError) and error.errno in OUT_OF:
+            self.warn("short", "%s: new clients have to wait; fewer at a time (--max-clients) or ulimit -n help", error.strerror)
+        elif self.is_news(f"bug {error!r}"):
+            logger.error("a bug, met while keeping the books", exc_info=error)
+
     def keep_books(self, timeout: float) -> None:
         """Tell of all sessions that have ended; wait so many seconds for the first."""
         self.bell.wait(timeout)
         while self.ended:
-            self.report(self.ended.popleft())
+            self.attempt(self.report, self.ended.popleft())
 
     def pause(self) -> None:
         """So that a burst of clients, each gone in a millisecond, does not wake us for each."""
@@ -279,7 +299,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in OUT_OF:
                 # The client stays in the backlog, so that the next try would fail as fast.
-                self.warn("short", "%s: new clients have to wait; fewer at a time (--max-clients) or ulimit -n help", error.strerror)
+                self.tell_of(error)
                 self.stopped.wait(RETRY)
             raise
         if os.name != "posix":

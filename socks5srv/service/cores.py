@@ -54,8 +54,11 @@ class OneCore:
         self.clients, self.looked = clients, now
         if self.tied == (more >= (FEW if self.tied else MANY) * seconds):
             return False
+        try:
+            place_threads(self.cores if self.tied else {current_core()})
+        except OSError:         # no descriptor to look with: this is about speed only, and has time
+            return False
         self.tied = not self.tied
-        place_threads({current_core()} if self.tied else self.cores)
         return True
 
 

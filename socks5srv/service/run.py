@@ -72,7 +72,7 @@ class ServiceServer(Socks5Server):
         super().service_actions()
         self.core.follow(self.newest)
         while self.calls:
-            self.calls.popleft()()
+            self.attempt(self.calls.popleft())
 
     def call(self, function: Callable[[], None]) -> None:
         """Have it called soon, in the thread of serve_forever()."""

@@ -432,7 +432,7 @@ class HttpServer(HTTPServer):
 
     def service_actions(self) -> None:
         """Called every now and then: hang up on who drips its request, or our answer."""
-        self.hang_up(lambda until: until < time.monotonic())
+        self.page.server.attempt(self.hang_up, lambda until: until < time.monotonic())
 
     def hang_up(self, on: Callable[[float], bool]) -> None:
         with self.lock:

@@ -81,13 +81,8 @@ class Line:
             except OSError:         # there is nobody any more, as receive() will tell
                 self.outgoing.clear()
 
-    def receive(self) -> List[Tuple[Any, ...]]:
-        """The messages that have come; EOFError when the other end is gone, after the last one."""
-        self.fill()
-        return list(self.messages())
-
     def fill(self) -> None:
-        """Take what has come."""
+        """Take what has come; EOFError when the other end is gone."""
         try:
             octets = self.socket.recv(65536)
         except BlockingIOError:
@@ -98,13 +93,13 @@ class Line:
             raise EOFError
         self.incoming += octets
 
-    def messages(self) -> Iterator[Tuple[Any, ...]]:
-        """One by one what is there as a whole, and is taken away."""
+    def messages(self) -> Iterator[bytes]:
+        """One by one, as pickled, what is there as a whole, and is taken away."""
         while len(self.incoming) >= LENGTH.size:
             end = LENGTH.size + LENGTH.unpack_from(self.incoming)[0]
             if len(self.incoming) < end:
                 return
-            message = pickle.loads(self.incoming[LENGTH.size:end])
+            message = bytes(self.incoming[LENGTH.size:end])
             del self.incoming[:end]
             yield message
 
@@ -289,9 +284,13 @@ class WorkerServer(ServiceServer):
 
     def has_been_told_to_stop(self) -> bool:
         """After doing what has come by now."""
-        for word, *details in self.line.messages():
-            getattr(self, f"on_{word}")(*details)
+        for message in self.line.messages():
+            self.attempt(self.do, message)
         return self.told_to_stop.is_set()
+
+    def do(self, message: bytes) -> None:
+        word, *details = pickle.loads(message)
+        getattr(self, f"on_{word}")(*details)
 
     def end(self) -> None:
         self.told_to_stop.set()
@@ -439,7 +438,7 @@ def hear_orders(line: Line) -> Orders:
         line.fill()
         for message in line.messages():
             line.socket.setblocking(False)
-            return cast(Orders, message[0])
+            return cast(Orders, pickle.loads(message)[0])
 
 
 def prepare(line: Line, orders: Orders) -> WorkerServer:

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import logging
 import os
+import pickle
 import selectors
 import signal
 import socket
@@ -28,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from typing import Any, Counter as CounterType, Iterator, List, Optional, Set
+from typing import Any, Counter as CounterType, Iterator, List, Optional, Set, Tuple
 
 from ..protocol import Address
 from ..server import Bell
@@ -40,8 +41,9 @@ from .worker import STOP_TIME, Board, Line, Orders
 logger = logging.getLogger("socks5srv")
 
 YOUNG = 5.0             # seconds; a worker that dies younger has not been unlucky, but has no chance
-TRIES = 5               # so many of those in a row, and it is no use
+TRIES = 5               # so many of those in a row, at all places, and it is no use
 PAUSE = 0.1             # seconds before the second try, and twice as long each time after
+LONGEST_PAUSE = 10.0    # seconds
 
 # Finds the package where we have found it: in a folder, a zip file, or among what is installed.
 PROGRAM = "import sys; sys.path[:] = sys.argv[3:]; __import__(sys.argv[1], fromlist=['main']).main(int(sys.argv[2]))"
@@ -98,6 +100,10 @@ class Place:
         self.vacant_until = 0.0         # by time.monotonic()
         self.died_young = 0             # the last ones here
 
+    @property
+    def is_hopeless(self) -> bool:
+        return self.worker is None and self.died_young >= TRIES
+
 
 class Workers(ServiceServer):
     """A server that has others serve.  Its methods ``hear_...`` are what a worker can say."""
@@ -105,6 +111,7 @@ class Workers(ServiceServer):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.places: List[Place] = []
         self.board: Optional[Board] = None
+        self.last_cause = ""                    # of death
         self.selector = selectors.DefaultSelector()
         super().__init__(*arguments, **keywords)
         self.bell = Wakeup()
@@ -121,16 +128,23 @@ class Workers(ServiceServer):
         self.places = [Place() for _ in range(number)]
         while not self.stopping and not all(place.worker and place.worker.serving for place in self.places):
             self.look_after_all(0.5)
+            self.give_up_if_hopeless(any(place.is_hopeless for place in self.places))
         return not self.stopping
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         self.stopped.clear()
         try:
             while not self.stopping:
-                self.look_after_all(poll_interval)
-                self.service_actions()
+                self.attempt(self.look_after_all, poll_interval)
+                self.attempt(self.service_actions)
+                self.give_up_if_hopeless(all(place.is_hopeless for place in self.places))
         finally:
             self.stopped.set()
+
+    def give_up_if_hopeless(self, hopeless: bool) -> None:
+        """At the start one worker that does not live is enough, later the others go on serving."""
+        if hopeless:
+            raise CannotStart(f"the workers end as soon as they have started: {self.last_cause}", "without --workers one process serves")
 
     def look_after_all(self, timeout: float) -> None:
         """One turn: fill the places, send what is to be sent, and hear who says something or dies."""
@@ -176,19 +190,25 @@ class Workers(ServiceServer):
 
     def start(self, number: int) -> None:
         assert self.board is not None
-        ours, theirs = socket.socketpair()
-        descriptors = [theirs.fileno(), self.board.descriptor, *(listener.socket.fileno() for listener in self.listeners)]
         try:
-            with theirs, signals_blocked():
-                process = subprocess.Popen(command(theirs.fileno()), pass_fds=descriptors, env=environment())
+            ours, process = self.spawn([self.board.descriptor, *(listener.socket.fileno() for listener in self.listeners)])
         except OSError as error:
-            ours.close()
             self.try_again(number, error.strerror or str(error))
             return
         worker = Worker(number, process, Line(ours))
         self.selector.register(ours, selectors.EVENT_READ, worker)
         worker.line.send(self.orders(number))
         self.places[number].worker = worker
+
+    def spawn(self, descriptors: List[int]) -> Tuple[socket.socket, subprocess.Popen[bytes]]:
+        """A process that has these descriptors, and our end of its line.  OSError if there can be none."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, signals_blocked():
+                return ours, subprocess.Popen(command(theirs.fileno()), pass_fds=[theirs.fileno(), *descriptors], env=environment())
+        except BaseException:
+            ours.close()
+            raise
 
     def orders(self, number: int) -> Orders:
         assert self.board is not None
@@ -202,10 +222,16 @@ class Workers(ServiceServer):
 
     def hear(self, worker: Worker) -> None:
         try:
-            for word, *details in worker.line.receive():
-                getattr(self, f"hear_{word}")(worker, *details)
+            worker.line.fill()
         except EOFError:
             self.bury(worker)
+            return
+        for message in worker.line.messages():
+            self.attempt(self.hear_message, worker, message)
+
+    def hear_message(self, worker: Worker, message: bytes) -> None:
+        word, *details = pickle.loads(message)
+        getattr(self, f"hear_{word}")(worker, *details)
 
     def bury(self, worker: Worker) -> None:
         """It is dead, or as good as that: forget its clients, and have another one started."""
@@ -220,11 +246,9 @@ class Workers(ServiceServer):
             self.try_again(worker.number, f"process {worker.process.pid}, {worker.cause_of_death}", time.monotonic() - worker.started < YOUNG)
 
     def try_again(self, number: int, cause: str, young: bool = True) -> None:
-        place = self.places[number]
+        place, self.last_cause = self.places[number], cause
         place.died_young = place.died_young + 1 if young else 0
-        if place.died_young >= TRIES:
-            raise CannotStart(f"the workers end as soon as they have started: {cause}", "without --workers one process serves")
-        pause = PAUSE * 2 ** (place.died_young - 2) if place.died_young > 1 else 0
+        pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (place.died_young - 2)) if place.died_young > 1 else 0
         place.vacant_until = time.monotonic() + pause
         logger.error("worker %d has died (%s): its clients are cut off, and another takes its place", number + 1, cause)
 

@@ -543,7 +543,7 @@ def test_a_crowd_beyond_the_descriptors_is_survived(start: Callable[..., Any], n
         assert client.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
         exchange(client)
     assert_unharmed(service)
-    assert "WARNING" in service.wait_for("do not fit")
+    assert "WARNING" in service.wait_for("the descriptors allow no more")
     for client in crowd:
         client.close()
 
