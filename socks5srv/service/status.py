@@ -390,12 +390,9 @@ class HttpServer(HTTPServer):
             self.turn_away(request)
             return
         thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), name="socks5srv-status", daemon=True)
-        with self.lock:
-            self.threads.add(thread)
         try:
             thread.start()
         except RuntimeError:                    # no more threads: the page has to stay alive, whatever there is
-            self.forget(request, thread)
             self.turn_away(request)
 
     def turn_away(self, request: socket.socket) -> None:
@@ -405,18 +402,26 @@ class HttpServer(HTTPServer):
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        thread = threading.current_thread()
+        with self.lock:
+            self.threads.add(thread)
         try:
             self.finish_request(request, client_address)
         except Exception:
-            logger.exception("a bug, met while showing the status page")
+            self.handle_error(request, client_address)
         finally:
-            self.forget(request, threading.current_thread())
             self.shutdown_request(request)
+            with self.lock:
+                self.threads.discard(thread)
 
-    def forget(self, request: socket.socket, thread: threading.Thread) -> None:
+    def shutdown_request(self, request: Any) -> None:
+        """Wherever it ends: its place is free."""
         with self.lock:
             self.connections.pop(request, None)
-            self.threads.discard(thread)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.exception("a bug, met while showing the status page")
 
     def has_asked(self, connection: socket.socket) -> None:
         self.wait_until(connection, time.monotonic() + 2 * TAKING_TIME)

@@ -195,10 +195,13 @@ class Workers(ServiceServer):
         except OSError as error:
             self.try_again(number, error.strerror or str(error))
             return
-        worker = Worker(number, process, Line(ours))
-        self.selector.register(ours, selectors.EVENT_READ, worker)
-        worker.line.send(self.orders(number))
-        self.places[number].worker = worker
+        worker = self.places[number].worker = Worker(number, process, Line(ours))
+        try:
+            self.selector.register(ours, selectors.EVENT_READ, worker)
+            worker.line.send(self.orders(number))
+        except Exception as error:      # it would wait for its orders for ever
+            worker.trouble = str(error)
+            self.bury(worker)
 
     def spawn(self, descriptors: List[int]) -> Tuple[socket.socket, subprocess.Popen[bytes]]:
         """A process that has these descriptors, and our end of its line.  OSError if there can be none."""
@@ -236,11 +239,12 @@ class Workers(ServiceServer):
     def bury(self, worker: Worker) -> None:
         """It is dead, or as good as that: forget its clients, and have another one started."""
         assert self.board is not None
-        self.selector.unregister(worker.line.socket)
+        self.places[worker.number].worker = None
+        self.board.clients[worker.number] = 0
+        with contextlib.suppress(KeyError):     # it is not registered, if it has not come so far
+            self.selector.unregister(worker.line.socket)
         worker.line.close()
         end(worker.process)
-        self.board.clients[worker.number] = 0
-        self.places[worker.number].worker = None
         if not self.stopping:
             self.tell_all("gone", worker.number)
             self.try_again(worker.number, f"process {worker.process.pid}, {worker.cause_of_death}", time.monotonic() - worker.started < YOUNG)
