@@ -47,6 +47,7 @@ logger = logging.getLogger("socks5srv")
 # One carries all that Python can carry at a time; where it runs free, on all cores, there is one for each.
 RELAY_THREADS = os.cpu_count() or 1 if get_config_var("Py_GIL_DISABLED") else 1
 
+MOST_ENDED = 10_000 # sessions to be told of, after which no more clients are accepted until that is done
 BATCH = 0.05        # seconds between two looks at the sessions that have ended
 TELL_AGAIN = 60.0   # seconds until the same trouble is told again
 
@@ -294,6 +295,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def accept(self, sock: socket.socket) -> Tuple[socket.socket, Any]:
         """Wait for a client.  OSError when there is none to be had, after a pause if we are out of something."""
+        while len(self.ended) > MOST_ENDED and not self.stopping:      # a log that is stuck; each of them takes memory
+            time.sleep(RETRY)
         try:
             connection, client_address = sock.accept()
         except OSError as error:

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import time
 from collections import Counter
+from itertools import islice
 from typing import Any, Counter as CounterType, Dict, List, Optional, Set, Sized
 
 from .. import __version__, outbound
@@ -84,13 +85,16 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
 
 
+MOST = 10_000           # clients and targets that are told apart, or a server that runs for months would grow without end
+
+
 class Tally:
     """What has happened since the start, for the summary."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.events: CounterType[str] = Counter()
-        self.clients: Set[str] = set()
+        self.clients: Set[str] = set()                  # by address; as many as are worth counting
         self.octets: CounterType[str] = Counter()       # by target
         self.failures: CounterType[str] = Counter()     # by target and reason
         self.up = self.down = self.most = 0
@@ -98,7 +102,8 @@ class Tally:
     def add(self, session: Session) -> None:
         event = session.event
         self.events[event] += 1
-        self.clients.add(session.client.host)
+        if len(self.clients) < MOST:
+            self.clients.add(session.client.host)
         self.up += session.up
         self.down += session.down
         if event == "close":
@@ -114,7 +119,7 @@ class Tally:
     def merge(self, other: Tally) -> None:
         """Add what another one has counted.  `most` is not a sum: each counts over all."""
         self.events += other.events
-        self.clients |= other.clients
+        self.clients |= set(islice(other.clients - self.clients, MOST - len(self.clients)))
         self.up += other.up
         self.down += other.down
         self.most = max(self.most, other.most)
@@ -138,7 +143,7 @@ class Tally:
         length = f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
         lines = [
             f"{beginning} {length}: {counted(total, 'connection')} ({ok} ok, {total - ok} not)"
-            f" from {counted(len(self.clients), 'client')},",
+            f" from {'at least ' * (len(self.clients) >= MOST)}{counted(len(self.clients), 'client')},",
             f"{amount(self.up)} up, {amount(self.down)} down, at most {self.most} at once",
         ]
         for title, counter in (("most traffic", self.octets), ("not ok", self.failures)):
@@ -150,7 +155,7 @@ class Tally:
 
 
 def keep_the_largest(counter: CounterType[str]) -> None:
-    """On a server that runs for months it could grow without end."""
-    if len(counter) > 10000:
-        for key, _count in counter.most_common()[5000:]:
+    """Of too many forget those that count least."""
+    if len(counter) > MOST:
+        for key, _count in counter.most_common()[MOST // 2:]:
             del counter[key]

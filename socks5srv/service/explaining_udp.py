@@ -87,10 +87,10 @@ class OverheardAssociation(Association):
 
     def send_out(self, header: bytes, payload: memoryview) -> None:
         seen, self.pending = self.pending, None
+        self.handler.judgements.clear()         # before each, or those that are not shown would pile up
         if seen is None:
             super().send_out(header, payload)
             return
-        self.handler.judgements.clear()
         super().send_out(header, payload)
         fate = self.fate_of(header)
         self.teller.put(lambda: self.tabled(seen, fate))

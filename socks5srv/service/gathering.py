@@ -59,7 +59,7 @@ class WatchedWorkers(WatchedServer, Workers):
         with self.answered:
             self.question += 1
             self.awaited = {worker.number for worker in self.workers if worker.serving and not self.over}
-        self.tell_all(words[0], self.question, *words[1:])
+        self.tell_all(words[0], self.question, *words[1:], hint=True)      # a worker that is stuck has been asked often enough
         with self.answered:
             self.answered.wait_for(lambda: not self.awaited or self.over, ANSWER_TIME)
 

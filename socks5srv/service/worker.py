@@ -343,8 +343,8 @@ class WorkerServer(ServiceServer):
         self.tell_tally()
 
     def tell_tally(self) -> None:
-        """What has been added since the last time, so that little is lost if we are killed."""
-        if self.tally.events or self.most > self.most_told:
+        """What has been added since the last time, so that little is lost if we are killed; later, if the parent does not listen."""
+        if (self.tally.events or self.most > self.most_told) and len(self.line.outgoing) < ENOUGH:
             tally, self.tally = self.tally, Tally()
             tally.most = self.most_told = self.most
             self.line.send("tally", tally)
