@@ -1,32 +1,43 @@
 """
 A soak: moderate load of every kind for a while, after which nothing may have grown.
 
-    python -m tests.soak [SECONDS]          (default 1200)
+    python -m tests.soak [SECONDS] [--program]          (default: 1200 seconds)
 
-Tunnels that echo, clients that are refused, garbage, half-open handshakes, BINDs and
-associations come and go.  Threads, descriptors and memory are looked at once the caches are
-warm, and again at the end; it exits with 1 if any of them has grown, or a bug was logged.
+Tunnels that echo, clients that are refused, garbage, half-open handshakes, BINDs and associations
+come and go.  Threads, descriptors and memory are looked at once the caches are warm, and again at
+the end; it exits with 1 if any of them has grown, or a bug was logged.
+
+The server is one in this process; with ``--program`` it is the command with two workers, a status page and 256
+descriptors for each process, and there are names that the resolver does not answer, too (on Linux, and as root,
+who alone can give it such a resolver).
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
 import socket
+import shutil
 import socketserver
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from typing import Callable, Dict, List
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Greeting, Message, Reply, Request
 from socks5srv.server import Socks5Server
 
-from .conftest import LOCALHOST, Client, exchange
+from .conftest import LOCALHOST, Client, eventually, exchange, name
 
 WORKERS = 8
-WARM = 0.25                 # of the time, until the first look
+WARM = 0.25                 # of the time, until the first look; after a minute at the latest
 GROWTH = 4 * 1024           # KiB of memory that may be added by fragmentation
 FEW = 20                    # threads and descriptors by which two looks at a running server may differ
 
@@ -36,6 +47,11 @@ class Echo(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
     request_queue_size = 128
+    served = 0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.served += 1
+        super().process_request(request, client_address)
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -100,25 +116,46 @@ def gone_early(client: Client, echo: Echo, _dice: random.Random) -> None:
     client.reset()
 
 
+def dead_name(client: Client, _echo: Echo, dice: random.Random) -> None:
+    """A name that takes seconds to look up, for a client that does not wait as long."""
+    client.greet()
+    client.send(Request(Command.CONNECT, name(f"{dice.randrange(10**6)}.dead.example", 80)))
+    threading.Event().wait(0.1 * dice.random())
+    if dice.random() < 0.5:
+        client.reset()
+
+
 VISITS: List[Visit] = [tunnel, tunnel, tunnel, refusal, garbage, half_open, bind, associate, gone_early]
 
 
-def work(server: Socks5Server, echo: Echo, seed: int, until: float, failures: List[str]) -> None:
+def work(address: Tuple[Any, ...], echo: Echo, seed: int, until: float, failures: List[str], crowded: bool) -> None:
+    """Visit after visit; if it is `crowded`, to be turned away is no failure."""
     dice = random.Random(seed)
     while time.monotonic() < until and not failures:
-        visit = dice.choice(VISITS)
+        visit = dice.choice([*VISITS, dead_name] if crowded else VISITS)
         try:
-            with Client(server.server_address) as client:
+            with Client(address) as client:
                 visit(client, echo, dice)
         except Exception as error:
-            failures.append(f"{visit.__name__}: {error!r}")
+            if not (crowded and was_turned_away(error)):
+                failures.append(f"{visit.__name__}: {error!r}")
 
 
-def look() -> Dict[str, int]:
-    """Threads, descriptors, and memory in KiB."""
-    with open("/proc/self/status", encoding="ascii") as stream:
-        memory = next(int(line.split()[1]) for line in stream if line.startswith("VmRSS:"))
-    return {"threads": threading.active_count(), "descriptors": len(os.listdir("/proc/self/fd")), "memory": memory}
+def was_turned_away(error: Exception) -> bool:
+    """Whether the server may have hung up at the door, which a client can notice at any moment."""
+    return isinstance(error, ConnectionError) or getattr(error, "errno", 0) == errno.ENOTCONN or str(error).endswith("(0 of 2 octets)")
+
+
+def look(pids: List[int]) -> Dict[str, int]:
+    """Threads, descriptors, and memory in KiB, of these processes together."""
+    sums = {"threads": 0, "descriptors": 0, "memory": 0}
+    for pid in pids:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+        facts = {line.partition(":")[0]: line.split()[1] for line in lines if len(line.split()) > 1}
+        sums["threads"] += int(facts["Threads"])
+        sums["memory"] += int(facts["VmRSS"])
+        sums["descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
+    return sums
 
 
 class Bugs(logging.Handler):
@@ -130,28 +167,92 @@ class Bugs(logging.Handler):
         self.failures.append(self.format(record))
 
 
-def soak(seconds: float) -> int:
-    failures: List[str] = []
+# --- what is soaked: its address, and the processes that it consists of ---
+
+Soaked = Iterator[Tuple[Tuple[Any, ...], List[int]]]
+
+
+@contextmanager
+def in_this_process(failures: List[str]) -> Soaked:
     logging.getLogger("socks5srv").addHandler(Bugs(failures))
-    until = time.monotonic() + seconds
-    with Socks5Server((LOCALHOST, 0)) as server, Echo((LOCALHOST, 0), Echo.Handler) as echo:
-        for serving in (server, echo):
-            threading.Thread(target=serving.serve_forever, daemon=True).start()
-        workers = [threading.Thread(target=work, args=(server, echo, seed, until, failures)) for seed in range(WORKERS)]
-        for worker in workers:
-            worker.start()
-        threading.Event().wait(WARM * seconds)
-        before = look()
-        for worker in workers:
-            worker.join()
-        after, served = look(), server.next_id()
+    with Socks5Server((LOCALHOST, 0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address, [os.getpid()]
+        server.shutdown()
+
+
+PROGRAM = [sys.executable, "-m", "socks5srv", "--workers", "2", "--status", "0", "--connect-timeout", "2", "-p", "0"]
+
+
+@contextmanager
+def as_a_program(failures: List[str]) -> Soaked:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        command = ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *PROGRAM, "--port-file", str(folder / "port")]
+        if os.geteuid() == 0 and shutil.which("unshare"):
+            command = with_a_dead_resolver(command, folder, stack)
+        log = stack.enter_context((folder / "log").open("w+", encoding="utf-8"))
+        process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=str(Path(__file__).parent.parent)))
+        stack.callback(process.kill)
+        eventually((folder / "port").exists)
+        page = next(word[len("status="):] for word in (folder / "log").read_text(encoding="utf-8").split() if word.startswith("status="))
+        stop = threading.Event()
+        stack.callback(stop.set)
+        threading.Thread(target=look_at_the_page, args=(page, stop), daemon=True).start()
+        yield (LOCALHOST, int((folder / "port").read_text(encoding="ascii"))), [process.pid, *children_of(process.pid)]
+        process.terminate()
+        code, text = process.wait(20), (folder / "log").read_text(encoding="utf-8")
+        failures += [line for line in text.splitlines() if "Traceback" in line or "a bug" in line or "Too many" in line]
+        failures += [f"exit code {code}"] * bool(code)
+
+
+def with_a_dead_resolver(command: List[str], folder: Path, stack: ExitStack) -> List[str]:
+    """The command, with its names asked of a server that says nothing."""
+    (folder / "resolv.conf").write_text(f"nameserver {LOCALHOST}\noptions timeout:1 attempts:2\n", encoding="ascii")
+    silent = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    silent.bind((LOCALHOST, 53))
+    return ["unshare", "-m", "sh", "-c", f'mount --bind {folder}/resolv.conf /etc/resolv.conf && exec "$@"', "sh", *command]
+
+
+def children_of(pid: int) -> List[int]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as stream:
+        return list(map(int, stream.read().split()))
+
+
+def look_at_the_page(page: str, stop: threading.Event) -> None:
+    """As monitors do."""
+    while not stop.wait(1):
+        for path in ("status.json", "readyz"):
+            try:
+                with urllib.request.urlopen(page + path, timeout=5) as answer:
+                    answer.read()
+            except OSError:         # not ready is an answer, too
+                pass
+
+
+def soak(seconds: float, program: bool = False) -> int:
+    failures: List[str] = []
+    with Echo((LOCALHOST, 0), Echo.Handler) as echo:
+        threading.Thread(target=echo.serve_forever, daemon=True).start()
+        with (as_a_program if program else in_this_process)(failures) as (address, pids):
+            until = time.monotonic() + seconds
+            workers = [threading.Thread(target=work, args=(address, echo, seed, until, failures, program)) for seed in range(WORKERS)]
+            for worker in workers:
+                worker.start()
+            threading.Event().wait(min(60, WARM * seconds))
+            before = look(pids)
+            for worker in workers:
+                worker.join()
+            threading.Event().wait(5)       # the resolver gives up, and the last sessions are told of
+            after = look(pids)
         echo.shutdown()
-    print(f"{served} clients in {seconds:.0f} s; before {before}, after {after}")
+    print(f"{echo.served} tunnels, {seconds:.0f} s; before {before}, after {after}")
     failures += [f"{what} grew from {before[what]} to {after[what]}" for what, room in
-                 (("threads", FEW), ("descriptors", FEW), ("memory", GROWTH)) if after[what] > before[what] + room]
+                 (("threads", FEW), ("descriptors", FEW), ("memory", GROWTH * len(pids))) if after[what] > before[what] + room]
     print(*failures or ["nothing has grown"], sep="\n")
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(soak(float(sys.argv[1]) if len(sys.argv) > 1 else 1200))
+    numbers = [word for word in sys.argv[1:] if word != "--program"]
+    sys.exit(soak(float(numbers[0]) if numbers else 1200, "--program" in sys.argv))
