@@ -29,6 +29,7 @@ from select import select
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from .client import Conversation, Proxy, dial
+from .names import ascii_form
 from .protocol import (
     UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, Method, MethodSelection,
     ProtocolError, Reply, ReplyCode, Request, Socks5Error,
@@ -155,7 +156,7 @@ class Examiner:
         self.name = target or "localhost"
         self.hosts: Dict[AddressType, str] = {AddressType.IPV4: "127.0.0.1", AddressType.IPV6: "::1"}
         if target is not None:
-            literal = Address.numeric(str(socket.getaddrinfo(target, None)[0][4][0]), 0)
+            literal = Address.numeric(str(socket.getaddrinfo(ascii_form(target), None)[0][4][0]), 0)
             self.hosts = {literal.address_type: literal.host}
         self.wants_a_login = False
 
@@ -1119,7 +1120,7 @@ def examiner(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ex
         parser.error("the timeout is a number of seconds above 0")
     proxy = Proxy(host.strip("[]"), int(port), name.encode(), password.encode())
     try:
-        here = all(ip_address(row[4][0]).is_loopback for row in socket.getaddrinfo(proxy.host, proxy.port))
+        here = all(ip_address(row[4][0]).is_loopback for row in socket.getaddrinfo(ascii_form(proxy.host), proxy.port))
     except (OSError, UnicodeError) as error:
         parser.error(f"{proxy.host!r} is no host: {getattr(error, 'strerror', None) or error}")
     if options.target is None and not here:

@@ -27,6 +27,7 @@ from io import BytesIO
 from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
+from .names import ascii_form
 from .protocol import (
     UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed,
     Message, Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
@@ -239,7 +240,7 @@ class DatagramRelay:
         self.proxy = proxy
         self.control = control
         self.address = address
-        family, kind, number, _name, there = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)[0]
+        family, kind, number, _name, there = socket.getaddrinfo(ascii_form(address.host), address.port, type=socket.SOCK_DGRAM)[0]
         self.socket = socket.socket(family, kind, number)
         try:
             if family == control.family:        # the proxy hears only the host that it has been asked by
@@ -295,7 +296,7 @@ def asked(proxy: Proxy, command: Command, destination: Address, until: float, me
 
 def dial(proxy: Proxy, until: float) -> socket.socket:
     """A connection to the proxy itself, to the first of its addresses that answers."""
-    *others, last = socket.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
+    *others, last = socket.getaddrinfo(ascii_form(proxy.host), proxy.port, type=socket.SOCK_STREAM)
     for row in others:
         try:
             return dial_address(row, until)
@@ -320,12 +321,10 @@ def destinations(proxy: Proxy, host: str, port: int) -> List[Address]:
     """What to write for a host, at least one: it as it is, or the addresses that it has here."""
     if not 0 <= port < 65536:
         raise ValueError(f"{port} is no port")
-    if not host.isascii():
-        host = host.encode("idna").decode()
-    address = Address.named(host, port)
+    address = Address.named(ascii_form(host), port)
     if proxy.names_there or address.address_type is not AddressType.DOMAINNAME:
         return [address]
-    rows = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    rows = socket.getaddrinfo(ascii_form(host), None, type=socket.SOCK_STREAM)
     return [Address.numeric(str(row[4][0]), port) for row in rows]
 
 

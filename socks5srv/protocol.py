@@ -34,6 +34,8 @@ from ipaddress import IPv6Address, ip_address
 from operator import attrgetter
 from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple
 
+from .names import JOINERS
+
 VER = 5                     # of every message but the two of RFC 1929
 CREDENTIALS_VER = 1         # of those two: the version of the sub-negotiation, not of SOCKS
 RSV = 0
@@ -219,7 +221,7 @@ class Message:
 # --- addresses: the part that Request, Reply and Datagram have in common ---
 
 # Host names as they are used: letters, digits, hyphen, underscore, dots; beyond ASCII
-# whatever can be printed, for the resolver's IDNA to judge.  Not a NUL, where C libraries would cut the name
+# whatever can be printed, and the joiners, for names.py to spell.  Not a NUL, where C libraries would cut the name
 # in two; not a control character, which would forge log lines; not %, which in fe80::1%eth0
 # picks an interface of this computer.
 NAME = re.compile(r"[A-Za-z0-9._\-\u00a1-\U0010ffff]+")
@@ -342,7 +344,7 @@ def read_name(octets: bytes) -> str:
         name = octets.decode()
     except UnicodeDecodeError as error:
         raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that is no text: {octets!r}") from error
-    if (NAME.fullmatch(name) and name.isprintable()) or is_ipv6(name):
+    if (NAME.fullmatch(name) and (name.isprintable() or name.translate(JOINERS).isprintable())) or is_ipv6(name):
         return name
     raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that cannot exist: {name!r}")
 

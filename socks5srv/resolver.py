@@ -23,6 +23,7 @@ from collections import Counter
 from typing import Any, Callable, Counter as CounterType, Dict, List, Optional, Sequence
 
 from .descriptors import LOOK_UP, WAIT, descriptors
+from .names import ascii_form
 from .outbound import wait
 from .protocol import ReplyCode, RequestFailed
 from .relay import READ
@@ -38,9 +39,8 @@ def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
 
     OSError or UnicodeError if there are none.
     """
-    # As octets an ASCII name passes Python's IDNA codec by, which chokes on a..b and long labels.
-    name = host.encode("ascii") if host.isascii() else host.encode("idna")
-    rows = socket.getaddrinfo(name, None, family, socket.SOCK_STREAM)
+    # As octets a name passes Python's IDNA codec by, which chokes on a..b and long labels.
+    rows = socket.getaddrinfo(ascii_form(host).encode("ascii"), None, family, socket.SOCK_STREAM)
     return [str(row[4][0]) for row in rows]
 
 

@@ -24,7 +24,7 @@ import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Iterable, List, NamedTuple, Optional, Tuple, Union
 
-from .names import normal
+from .names import ascii_form, normal
 from .protocol import Address
 
 IPAddress = Union[IPv4Address, IPv6Address]
@@ -132,12 +132,21 @@ def parse_host(host: str) -> Tuple[Optional[str], Optional[Network]]:
         meant = network_around(host)
         if meant is not None:
             raise BadRule(f"{host!r} is no network: {meant} would be one") from None
-    bare = host[2:] if host.startswith("*.") else host
-    if NUMERIC.fullmatch(bare) or "/" in bare or ":" in bare:
+    star = "*." if host.startswith("*.") else ""
+    return star + parse_name(host, host[len(star):]), None
+
+
+def parse_name(host: str, bare: str) -> str:
+    """A name as it will be compared; `bare` is what the target `host` has behind its asterisk."""
+    try:
+        name = ascii_form(bare)
+    except UnicodeError:            # it would never match
+        name = ""
+    if NUMERIC.fullmatch(name) or "/" in bare or ":" in bare:
         raise BadRule(f"{host!r} is no address: write it out, as in 127.0.0.1 or 10.0.0.0/8")
-    if not bare or "*" in bare or not bare.isprintable() or " " in bare:
+    if not name or "*" in name or not name.isprintable() or " " in name:
         raise BadRule(f"{host!r} is no host: NAME, *.DOMAIN, an IP address or NETWORK/BITS is")
-    return normal(host), None
+    return normal(name)
 
 
 def network_around(text: str) -> Optional[Network]:

@@ -32,6 +32,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union, cast
 from . import outbound, resolver
 from .client import Conversation, Proxy
 from .datagrams import TURN, Association, Outer, Target, header_length, udp_socket
+from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
 from .relay import READ, WRITE
@@ -229,16 +230,19 @@ class Call(Conversation):
 
 def spelled_out(address: Address) -> Address:
     """
-    The address as it is to be judged and sent: an IP address as one, in whatever spelling it came.
+    The address as it is to be judged and sent: an IP address as one, in whatever spelling it came, and a name in ASCII.
 
-    Resolvers take 127.1 and 0x7f.1 for addresses.  Sent on as names they would pass the rules.
+    Resolvers take 127.1 and 0x7f.1 for addresses.  Sent on as names they would pass the rules, and so would
+    a name beyond ASCII that the upstream spells in another way.  RequestFailed 04 if there can be no such name.
     """
     if address.literal is not None:
         return address.literal.dialled
+    with outbound.reporting(address):
+        host = ascii_form(address.host)
     try:
-        octets = socket.inet_aton(address.host)     # which knows all the spellings
-    except (OSError, ValueError):
-        return address
+        octets = socket.inet_aton(host)             # which knows all the spellings
+    except OSError:
+        return address._replace(host=host)
     return Address.numeric(socket.inet_ntoa(octets), address.port).dialled
 
 
@@ -321,7 +325,10 @@ class ChainedAssociation(Association):
 
     def look_up(self, header: bytes, address: Address, payload: bytes) -> Optional[Target]:
         """Not here: the name goes on as it is."""
-        target = self.open_towards([spelled_out(address)], None)
+        try:
+            target = self.open_towards([spelled_out(address)], None)
+        except RequestFailed:           # there can be no such name
+            target = None
         return self.remember(header, target) if target is not None else None
 
 

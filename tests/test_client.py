@@ -143,7 +143,8 @@ def test_socks5_looks_the_name_up_here_and_tries_one_address_after_the_other(
     assert [str(server.next_ended().destination.host) for _ in range(2)] == ["127.0.0.9", LOCALHOST]
 
 
-def test_a_name_beyond_ascii_goes_as_idna_has_it(proxy_that: Any) -> None:
+@pytest.mark.parametrize(("host", "sent"), [("m\u00fcnchen.example", "xn--mnchen-3ya.example"), ("fa\u00df.example", "xn--fa-hia.example")])
+def test_a_name_beyond_ascii_goes_as_the_dns_has_it(proxy_that: Any, host: str, sent: str) -> None:
     asked: List[Request] = []
 
     def script(connection: Connection) -> None:
@@ -152,9 +153,9 @@ def test_a_name_beyond_ascii_goes_as_idna_has_it(proxy_that: Any) -> None:
         asked.append(Request.read(connection))
         connection.send(SUCCESS)
 
-    connect(proxy_that(script), "m\u00fcnchen.example", 80).close()
+    connect(proxy_that(script), host, 80).close()
     proxy_that.done()
-    assert asked[0].destination.host == "xn--mnchen-3ya.example"
+    assert asked[0].destination.host == sent
 
 
 @pytest.mark.parametrize("port", [-1, 65536])

@@ -19,28 +19,28 @@ SERVICE = sorted((PACKAGE / "service").glob("*.py"))
 
 # From the bottom to the top; a module of the core imports only from below.
 CORE = {
-    "protocol": set(),
+    "names": set(),
+    "protocol": {"names"},
     "session": {"protocol"},
     "descriptors": {"protocol"},
     "users": set(),
-    "names": set(),
     "rules": {"protocol", "names"},
     "strangers": {"protocol"},
     "listener": {"protocol"},
     "relay": {"session", "descriptors"},
     "outbound": {"protocol", "descriptors", "relay"},
-    "resolver": {"protocol", "descriptors", "relay", "outbound"},
+    "resolver": {"protocol", "names", "descriptors", "relay", "outbound"},
     "datagrams": {"protocol", "session", "relay", "outbound", "resolver"},
     "handler": {"protocol", "session", "descriptors", "strangers", "listener", "relay", "outbound", "resolver", "datagrams"},
     "server": {"protocol", "session", "descriptors", "users", "rules", "listener", "relay", "outbound", "datagrams", "handler"},
 }
 # What uses it, or stands beside it: nothing in the core imports these.
 BESIDE = {
-    "client": {"protocol"},
-    "check": {"protocol", "client"},
+    "client": {"protocol", "names"},
+    "check": {"protocol", "names", "client"},
     "meanings": {"protocol", "session"},
     "explain": {"protocol", "strangers", "meanings"},
-    "upstream": {"protocol", "rules", "relay", "outbound", "resolver", "datagrams", "handler", "client"},
+    "upstream": {"protocol", "names", "rules", "relay", "outbound", "resolver", "datagrams", "handler", "client"},
 }
 FRONT = {"__init__", "__main__"}
 PLUGINS = {"pytest_plugin": {"pytest"}, "metrics": {"prometheus_client"}}      # what is imported only where that is there

@@ -332,7 +332,7 @@ def test_a_name_that_cannot_exist_is_refused_when_all_of_it_is_read(host):
 @pytest.mark.parametrize("host", [
     "localhost", "LocalHost", "a", "0", "a..b", ".", "example.com.", "xn--bcher-kva.example", "bücher.example", "日本.example",
     "_srv._tcp.example", "-", "127.0.0.1", "127.1", "0x7f.1", "2130706433", "::1", "2001:db8::", "::ffff:192.0.2.1",
-    "a" * 255, "x." * 127 + "y",
+    "a" * 255, "x." * 127 + "y", "faß.test", "\u0646\u0627\u0645\u0647\u200c\u0627\u06cc.com", "\u0dc1\u0dca\u200d\u0dbb\u0dd3.com",
 ])
 def test_a_name_that_may_exist_is_left_to_the_resolver(host):
     """E15 to E17: and what looks like an address is known to be one."""

@@ -32,10 +32,10 @@ def waiter(request, monkeypatch):
 
 @pytest.mark.parametrize(("host", "asked"), [
     ("localhost", b"localhost"), ("a..b", b"a..b"), ("a" * 64, b"a" * 64), ("127.1", b"127.1"), ("bücher.example", b"xn--bcher-kva.example"),
-    ("日本.example", b"xn--wgv71a.example"), ("::1", b"::1"),
+    ("日本.example", b"xn--wgv71a.example"), ("::1", b"::1"), ("faß.test", b"xn--fa-hia.test"), ("faß.test.", b"xn--fa-hia.test."),
 ])
 def test_the_resolver_is_asked_with_octets(monkeypatch, host, asked):
-    """E15: a str would go through Python's IDNA codec, which takes offence at a..b and long labels."""
+    """E15: a str would go through Python's IDNA codec, which takes offence at a..b and long labels, and makes faß fass."""
     def getaddrinfo(*arguments):
         assert arguments == (asked, None, socket.AF_INET6, socket.SOCK_STREAM)
         return [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
@@ -44,7 +44,7 @@ def test_the_resolver_is_asked_with_octets(monkeypatch, host, asked):
     assert resolver.look_up(host, socket.AF_INET6) == ["::1", "127.0.0.1"]
 
 
-@pytest.mark.parametrize("host", ["ä..b", "ä" * 64, "ä." + "b" * 64, "\u2028"], ids=ascii)
+@pytest.mark.parametrize("host", ["ä..b", "ä" * 64, "ä." + "b" * 64, "\u2028", "\uff1a\uff1a1", "fe80\uff1a\uff1a1\uff05lo"], ids=ascii)
 def test_a_name_that_idna_cannot_spell_is_a_unicode_error(host):
     with pytest.raises(UnicodeError):
         resolver.look_up(host)

@@ -22,6 +22,9 @@ TARGETS = {
     "example.com": ("example.com", None, ALL_PORTS),
     "Example.COM.": ("example.com", None, ALL_PORTS),
     "b\u00fccher.example": ("xn--bcher-kva.example", None, ALL_PORTS),
+    "fa\u00df.test": ("xn--fa-hia.test", None, ALL_PORTS),
+    "*.FA\u1e9e\u3002test\u3002": ("*.xn--fa-hia.test", None, ALL_PORTS),
+    "\u0646\u0627\u0645\u0647\u200c\u0627\u06cc.com:80": ("xn--mgba3gch31f060k.com", None, range(80, 81)),
     "*.ads.example": ("*.ads.example", None, ALL_PORTS),
     "example.com:443": ("example.com", None, range(443, 444)),
     "*.example.com:80-90": ("*.example.com", None, range(80, 91)),
@@ -55,7 +58,8 @@ def test_a_target_is_read(action: str, text: str, parts: Any) -> None:
     ("deny 10.0.0.1/8", "10.0.0.0/8 would be one"), ("deny 127.1", "write it out"), ("deny 2130706433", "write it out"),
     ("deny 0x7f000001", "write it out"), ("deny 10.0.0.0/33", "write it out"),
     ("deny [::1", "closing bracket"), ("deny a*b", "no host"), ("deny *.", "no host"), ("deny a b", "no host"),
-    ("deny a\x07b", "no host"), ("deny :::", "write it out"),
+    ("deny a\x07b", "no host"), ("deny \u00e4..b", "no host"), ("deny *.a\u200bb*", "no host"), ("deny \u2100.test", "no host"),
+    ("deny \uff11\uff12\uff17.1", "write it out"), ("deny \uff0a.test", "no host"), ("deny :::", "write it out"),
 ])
 def test_what_is_no_rule_is_refused_with_what_was_expected(text: str, says: str) -> None:
     with pytest.raises(BadRule, match=says):
@@ -93,6 +97,9 @@ def ask(rules: List[str], host: str, port: int = 80, by: Optional[str] = None) -
     (["deny *.ads.example"], "192.0.2.1", 80, "badads.example", None),
     (["deny *.b\u00fccher.example"], "192.0.2.1", 80, "www.xn--bcher-kva.example", 0),
     (["deny xn--bcher-kva.example"], "192.0.2.1", 80, "B\u00dcCHER.example", 0),
+    (["deny fa\u00df.test"], "192.0.2.1", 80, "xn--fa-hia.test", 0),
+    (["deny fa\u00df.test"], "192.0.2.1", 80, "fass.test", None),
+    (["deny fass.test"], "192.0.2.1", 80, "fa\u00df.test", None),
     # The first match decides, whatever it looks at.
     (["allow ok.example", "deny 0.0.0.0/0"], "192.0.2.1", 80, "ok.example", 0),
     (["allow ok.example", "deny 0.0.0.0/0"], "192.0.2.1", 80, "other.example", 1),

@@ -227,6 +227,44 @@ def test_an_address_is_judged_as_one_however_it_is_spelled(near: Any, far: Any, 
     assert far.sessions == []
 
 
+@pytest.mark.parametrize("host", ["\uff11\uff12\uff17.0.0.1", "127\uff0e1", "0\uff587f.1"])
+@pytest.mark.parametrize("command", [Command.CONNECT, Command.BIND])
+def test_an_address_in_other_digits_is_judged_as_one(near: Any, far: Any, host: str, command: Command) -> None:
+    near.rules = Rules.parse(["deny 127.0.0.0/8"])
+    assert answer(near, command, name(host, 80)).code is ReplyCode.NOT_ALLOWED
+    assert far.sessions == []
+
+
+def test_a_name_beyond_ascii_is_judged_and_sent_on_in_one_spelling(start_server: Any, echo: Any) -> None:
+    far = start_server(handler_with(resolve=lambda _self, host: {"xn--fa-hia.test": [LOCALHOST]}[host]))
+    near = start_server(through(far))
+    with Client(near.server_address) as client:
+        client.connect(name("fa\u00df.test", echo[1]))
+        exchange(client)
+    assert far.next_ended().destination == name("xn--fa-hia.test", echo[1])
+    assert near.next_ended().destination == name("fa\u00df.test", echo[1]), "the log has it as it came"
+    near.rules = Rules.parse(["deny xn--fa-hia.test"])
+    assert answer(near, Command.CONNECT, name("fa\u00df.test", 80)).code is ReplyCode.NOT_ALLOWED
+
+
+UNSPELLABLE = ["\u00e4..b", "\uff1a\uff1a1", "\u00e9." * 80 + "x"]
+
+
+@pytest.mark.parametrize("host", UNSPELLABLE, ids=ascii)
+@pytest.mark.parametrize("command", [Command.CONNECT, Command.BIND])
+def test_a_name_that_cannot_be_spelled_is_not_sent_on(near: Any, far: Any, host: str, command: Command) -> None:
+    assert answer(near, command, name(host, 80)).code is ReplyCode.HOST_UNREACHABLE
+    assert far.sessions == []
+
+
+def test_a_datagram_to_such_a_name_costs_nothing_but_itself(near: Any) -> None:
+    with udp_target() as target, udp_associate(url_of(near)) as relay:
+        for host in UNSPELLABLE:
+            relay.socket.send(bytes(Datagram(name(host, 80), b"lost")))
+        relay.sendto(b"there", target.getsockname())
+        assert target.recv(100) == b"there"
+
+
 @pytest.mark.parametrize("host", ["example.com", "1.example", "0x7g", "-1", "1.2.3.4.5"])
 def test_names_stay_names(host: str) -> None:
     assert spelled_out(name(host, 80)) == name(host, 80)

@@ -21,6 +21,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type, cast
 
 from ..client import Proxy
+from ..names import ascii_form
 from ..outbound import Route, is_own_address
 from ..protocol import Address, Command
 from ..handler import Socks5Handler
@@ -159,7 +160,7 @@ def listen_addresses(options: argparse.Namespace) -> List[str]:
 def resolved(host: str, way_out: str) -> List[str]:
     """The IP addresses of a host to listen on, at least one."""
     try:
-        rows = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+        rows = socket.getaddrinfo(ascii_form(host.strip("[]")), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise CannotStart(f"{host!r} is no address to listen on", f"try  {way_out}") from None
     return sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
