@@ -29,7 +29,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from .names import ascii_form
 from .protocol import (
-    UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed,
+    UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed,
     Message, Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
 )
 
@@ -240,7 +240,7 @@ class DatagramRelay:
         self.proxy = proxy
         self.control = control
         self.address = address
-        family, kind, number, _name, there = socket.getaddrinfo(ascii_form(address.host), address.port, type=socket.SOCK_DGRAM)[0]
+        family, kind, number, _name, there = socket.getaddrinfo(ascii_form((address.literal or address).host), address.port, type=socket.SOCK_DGRAM)[0]
         self.socket = socket.socket(family, kind, number)
         try:
             if family == control.family:        # the proxy hears only the host that it has been asked by
@@ -322,7 +322,9 @@ def destinations(proxy: Proxy, host: str, port: int) -> List[Address]:
     if not 0 <= port < 65536:
         raise ValueError(f"{port} is no port")
     address = Address.named(ascii_form(host), port)
-    if proxy.names_there or address.address_type is not AddressType.DOMAINNAME:
+    if address.literal is not None:
+        return [address.literal]
+    if proxy.names_there:
         return [address]
     rows = socket.getaddrinfo(ascii_form(host), None, type=socket.SOCK_STREAM)
     return [Address.numeric(str(row[4][0]), port) for row in rows]

@@ -240,7 +240,8 @@ class Address(NamedTuple):
         +------+----------+------+
 
     `host` is an IP address in its usual spelling, or a name; `address_type` is how it stands
-    on the wire.  Browsers send ``127.0.0.1`` as a name: ask `is_name`, not the type.
+    on the wire.  Browsers send ``127.0.0.1`` as a name, others ``[::1]`` as it stands in a URL: ask for its
+    `literal`, not for the type.
     """
 
     host: str
@@ -301,14 +302,14 @@ class Address(NamedTuple):
         if self.address_type is AddressType.IPV4:
             return self
         try:
-            return self.numeric(self.host, self.port)
+            return self.numeric(without_brackets(self.host), self.port)
         except ValueError:
             return None
 
     @property
     def is_unspecified(self) -> bool:
         """All zeros, or the name ``0`` (as PySocks writes it): the client cannot tell yet."""
-        return self.host in ("0.0.0.0", "::", "0")
+        return self.host in ("0.0.0.0", "::", "[::]", "0")
 
     @property
     def dialled(self) -> Address:
@@ -332,7 +333,16 @@ class Address(NamedTuple):
         ]
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"{in_brackets(self.host)}:{self.port}"
+
+
+def in_brackets(host: str) -> str:
+    """A host as it stands in front of a port: an IPv6 address, which has colons of its own, in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def without_brackets(host: str) -> str:
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 UNSPECIFIED = Address("0.0.0.0", 0, AddressType.IPV4)   # "no address", and the shortest way to say so
@@ -344,7 +354,7 @@ def read_name(octets: bytes) -> str:
         name = octets.decode()
     except UnicodeDecodeError as error:
         raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that is no text: {octets!r}") from error
-    if (NAME.fullmatch(name) and (name.isprintable() or name.translate(JOINERS).isprintable())) or is_ipv6(name):
+    if (NAME.fullmatch(name) and (name.isprintable() or name.translate(JOINERS).isprintable())) or is_ipv6(without_brackets(name)):
         return name
     raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that cannot exist: {name!r}")
 

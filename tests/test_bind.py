@@ -125,7 +125,7 @@ def test_the_session_knows_both_ends(start_server, new_client, call):
 # --- who may call ---
 
 @pytest.mark.parametrize("place", [
-    ANYONE, Address("0.0.0.0", 4242, AddressType.IPV4), Address("::", 0, AddressType.IPV6), name("0", 0), name("0.0.0.0", 4242), name("::", 0),
+    ANYONE, Address("0.0.0.0", 4242, AddressType.IPV4), Address("::", 0, AddressType.IPV6), name("0", 0), name("0.0.0.0", 4242), name("::", 0), name("[::]", 0),
 ], ids=str)
 @pytest.mark.parametrize("source", [LOCALHOST, pytest.param(NEIGHBOUR, marks=needs_neighbour)])
 def test_zeros_of_every_kind_mean_anyone(start_server, new_client, call, place, source):

@@ -12,7 +12,7 @@ from typing import Any, Callable, List, Tuple
 import pytest
 
 from socks5srv import client
-from socks5srv.client import Conversation, Proxy, bind, connect, udp_associate
+from socks5srv.client import Conversation, DatagramRelay, Proxy, bind, connect, udp_associate
 from socks5srv.protocol import (
     UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed, Message,
     Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
@@ -116,6 +116,21 @@ def test_connect_returns_a_blocking_socket_to_the_target(start_server: Any, star
         assert sock.gettimeout() is None
         exchange(sock)
     assert server.next_ended().destination.address_type is (AddressType.IPV6 if ":" in host else AddressType.IPV4)
+
+
+@needs_ipv6
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_an_address_in_the_brackets_of_a_url_is_sent_as_one(start_server: Any, start_echo: Any, scheme: str) -> None:
+    server = start_server()
+    with connect(url_of(server, scheme), "[::1]", start_echo("::1").server_address[1]) as sock:
+        exchange(sock)
+    assert server.next_ended().destination.address_type is AddressType.IPV6
+
+
+@needs_ipv6
+def test_a_relay_whose_address_is_in_brackets_can_be_written_to() -> None:
+    with DatagramRelay(Proxy("h"), socket.socket(), Address("[::1]", 9, AddressType.DOMAINNAME)) as relay:
+        assert relay.socket.getpeername()[:2] == ("::1", 9)
 
 
 def test_socks5h_leaves_the_name_to_the_proxy(start_server: Any, echo: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from socks5srv import datagrams, relay
 from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode
+from socks5srv.rules import Rules
 from socks5srv.handler import Socks5Handler
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, needs_neighbour
@@ -149,6 +150,21 @@ def test_ipv4_ipv6_and_names_go_through_one_association(start_server: Any, assoc
         # The answer names its source as it is: a number, RFC 1928 has no other.
         assert client.answer() == Datagram(four.address, b"by name")
     assert Named.asked == ["here.invalid"]      # remembered
+
+
+@needs_ipv6
+def test_an_address_in_brackets_is_sent_to_and_judged_as_one(start_server: Any, associate: Any, new_socket: Any) -> None:
+    server = start_server()
+    client, six, denied = associate(server), new_socket("::1"), new_socket("::1")
+    server.rules = Rules.parse([f"deny [::1]:{denied.address.port}"])
+    client.send_to(name("[::1]", denied.address.port), b"denied")
+    client.send_to(name("[::1]", six.address.port), b"hello")
+    octets, proxy = six.receive()
+    six.send(octets, proxy)
+    assert client.answer() == Datagram(six.address, b"hello")
+    denied.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):        # it was handled before
+        denied.receive()
 
 
 @needs_ipv6

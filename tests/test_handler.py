@@ -318,7 +318,7 @@ def test_the_reserved_octet_is_not_looked_at(start_server, new_client, echo):
 
 
 @pytest.mark.parametrize("host", [
-    b"", b"\x00", b"localhost\x00", b"localhost\x00.example", b"local host", b"localhost\n", b"::1%lo", b"fe80::1%eth0", b"[::1]", b"\xff",
+    b"", b"\x00", b"localhost\x00", b"localhost\x00.example", b"local host", b"localhost\n", b"::1%lo", b"fe80::1%eth0", b"[::1%lo]", b"[::1", b"\xff",
     b"a/b", b"a..b", b".", b"a" * 64, b"a" * 255, "ä..b".encode(), ("ä" * 64).encode(), b"\xe2\x80\xa8",
 ], ids=lambda host: repr(host[:12]))
 def test_a_name_that_cannot_exist_gets_a_reply_whatever_its_octets(start_server, new_client, monkeypatch, host):
@@ -420,6 +420,8 @@ def test_names_are_looked_up_in_the_family_of_the_route(start_server, new_client
     pytest.param(LOCALHOST, name("::ffff:127.0.0.1", 0), marks=needs_ipv6),
     pytest.param("::1", Address("::1", 0, AddressType.IPV6), marks=needs_ipv6),
     pytest.param("::1", name("::1", 0), marks=needs_ipv6),
+    pytest.param("::1", name("[::1]", 0), marks=needs_ipv6),
+    pytest.param("::1", name("[::]", 0), marks=needs_ipv6),
 ], ids=str)
 @pytest.mark.parametrize("listening", [LOCALHOST, pytest.param("::", marks=needs_ipv6)])
 def test_the_reply_names_our_end_of_the_connection_as_an_ip_address(start_server, new_client, listen, listening, target, asked):
@@ -472,6 +474,7 @@ def test_the_route_decides_where_connections_come_from(start_server, new_client,
     pytest.param("::", Address(LOCALHOST, 0, AddressType.IPV4), marks=needs_ipv6),
     pytest.param("::1", Address("::1", 0, AddressType.IPV6), marks=needs_ipv6),
     pytest.param("::1", Address("::", 0, AddressType.IPV6), marks=needs_ipv6),
+    pytest.param("::1", name("[::1]", 0), marks=needs_ipv6),
 ], ids=str)
 def test_nobody_is_connected_to_the_server_itself(start_server, new_client, listening, asked):
     """E22"""
@@ -652,6 +655,8 @@ def test_allow_is_asked_about_the_name_and_then_about_each_address(start_server,
 @pytest.mark.parametrize(("asked", "judged"), [
     (name(LOCALHOST, 80), Address(LOCALHOST, 80, AddressType.IPV4)),
     (name("::1", 80), Address("::1", 80, AddressType.IPV6)),
+    (name("[::1]", 80), Address("::1", 80, AddressType.IPV6)),
+    (name("[::ffff:7f00:1]", 80), Address(LOCALHOST, 80, AddressType.IPV4)),
     (Address("::ffff:7f00:1", 80, AddressType.IPV6), Address(LOCALHOST, 80, AddressType.IPV4)),
     (name("::ffff:7f00:1", 80), Address(LOCALHOST, 80, AddressType.IPV4)),
     (Address(LOCALHOST, 80, AddressType.IPV4), Address(LOCALHOST, 80, AddressType.IPV4)),

@@ -316,7 +316,7 @@ def name_request(host: bytes) -> bytes:
 @pytest.mark.parametrize("host", [
     b"", b"\x00", b"localhost\x00", b"localhost\x00.example", b"a b", b" localhost", b"localhost\n", b"\r\nfake line",
     b"\x1b[2Ja", b"\x7f", b"a%b", b"fe80::1%lo", b"::1%lo", b"100%", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc2\x85", b"\xc2\xa0",
-    b"a/b", b"a:b", b"localhost:80", b"[::1]", b"::g", b"1:2:3:4:5:6:7:8:9", b"user@host", b"\xff" * 255,
+    b"a/b", b"a:b", b"localhost:80", b"[::1", b"::1]", b"[[::1]]", b"[::1]:80", b"[fe80::1%lo]", b"[127.0.0.1]", b"[localhost]", b"[]", b"::g", b"1:2:3:4:5:6:7:8:9", b"user@host", b"\xff" * 255,
     "a\u2028b".encode(), "a\u202eb".encode(), "a\u00adb".encode(), "\u200b".encode(), "\ue000".encode(),
 ], ids=repr)
 def test_a_name_that_cannot_exist_is_refused_when_all_of_it_is_read(host):
@@ -331,7 +331,7 @@ def test_a_name_that_cannot_exist_is_refused_when_all_of_it_is_read(host):
 
 @pytest.mark.parametrize("host", [
     "localhost", "LocalHost", "a", "0", "a..b", ".", "example.com.", "xn--bcher-kva.example", "bücher.example", "日本.example",
-    "_srv._tcp.example", "-", "127.0.0.1", "127.1", "0x7f.1", "2130706433", "::1", "2001:db8::", "::ffff:192.0.2.1",
+    "_srv._tcp.example", "-", "127.0.0.1", "127.1", "0x7f.1", "2130706433", "::1", "2001:db8::", "::ffff:192.0.2.1", "[::1]", "[2001:DB8::]",
     "a" * 255, "x." * 127 + "y", "faß.test", "\u0646\u0627\u0645\u0647\u200c\u0627\u06cc.com", "\u0dc1\u0dca\u200d\u0dbb\u0dd3.com",
 ])
 def test_a_name_that_may_exist_is_left_to_the_resolver(host):
@@ -347,6 +347,8 @@ def test_a_name_that_may_exist_is_left_to_the_resolver(host):
     ("2001:DB8:0:0::1", Address("2001:db8::1", 80, AddressType.IPV6)),
     ("::ffff:192.0.2.1", Address("192.0.2.1", 80, AddressType.IPV4)),
     ("::FFFF:c000:201", Address("192.0.2.1", 80, AddressType.IPV4)),
+    ("[::1]", Address("::1", 80, AddressType.IPV6)),
+    ("[::ffff:192.0.2.1]", Address("192.0.2.1", 80, AddressType.IPV4)),
     ("127.1", None), ("2130706433", None), ("0x7f000001", None), ("0177.0.0.1", None), ("localhost", None), ("0", None),
     ("1.2.3.4.", None), ("١٢٧.0.0.1", None),
 ])
@@ -386,7 +388,7 @@ def test_only_an_ip_address_is_numeric(host):
 
 @pytest.mark.parametrize(("address", "unspecified"), [
     (UNSPECIFIED, True), (Address("0.0.0.0", 5, AddressType.IPV4), True), (Address("::", 5, AddressType.IPV6), True),
-    (name("0", 5), True), (name("0.0.0.0", 5), True), (name("::", 0), True),
+    (name("0", 5), True), (name("0.0.0.0", 5), True), (name("::", 0), True), (name("[::]", 0), True),
     (IPV4, False), (NAME, False), (Address("0.0.0.1", 0, AddressType.IPV4), False), (Address("::1", 0, AddressType.IPV6), False),
 ])
 def test_zeros_of_every_kind_mean_that_the_client_cannot_tell(address, unspecified):
@@ -395,7 +397,7 @@ def test_zeros_of_every_kind_mean_that_the_client_cannot_tell(address, unspecifi
 
 
 @pytest.mark.parametrize(("address", "text"), [
-    (IPV4, "192.0.2.1:8080"), (IPV6, "[2001:db8::1]:443"), (NAME, "example.com:80"), (name("::1", 1), "[::1]:1"),
+    (IPV4, "192.0.2.1:8080"), (IPV6, "[2001:db8::1]:443"), (NAME, "example.com:80"), (name("::1", 1), "[::1]:1"), (name("[::1]", 1), "[::1]:1"),
 ])
 def test_an_address_is_written_as_people_write_it(address, text):
     assert str(address) == text

@@ -62,6 +62,7 @@ def test_the_event_says_how_far_the_client_got(known, event):
      "#7 127.0.0.1:50123 alice - - login-failed wrong name or password"),
     ({"reason": "this is HTTP"}, "#7 127.0.0.1:50123 - - - bad-protocol this is HTTP"),
     ({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name("::1", 0)}, "#7 127.0.0.1:50123 - udp [::1]:0 open"),
+    ({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name("[::1]", 0)}, "#7 127.0.0.1:50123 - udp [::1]:0 open"),
 ])
 def test_the_line_for_people_has_its_columns_in_order(known, line):
     assert str(session(**known)) == line

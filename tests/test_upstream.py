@@ -219,7 +219,7 @@ def test_the_rules_judge_names_and_addresses_as_they_are_written(
         assert heard(target) == (b"judged" if reached else None)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "::ffff:127.0.0.1", "0.0.0.0", "0"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "::ffff:127.0.0.1", "[::ffff:127.0.0.1]", "0.0.0.0", "0"])
 def test_an_address_is_judged_as_one_however_it_is_spelled(near: Any, far: Any, host: str) -> None:
     near.rules = Rules.parse(["deny 127.0.0.0/8"])
     assert answer(near, Command.CONNECT, name(host, 80)).code is ReplyCode.NOT_ALLOWED

@@ -15,6 +15,7 @@ import time
 from typing import Any, Dict, List, Optional
 
 from ..explain import Exhibit, Row
+from ..protocol import in_brackets
 from ..session import Session
 
 KEPT = 50               # conversations
@@ -148,4 +149,4 @@ def place(said: Dict[str, Row], prefix: str) -> List[str]:
         return []
     number = int.from_bytes(port.octets or b"", "big")
     name = last_of(host).partition(" (")[0].partition(", ")[0]
-    return [f"[{name}]:{number}" if ":" in name else f"{name}:{number}"]
+    return [f"{in_brackets(name)}:{number}"]

@@ -56,7 +56,7 @@ function duration(seconds) {
 }
 
 const words = (name) => name.replaceAll("_", " ");
-const inHost = (host) => (host.includes(":") ? `[${host}]` : host);
+const inHost = (host) => (host.includes(":") && !host.startsWith("[") ? `[${host}]` : host);
 const place = (row) => (row.host === null ? "" : `${inHost(row.host)}:${row.port}`);
 const spaced = (hex) => (hex.match(/../g) || []).join(" ");
 const clip = (text, most) => (text.length > most ? `${text.slice(0, Math.max(1, most - 1))}\u2026` : text);

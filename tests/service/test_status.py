@@ -21,10 +21,11 @@ from tests.conftest import LOCALHOST, TIMEOUT, Client, can_bind, eventually, exc
 from tests.service.conftest import Outcome, Service
 from tests.service.watched import Events, Watched
 
-from socks5srv.protocol import Address, Command, Credentials, Datagram, Greeting, Method, ReplyCode, Request
+from socks5srv.explain import exhibit
+from socks5srv.protocol import Address, AddressType, Command, Credentials, Datagram, Greeting, Method, ReplyCode, Request
 from socks5srv.service import conversations
 from socks5srv.service import status as module
-from socks5srv.service.conversations import KEPT, STEPS
+from socks5srv.service.conversations import KEPT, STEPS, label_of
 from socks5srv.service.options import build_parser
 from socks5srv.service.run import ServiceHandler, ServiceServer, status_address
 from socks5srv.service.status import HEADERS, split_host
@@ -387,6 +388,12 @@ def conversation(page: Watched, id: int, steps: int = 1) -> Any:
 
 def arrows(found: Any) -> List[Tuple[str, str, str]]:
     return [(step["from"], step["to"], step["label"]) for step in found["steps"] if step["kind"] != "note"]
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_address_has_one_pair_of_brackets(host: str) -> None:
+    label = label_of(exhibit(Request(Command.CONNECT, Address(host, 80, AddressType.DOMAINNAME))))
+    assert label.endswith(" [::1]:80")
 
 
 def test_a_conversation_is_told_arrow_by_arrow(watch: Start, echo: Any, new_client: Any) -> None:
