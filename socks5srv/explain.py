@@ -396,7 +396,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         print(USAGE, end="", file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     try:
-        octets = octets_of(sys.stdin.buffer.read().decode("latin-1") if list(words) == ["-"] else " ".join(words))
+        octets = octets_of(sys.stdin.buffer.read().decode("utf-8-sig", "replace") if list(words) == ["-"] else " ".join(words))
         if not octets:
             raise ValueError("there is not one octet: write some, as in 050100")
         print(report(octets), flush=True)

@@ -143,7 +143,7 @@ class UsersFile(Users):
 def read_users(path: str) -> Dict[str, str]:
     """The hashes in a users file, by name; BadUsersFile if there is anything wrong with it."""
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             status = os.fstat(stream.fileno())
             lines = stream.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:

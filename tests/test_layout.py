@@ -131,6 +131,15 @@ def test_the_core_leaves_alone_what_is_a_programs_business(module):
     assert "basicConfig" not in [call.attr for call in calls if isinstance(call, ast.Attribute)]
 
 
+@modules
+def test_text_files_are_read_with_or_without_a_byte_order_mark(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+            mode, encoding = ([argument.value for argument in node.args[1:2]] or ["r"])[0], [word for word in node.keywords if word.arg == "encoding"]
+            if "r" in mode and "b" not in mode:
+                assert [word.value.value for word in encoding] == ["utf-8-sig"], f"line {node.lineno}"
+
+
 def test_there_are_no_sockets_in_the_protocol():
     assert not others(PACKAGE / "protocol.py") & {"socket", "select", "threading", "time", "os"}
 

@@ -100,6 +100,13 @@ def test_the_users_of_a_file_can_log_in(write: Write) -> None:
         assert not file.check("anna", "")
 
 
+@pytest.mark.parametrize("before", [[], ["# those who may"]])
+def test_the_file_may_begin_with_a_byte_order_mark(write: Write, before: List[str]) -> None:
+    """As editors of Windows write it; it would be a part of the first name."""
+    first, *more = [*before, login("anna", "sesame")]
+    assert UsersFile(write("\ufeff" + first, *more)).check("anna", "sesame")
+
+
 def test_a_login_that_was_right_is_remembered(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = UsersFile(write(login("anna", "sesame")))
     assert file.check("anna", "sesame")

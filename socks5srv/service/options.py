@@ -218,7 +218,7 @@ def expand(parser: Parser, words: Sequence[str], depth: int = 0) -> List[str]:
 
 def words_of(parser: Parser, path: str) -> List[str]:
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             lines = stream.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"cannot read the options in {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}")

@@ -202,6 +202,13 @@ def test_a_file_has_options_line_by_line_with_comments(tmp_path: Path) -> None:
     assert (options.bind, options.port) == (["127.0.0.1"], 8080)
 
 
+@pytest.mark.parametrize("text", ["-p 8080\n", "# where\n-p 8080\n"])
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "proxy.conf"
+    file.write_text(text, encoding="utf-8-sig")
+    assert parse([f"@{file}"]).port == 8080
+
+
 def test_what_stands_behind_a_file_wins(tmp_path: Path) -> None:
     file = tmp_path / "proxy.conf"
     file.write_text("-p 8080\n--idle-timeout 60\n")
