@@ -34,7 +34,7 @@ from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple, Ty
 
 from . import outbound
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
-from .relay import READ, Relay
+from .relay import READ, Relay, broken
 from .resolver import NO_SUCH_NAME, LookUp, look_ups
 from .session import Session
 
@@ -329,7 +329,7 @@ class Control:
         except BlockingIOError:
             pass
         except OSError as error:
-            self.association.abort(error.strerror or str(error))
+            self.association.abort(broken("client", error))
 
     def abort(self, reason: str) -> None:
         self.association.abort(reason)

@@ -37,7 +37,7 @@ from .protocol import (
     UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
     MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed, Socks5Error,
 )
-from .relay import READ, Tunnel, tune
+from .relay import READ, Tunnel, broken, tune
 from .session import Session
 
 if TYPE_CHECKING:
@@ -76,8 +76,11 @@ class ClientStream:
         return octets
 
     def fill(self) -> bool:
-        """Wait for more; False if there is none to come."""
-        octets = self.connection.recv(4096)
+        """Wait for more; False if there is none to come.  ClientGone if the connection has broken."""
+        try:
+            octets = self.connection.recv(4096)
+        except OSError as error:
+            raise ClientGone(broken("client", error)) from error
         self.buffer += octets
         return bool(octets)
 
@@ -475,7 +478,10 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def send(self, message: Message) -> None:
         wire.debug("#%d > %s", self.session.id, message)
-        self.connection.sendall(bytes(message))
+        try:
+            self.connection.sendall(bytes(message))
+        except OSError as error:
+            raise ClientGone(broken("client", error)) from error
 
     def succeed(self, bound: Address) -> None:
         self.session.reply = ReplyCode.SUCCEEDED

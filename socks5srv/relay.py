@@ -76,6 +76,18 @@ TUNING: List[Tuple[int, int, int]] = [
 ]
 
 
+WORDS = {
+    errno.ECONNRESET: "connection reset", errno.EPIPE: "broken pipe", errno.ETIMEDOUT: "timed out",
+    errno.ENOTCONN: "connection reset",     # what shutdown() says of a socket that has been reset meanwhile
+}
+
+
+def broken(side: str, error: OSError) -> str:
+    """Whose connection has broken, and why: ``client: connection reset``."""
+    text = error.strerror or str(error)
+    return f"{side}: {WORDS.get(error.errno or 0) or text[:1].lower() + text[1:]}"
+
+
 # --- waiting for many sockets ---
 
 class EpollWaiter:
@@ -400,6 +412,15 @@ class Pipes:
 
 # --- tunnels ---
 
+class SinkFailed(Exception):
+    """The sink of this flow has failed, and not its source."""
+
+    def __init__(self, flow: Flow, error: OSError) -> None:
+        super().__init__(str(error))
+        self.flow = flow
+        self.error = error
+
+
 class Flow:
     """
     One direction: what can be read from `source` goes to `sink`.
@@ -437,8 +458,10 @@ class Flow:
                     self.copy()
         except BlockingIOError:     # it only looked ready
             pass
+        except SinkFailed as failed:
+            self.tunnel.reset(failed.flow.opposite, failed.error)
         except OSError as error:
-            self.tunnel.reset(error)
+            self.tunnel.reset(self, error)
 
     def abort(self, reason: str) -> None:
         self.tunnel.abort(reason)
@@ -450,8 +473,10 @@ class Flow:
                 self.splice()
         except BlockingIOError:     # it only looked ready
             pass
+        except SinkFailed as failed:
+            self.tunnel.reset(failed.flow.opposite, failed.error)
         except OSError as error:
-            self.tunnel.reset(error)
+            self.tunnel.reset(self, error)
 
     def copy(self) -> None:
         """Move one chunk.  One only, however much is there: the others want to live, too."""
@@ -464,6 +489,8 @@ class Flow:
             sent = self.sink.send(relay.chunk[:n])
         except BlockingIOError:
             sent = 0
+        except OSError as error:
+            raise SinkFailed(self, error) from error
         self.octets += sent
         if sent < n:
             self.chunk = bytes(relay.chunk[sent:n])
@@ -495,6 +522,8 @@ class Flow:
             sent = os.splice(pipe.reader, self.sink.fileno(), pipe.held, flags=SPLICE_FLAGS)
         except BlockingIOError:
             sent = 0
+        except OSError as error:
+            raise SinkFailed(self, error) from error
         pipe.held -= sent
         self.octets += sent
         if pipe.held and not self.blocked:
@@ -543,7 +572,10 @@ class Flow:
             self.tunnel.close()
             return
         self.tunnel.first_end = self
-        self.sink.shutdown(socket.SHUT_WR)
+        try:
+            self.sink.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise SinkFailed(self, error) from error
         self.refresh()
 
     @property
@@ -620,9 +652,9 @@ class Tunnel:
         """Both ways have ended."""
         self.end("target closed" if self.first_end is self.down else "client closed")
 
-    def reset(self, error: OSError) -> None:
-        """One end has failed, so the other has to hear of a failure, not of an ordinary end."""
-        self.abort("timed out" if error.errno == errno.ETIMEDOUT else error.strerror or str(error))
+    def reset(self, flow: Flow, error: OSError) -> None:
+        """The source of this flow has failed, so the other end has to hear of a failure, not of an ordinary end."""
+        self.abort(broken("client" if flow is self.up else "target", error))
 
     def abort(self, reason: str) -> None:
         """Break both connections off."""

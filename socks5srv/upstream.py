@@ -35,7 +35,7 @@ from .datagrams import TURN, Association, Outer, Target, header_length, udp_sock
 from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
-from .relay import READ, WRITE
+from .relay import READ, WRITE, broken
 from .rules import Rules
 from .handler import Socks5Handler
 
@@ -365,7 +365,7 @@ class Lifeline(Outer):
         except BlockingIOError:
             pass
         except OSError as error:
-            self.association.abort(f"upstream: {error.strerror or error}")
+            self.association.abort(broken("upstream", error))
 
 
 def udp_towards(relay: Address, here: Address) -> socket.socket:

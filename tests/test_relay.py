@@ -14,13 +14,15 @@ import os
 import resource
 import selectors
 import socket
+import stat
 import threading
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
 
 from socks5srv import relay
-from socks5srv.protocol import ReplyCode
+from socks5srv.protocol import Address, ReplyCode
+from socks5srv.session import Session
 
 from .conftest import TIMEOUT, Client, eventually, exchange, in_thread, set_reset, within
 
@@ -199,7 +201,7 @@ def test_a_reset_by_the_target_reaches_the_client_as_a_reset(tunnel: Any) -> Non
     set_reset(target)
     target.close()
     assert ends_with_reset(client.socket)
-    assert server.next_ended().reason == os.strerror(errno.ECONNRESET)
+    assert server.next_ended().reason == "target: connection reset"
 
 
 @pytest.mark.usefixtures("mode")
@@ -208,7 +210,7 @@ def test_a_reset_by_the_client_reaches_the_target_as_a_reset(tunnel: Any) -> Non
     exchange_both_ways(client, target)
     client.reset()
     assert ends_with_reset(target)
-    assert server.next_ended().reason == os.strerror(errno.ECONNRESET)
+    assert server.next_ended().reason == "client: connection reset"
 
 
 @pytest.mark.parametrize("mode", ["splice", "copy"], indirect=True)
@@ -218,7 +220,7 @@ def test_a_reset_is_noticed_while_the_other_end_takes_nothing(tunnel: Any) -> No
     fill(target)                        # so that the relay waits for the client, and not for the target
     set_reset(target)
     target.close()
-    assert server.next_ended().reason == os.strerror(errno.ECONNRESET)
+    assert server.next_ended().reason == "target: connection reset"
     assert ends_with_reset(client.socket)
 
 
@@ -232,6 +234,91 @@ def test_a_half_closed_end_that_is_reset_ends_the_tunnel(tunnel: Any) -> None:
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
         eventually(lambda: target.send(b"into the void") == 0)
     assert server.next_ended().seconds is not None
+
+
+@pytest.mark.usefixtures("mode")
+def test_an_end_that_meets_a_reset_is_the_others_connection_reset(tunnel: Any) -> None:
+    """shutdown() of a socket that has been reset meanwhile says only that it is not connected."""
+    client, target, server = tunnel()
+    exchange_both_ways(client, target)
+    (carrier,) = server.relays
+    held, go_on = threading.Event(), threading.Event()
+    carrier.call(lambda: (held.set(), go_on.wait(TIMEOUT)))
+    assert held.wait(TIMEOUT)
+    target.shutdown(socket.SHUT_WR)
+    client.reset()
+    go_on.set()
+    assert server.next_ended().reason == "client: connection reset"
+    assert ends_with_reset(target)
+
+
+class Failing(socket.socket):
+    """A socket of which one call fails, the first time or the second."""
+
+    def fails(self, call: str, code: int, held: bool = False) -> None:
+        def fail(*_arguments: Any) -> Any:
+            nonlocal held
+            held, was_held = False, held
+            raise BlockingIOError if was_held else OSError(code, os.strerror(code))
+
+        setattr(self, call, fail)
+
+
+def broken_tunnel(side: str, call: str, code: int, held: bool = False) -> str:
+    """The reason for which a tunnel ends when this call on the socket of this side fails; the octets come from the other one."""
+    pairs = {name: socket.socketpair() for name in ("client", "target")}
+    ends = {name: Failing(fileno=ours.detach()) for name, (ours, _theirs) in pairs.items()}
+    ends[side].fails(call, code, held)
+    for end in ends.values():
+        end.setblocking(False)
+    carrier, over = relay.Relay(), threading.Event()
+    session = Session(1, Address.numeric("127.0.0.1", 1))
+    try:
+        relay.Tunnel(carrier, ends["client"], ends["target"], session, over.set).start()
+        other = {"client": "target", "target": "client"}[side]
+        for name in ([side] if call == "recv_into" else [other]):
+            pairs[name][1].send(b"x")
+            if call == "shutdown":
+                pairs[name][1].shutdown(socket.SHUT_WR)
+        assert over.wait(TIMEOUT)
+        return session.reason
+    finally:
+        carrier.stop()
+        for _ours, theirs in pairs.values():
+            theirs.close()
+
+
+@pytest.mark.parametrize(("code", "says"), [
+    (errno.ECONNRESET, "connection reset"), (errno.EPIPE, "broken pipe"), (errno.ETIMEDOUT, "timed out"), (errno.ENOTCONN, "connection reset"),
+    (errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH)[0].lower() + os.strerror(errno.EHOSTUNREACH)[1:]),
+])
+@pytest.mark.parametrize(("call", "held"), [("recv_into", False), ("send", False), ("send", True), ("shutdown", False)])
+@pytest.mark.parametrize("side", ["client", "target"])
+def test_the_reason_says_whose_socket_has_failed(side: str, call: str, held: bool, code: int, says: str) -> None:
+    assert broken_tunnel(side, call, code, held) == f"{side}: {says}"
+
+
+@pytest.mark.parametrize("side", ["client", "target"])
+@pytest.mark.parametrize(("reads", "held"), [(True, False), (False, False), (False, True)])
+def test_so_it_does_while_pages_are_spliced(monkeypatch: pytest.MonkeyPatch, side: str, reads: bool, held: bool) -> None:
+    if not relay.Relay.splices:
+        pytest.skip("not on this platform: no os.splice")
+    splice, copy, holds = os.splice, relay.Flow.copy, [held]
+
+    def spliced(source: int, sink: int, count: int, **keywords: Any) -> int:
+        from_pipe = stat.S_ISFIFO(os.fstat(source).st_mode)
+        if from_pipe and holds.pop() if holds else False:
+            raise BlockingIOError
+        if from_pipe is not reads:
+            raise OSError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        return splice(source, sink, count, **keywords)
+
+    def bulky(flow: relay.Flow) -> None:
+        copy(flow) if flow.bulk else flow.splice()
+
+    monkeypatch.setattr(os, "splice", spliced)
+    monkeypatch.setattr(relay.Flow, "copy", bulky)
+    assert broken_tunnel(side, "recv_into" if reads else "send", errno.EIO) == f"{side}: connection reset"
 
 
 @pytest.mark.usefixtures("mode")

@@ -21,7 +21,7 @@ from socks5srv.rules import Rules
 from socks5srv.handler import Socks5Handler
 from socks5srv.upstream import Loop, UpstreamHandler, spelled_out
 
-from .conftest import LOCALHOST, TIMEOUT, Client, address_of, eventually, exchange, handler_with, in_thread, name, needs_ipv6
+from .conftest import LOCALHOST, TIMEOUT, Client, address_of, eventually, exchange, handler_with, in_thread, name, needs_ipv6, set_reset
 
 SOON = 0.3          # seconds, for deadlines that have to pass
 THERE = "only.there.example"
@@ -403,6 +403,15 @@ def test_the_end_of_the_upstreams_connection_is_the_end(near: Any, far: Any) -> 
         assert near.next_ended().reason == "upstream closed"
         relay.control.settimeout(TIMEOUT)
         assert relay.control.recv(1) == b""
+
+
+def test_a_reset_by_the_upstream_is_called_one(near: Any, far: Any) -> None:
+    with udp_associate(url_of(near)):
+        (session,) = far.sessions
+        control = far.live[session.id].connection
+        eventually(lambda: far.live[session.id].carried is not None and len(far.relays[0].watched) == 3)
+        far.relays[0].call(lambda: (set_reset(control), far.live[session.id].carried.abort("reset")))
+        assert near.next_ended().reason == "upstream: connection reset"
 
 
 def test_the_end_of_the_clients_connection_is_the_end_of_the_upstreams(near: Any, far: Any) -> None:
