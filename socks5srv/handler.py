@@ -35,7 +35,7 @@ from .listener import OUT_OF, RETRY
 from .outbound import ClientGone
 from .protocol import (
     UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
-    MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed, Socks5Error,
+    MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed, Socks5Error, UnknownCommand,
 )
 from .relay import READ, Tunnel, broken, tune
 from .session import Session
@@ -498,6 +498,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.session.reply = error.code
         if isinstance(error, LoginFailed):
             self.session.login_failed, self.session.user = True, error.username
+        if isinstance(error, UnknownCommand):
+            self.session.unknown_command, self.session.destination = error.octet, error.destination
         self.session.end(str(error))
         try:
             if error.answer is not None:

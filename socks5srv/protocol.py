@@ -153,6 +153,15 @@ class RequestFailed(Socks5Error):
         return Reply(self.code)
 
 
+class UnknownCommand(RequestFailed):
+    """A CMD that the RFC has not.  Its octet and the `destination` are for the log."""
+
+    def __init__(self, octet: int, destination: Address) -> None:
+        super().__init__(ReplyCode.COMMAND_NOT_SUPPORTED, f"unknown CMD {octet:02x}")
+        self.octet = octet
+        self.destination = destination
+
+
 # --- fields ---
 
 class Field(NamedTuple):
@@ -529,7 +538,7 @@ class Request(Message):
             raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"VER of the request is {ver:02x}, not 05")
         destination = Address.read(stream)
         if cmd not in COMMANDS:
-            raise RequestFailed(ReplyCode.COMMAND_NOT_SUPPORTED, f"unknown CMD {cmd:02x}")
+            raise UnknownCommand(cmd, destination)
         return cls(COMMANDS[cmd], destination, rsv)
 
     def fields(self) -> List[Field]:

@@ -29,6 +29,7 @@ class Session:
     client: Address
     user: Optional[str] = None              # who logged in, or tried to
     command: Optional[Command] = None
+    unknown_command: Optional[int] = None   # the octet CMD that is no command; then `command` is None
     destination: Optional[Address] = None   # as the client wrote it
     peer: Optional[Address] = None          # what it was connected to
     bound: Optional[Address] = None         # the proxy's end of that
@@ -73,7 +74,7 @@ class Session:
             "id": self.id,
             "client": str(self.client),
             "user": self.user,
-            "command": COMMAND_WORDS[self.command] if self.command else None,
+            "command": self.command_word,
             "host": self.destination.host if self.destination else None,
             "port": self.destination.port if self.destination else None,
             "peer": str(self.peer) if self.peer else None,
@@ -96,11 +97,19 @@ class Session:
             words += [self.event.replace("_", "-") + (f"({self.reply:02x})" if self.reply else "")]
         return " ".join(words + [shown(self.reason)] * bool(self.reason))
 
+    @property
+    def command_word(self) -> Optional[str]:
+        """What was asked for, in a word; an octet that is no command as such (``0x09``)."""
+        if self.command is not None:
+            return COMMAND_WORDS[self.command]
+        return None if self.unknown_command is None else f"0x{self.unknown_command:02x}"
+
     def target_words(self) -> Tuple[str, ...]:
         """The command and where it led; the peer only where the client did not name it."""
-        if self.command is None or self.destination is None:
+        command = self.command_word
+        if command is None or self.destination is None:
             return ("-", "-")
-        command, asked = COMMAND_WORDS[self.command], shown(str(self.destination))
+        asked = shown(str(self.destination))
         if self.peer is None or str(self.peer) == str(self.destination):
             return (command, asked)
         return (command, asked, "->", str(self.peer))

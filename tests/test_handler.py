@@ -279,13 +279,16 @@ def test_an_unknown_command_is_refused_once_its_address_has_been_read(start_serv
     """R9, E10"""
     octets = bytearray(bytes(to(address)))
     octets[1] = cmd
-    client = new_client(start_server())
+    server = start_server()
+    client = new_client(server)
     client.send(HELLO)
     assert MethodSelection.read(client) == NO_LOGIN
     client.send(octets[:-1])
     assert quiet(client, 0.05)
     client.send(octets[-1:])
     assert_refused(client, ReplyCode.COMMAND_NOT_SUPPORTED)
+    told = server.next_ended().as_dict()
+    assert [told[key] for key in ("event", "reply", "command", "host", "port")] == ["failed", 7, f"0x{cmd:02x}", address.host, 80]
 
 
 @pytest.mark.parametrize("atyp", [0, 2, 5, 0xFF])
