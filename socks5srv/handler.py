@@ -152,11 +152,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         greeting = self.receive(Greeting)
         method = self.select_method(greeting.methods)
         if method is Method.NO_ACCEPTABLE_METHODS:
-            raise NoAcceptableMethod(
-                "the client insists on a login, and there are no users"
-                if self.wanted_method() is Method.NO_AUTHENTICATION_REQUIRED
-                else "the client offers no password (browsers cannot; --allow-from serves them without)"
-            )
+            raise NoAcceptableMethod(self.why_no_method(greeting.methods))
         self.send(MethodSelection(method))
         authenticate: Callable[[], str] = getattr(self, AUTH[method])
         return authenticate()
@@ -173,6 +169,19 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if self.server.users is not None or type(self).authenticate is not Socks5Handler.authenticate:
             return Method.USERNAME_PASSWORD
         return Method.NO_AUTHENTICATION_REQUIRED
+
+    def why_no_method(self, offered: Sequence[int]) -> str:
+        """Why none of these methods will do, and what to change."""
+        wanted = self.wanted_method()
+        if wanted in offered:       # select_method() has reasons of its own
+            return "none of the methods that the client offers will do"
+        if wanted is Method.USERNAME_PASSWORD:
+            return "the client offers no password: have it log in (browsers cannot; --allow-from serves them without)"
+        if Method.USERNAME_PASSWORD not in offered:
+            return "the client offers no method that is known here: let it offer to need no login"
+        if self.server.users is not None:
+            return "the client offers only a login, and its network (--allow-from) needs none: let it offer to need no login"
+        return "the client offers only a login, and there are no users: start with -u NAME, or let it offer to need no login"
 
     def turn_strangers_away(self) -> None:
         """Tell a client that does not speak SOCKS5 what it has found."""
@@ -498,6 +507,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.session.reply = error.code
         if isinstance(error, LoginFailed):
             self.session.login_failed, self.session.user = True, error.username
+        if isinstance(error, NoAcceptableMethod):
+            self.session.no_acceptable_method = True
         if isinstance(error, UnknownCommand):
             self.session.unknown_command, self.session.destination = error.octet, error.destination
         self.session.end(str(error))

@@ -22,7 +22,7 @@ class Session:
 
     `event` says how far it got: ``open`` (it is live), ``close`` (it was served, and is
     over), ``denied`` (by a rule), ``failed`` (any other reply, or the client left first),
-    ``login_failed``, or ``bad_protocol`` (what came was not SOCKS5, or not in time).
+    ``login_failed``, ``no_acceptable_method`` (none that it offered to log in by would do), or ``bad_protocol`` (what came was not SOCKS5, or not in time).
     """
 
     id: int
@@ -35,6 +35,7 @@ class Session:
     bound: Optional[Address] = None         # the proxy's end of that
     reply: Optional[ReplyCode] = None       # the last one sent
     login_failed = False
+    no_acceptable_method = False
     reason = ""                             # why it failed, or how it ended
     up = 0                                  # octets of payload, client to target
     down = 0                                # octets of payload, target to client
@@ -55,6 +56,8 @@ class Session:
     def event(self) -> str:
         if self.login_failed:
             return "login_failed"
+        if self.no_acceptable_method:
+            return "no_acceptable_method"
         if self.seconds is None:
             return "open"
         if self.command is None and self.reply is None:

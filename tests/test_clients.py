@@ -115,7 +115,7 @@ def test_curl_with_a_wrong_login_gets_nothing(guarded: Proxy, login: Any) -> Non
         words = ["-U", login] if login else []
         assert run(curl, "-sS", "-x", guarded.url(), *words, f"http://localhost:{site.port}/", code=97) == b""
     session = guarded.session()
-    assert session.event == ("login_failed" if login else "bad_protocol")
+    assert session.event == ("login_failed" if login else "no_acceptable_method")
     assert session.host is None
 
 
@@ -327,7 +327,7 @@ def test_requests_logs_in(requests: Any, guarded: Proxy) -> None:
         with pytest.raises(requests.ConnectionError):
             requests.get(url, proxies={"http": guarded.url()}, timeout=PATIENCE)
     assert guarded.session(event="close").user == USER
-    assert guarded.session(event="bad_protocol").host is None
+    assert guarded.session(event="no_acceptable_method").host is None
 
 
 def test_requests_in_twenty_threads_each_get_their_own_page(requests: Any, proxy: Proxy) -> None:

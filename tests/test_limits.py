@@ -14,7 +14,7 @@ import pytest
 from socks5srv.protocol import Command, Method, MethodSelection, ReplyCode
 from socks5srv.handler import Socks5Handler
 
-from .conftest import LOCALHOST, eventually, exchange, needs_neighbour, within
+from .conftest import LOCALHOST, eventually, exchange, handler_with, needs_neighbour, within
 
 NONE, PASSWORD = MethodSelection(Method.NO_AUTHENTICATION_REQUIRED), MethodSelection(Method.USERNAME_PASSWORD)
 LOOPBACK = [ip_network("127.0.0.1/32")]
@@ -192,12 +192,35 @@ def test_the_same_mistake_of_the_same_client_is_logged_once(start_server: Any, n
     assert caplog.text.count("this is HTTP") == 1
 
 
-def test_a_client_without_a_usable_method_is_logged_with_the_cause(start_server: Any, new_client: Any) -> None:
-    server = start_server(users={"anna": "sesame"})
+TRUSTED = {"users": {"anna": "sesame"}, "allow_from": LOOPBACK}
+
+
+@pytest.mark.parametrize(("settings", "methods", "says"), [
+    ({"users": {"anna": "sesame"}}, [0], "offers no password: have it log in (browsers cannot; --allow-from serves them without)"),
+    ({"users": {"anna": "sesame"}}, [1, 0x80], "offers no password: have it log in"),
+    ({}, [2], "only a login, and there are no users: start with -u NAME, or let it offer to need no login"),
+    ({}, [1, 2, 3], "only a login, and there are no users"),
+    ({}, [1], "no method that is known here: let it offer to need no login"),
+    (TRUSTED, [2], "its network (--allow-from) needs none: let it offer to need no login"),
+])
+def test_a_client_without_a_usable_method_is_told_of_each_time_with_what_would_help(
+    start_server: Any, new_client: Any, caplog: Any, settings: Any, methods: List[int], says: str,
+) -> None:
+    caplog.set_level("INFO", "socks5srv")
+    server = start_server(**settings)
+    for number in (1, 2):
+        assert new_client(server).greet(*methods) == MethodSelection(Method.NO_ACCEPTABLE_METHODS)
+        session = server.next_ended()
+        assert session.event == "no_acceptable_method"
+        assert says in session.reason
+        assert caplog.text.count("no-acceptable-method the client offers ") == number
+
+
+def test_a_subclass_that_takes_no_method_has_reasons_of_its_own(start_server: Any, new_client: Any) -> None:
+    server = start_server(handler_with(select_method=lambda _self, _offered: Method.NO_ACCEPTABLE_METHODS))
     assert new_client(server).greet(0) == MethodSelection(Method.NO_ACCEPTABLE_METHODS)
-    reason = server.next_ended().reason
-    assert "offers no password" in reason
-    assert "--allow-from" in reason
+    session = server.next_ended()
+    assert (session.event, session.reason) == ("no_acceptable_method", "none of the methods that the client offers will do")
 
 
 # --- what a log watcher sees ---

@@ -55,7 +55,7 @@ def test_every_client_is_told_of_once_and_when_all_of_it_is_known(start_server, 
         assert 0 <= session.seconds < TIMEOUT
         assert session.reason
     assert events == [
-        (1, "bad_protocol", None, None, 0, 0), (2, "bad_protocol", None, None, 0, 0), (3, "login_failed", "alice", None, 0, 0),
+        (1, "bad_protocol", None, None, 0, 0), (2, "no_acceptable_method", None, None, 0, 0), (3, "login_failed", "alice", None, 0, 0),
         (4, "failed", "alice", 5, 0, 0), (5, "denied", "alice", 2, 0, 0), (6, "close", "alice", 0, 5, 5),
     ]
     server.server_close()

@@ -39,6 +39,7 @@ def session(reason: str = "", seconds: Any = 2.5, **known: Any) -> Session:
     *[({"reply": code}, "failed") for code in ReplyCode if code not in (ReplyCode.SUCCEEDED, ReplyCode.NOT_ALLOWED)],
     ({"command": Command.CONNECT}, "failed"),       # the client left before there was a reply
     ({"login_failed": True}, "login_failed"),
+    ({"no_acceptable_method": True}, "no_acceptable_method"),
     ({}, "bad_protocol"),
 ])
 def test_the_event_says_how_far_the_client_got(known, event):
@@ -63,6 +64,7 @@ def test_the_event_says_how_far_the_client_got(known, event):
      "#7 127.0.0.1:50123 - connect 192.0.2.1:443 failed the client has gone"),
     ({"login_failed": True, "user": "alice", "reason": "wrong name or password"},
      "#7 127.0.0.1:50123 alice - - login-failed wrong name or password"),
+    ({"no_acceptable_method": True, "reason": "start with -u NAME"}, "#7 127.0.0.1:50123 - - - no-acceptable-method start with -u NAME"),
     ({"reason": "this is HTTP"}, "#7 127.0.0.1:50123 - - - bad-protocol this is HTTP"),
     ({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name("::1", 0)}, "#7 127.0.0.1:50123 - udp [::1]:0 open"),
     ({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name("[::1]", 0)}, "#7 127.0.0.1:50123 - udp [::1]:0 open"),

@@ -205,7 +205,7 @@ class Counting(Socks5Handler):
     failure = ""            # why it never came to a request
 
     def session_ended(self) -> None:
-        failed = self.session.event == "bad_protocol" and self.failure != "pac"
+        failed = self.session.event in ("bad_protocol", "no_acceptable_method") and self.failure != "pac"
         self.server.book.end(self, *[self.failure or HANG_UPS.get(self.session.reason, "closed")] * failed)
         super().session_ended()
 

@@ -19,7 +19,7 @@ from typing import Any, Dict, TextIO
 from ..session import Session, rfc3339
 from .options import complain
 
-COLORS = {"failed": "31", "login_failed": "31", "bad_protocol": "31", "denied": "33", "open": "2"}
+COLORS = {"failed": "31", "login_failed": "31", "no_acceptable_method": "31", "bad_protocol": "31", "denied": "33", "open": "2"}
 
 
 class TextFormatter(logging.Formatter):

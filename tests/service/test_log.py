@@ -405,6 +405,9 @@ def test_a_failure_is_red_and_a_success_as_it_is(
     with new_client(service) as client:
         client.ask(Command.CONNECT, refusing())
     assert re.fullmatch(r"\x1b\[31m.*failed\(05\).*\x1b\[0m", service.wait_for("#2"))
+    with new_client(service) as client:
+        client.greet(Method.USERNAME_PASSWORD)
+    assert re.fullmatch(r"\x1b\[31m.*no-acceptable-method .*start with -u NAME.*\x1b\[0m", service.wait_for("#3"))
     assert "\x1b" not in service.wait_for("#1")
 
 

@@ -25,7 +25,7 @@ REASONS = {"closed", "timeout", "crowded_out", "stopped", "no_acceptable_method"
 # All values that a label can have; what is not here has none but numbers.
 CLOSED = {
     "result": {"taken", "turned_away", "success", "failure"},
-    "event": {"close", "denied", "failed", "login_failed", "bad_protocol"},
+    "event": {"close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol"},
     "command": {*COMMAND_WORDS.values(), "none"},
     "reply": {code.name.lower() for code in ReplyCode} | {"none"},
     "reason": REASONS,

@@ -254,6 +254,7 @@ def test_what_goes_wrong_is_counted(watch: Start, new_client: Any, refusing: Any
     assert status["counters"]["handshake_failures"] == {
         "closed": 1, "http": 1, "no_acceptable_method": 2, "not_socks": 1, "socks4": 1, "tls": 1,
     }
+    assert status["counters"]["sessions"]["no_acceptable_method"] == 2
 
 
 def test_who_is_too_slow_or_crowded_out_is_counted_as_that(watch: Start, new_client: Any) -> None:
