@@ -189,9 +189,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             raise ProtocolError("the client closed without a word")
         if self.stream.buffer[0] == VER:
             return
-        if self.stream.buffer[0] in strangers.HTTP:
-            while b"\n" not in self.stream.buffer and len(self.stream.buffer) < strangers.MOST and self.stream.fill():
-                pass
+        while strangers.unsettled(self.stream.buffer) and self.stream.fill():
+            pass
         here = Address.of(self.connection.getsockname())
         raise strangers.recognise(self.stream.buffer, here, pac=self.server.beyond_loopback or self.is_here)
 

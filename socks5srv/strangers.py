@@ -2,8 +2,9 @@
 What to tell a client that does not speak SOCKS5.
 
 Browsers set to "HTTP proxy", SOCKS4 programs and TLS scanners all find the port.  They are
-told apart by their first octet, and answered in their own language where that helps the
+told apart by their first octets, and answered in their own language where that helps the
 person behind them: HTTP with a page that says what to set, SOCKS4 with its own refusal.
+Of HTTP that takes a whole method, and a blank: a letter may be the begin of anything.
 
 A browser may also ask for ``/proxy.pac``, the file that sets it up by itself.
 """
@@ -14,7 +15,7 @@ from typing import List, Optional
 
 from .protocol import CREDENTIALS_VER, Address, Field, Message, ProtocolError
 
-HTTP = b"GHPCOD"        # GET HEAD POST/PUT/PATCH CONNECT OPTIONS DELETE
+HTTP = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE ")     # RFC 9110 section 9
 MOST = 4096             # octets of an HTTP request that are read: its first line is in them
 
 PAGE = """\
@@ -45,15 +46,27 @@ class Note(Message):
 
 
 class Stranger(ProtocolError):
-    """A client that speaks something else."""
+    """
+    A client that speaks something else.
 
-    def __init__(self, reason: str, answer: Optional[Message] = None) -> None:
+    `kind` is a word for it: socks4, http, pac (HTTP that gets the file), tls or not_socks.
+    """
+
+    def __init__(self, reason: str, answer: Optional[Message] = None, kind: str = "not_socks") -> None:
         super().__init__(reason)
         self.note = answer
+        self.kind = kind
 
     @property
     def answer(self) -> Optional[Message]:
         return self.note
+
+
+def unsettled(octets: bytes) -> bool:
+    """Whether these octets, at least one, are HTTP whose first line is not all there, or can still become HTTP."""
+    if octets.startswith(HTTP):
+        return b"\n" not in octets and len(octets) < MOST
+    return any(method.startswith(octets) for method in HTTP)
 
 
 def recognise(octets: bytes, here: Address, pac: bool) -> Stranger:
@@ -64,13 +77,13 @@ def recognise(octets: bytes, here: Address, pac: bool) -> Stranger:
     the address that the client has found us by; with `pac` it may have the PAC file.
     """
     if octets[0] == 4:
-        return Stranger("this is SOCKS4: set the client to SOCKS5", Note("SOCKS4", bytes((0, 91, 0, 0, 0, 0, 0, 0))))
-    if octets[0] in HTTP:
+        return Stranger("this is SOCKS4: set the client to SOCKS5", Note("SOCKS4", bytes((0, 91, 0, 0, 0, 0, 0, 0))), "socks4")
+    if octets.startswith(HTTP):
         if pac and octets.startswith((b"GET /proxy.pac ", b"GET /proxy.pac?")):
-            return Stranger("the PAC file, for a browser", page("200 OK", "application/x-ns-proxy-autoconfig", PAC, here))
-        return Stranger(f"this is HTTP: use socks5h://{here}", page("501 Not Implemented", "text/plain; charset=utf-8", PAGE, here))
+            return Stranger("the PAC file, for a browser", page("200 OK", "application/x-ns-proxy-autoconfig", PAC, here), "pac")
+        return Stranger(f"this is HTTP: use socks5h://{here}", page("501 Not Implemented", "text/plain; charset=utf-8", PAGE, here), "http")
     if octets[0] == 0x16:
-        return Stranger("this is TLS: the proxy's address begins with socks5h://, not https://")
+        return Stranger("this is TLS: the proxy's address begins with socks5h://, not https://", kind="tls")
     if octets[0] == CREDENTIALS_VER:    # of which nothing is told: the password may be in it
         return Stranger("this is a login, and nobody has asked for it: a greeting comes first")
     return Stranger(f"this is not SOCKS: it begins with {octets[:3].hex(' ')}")

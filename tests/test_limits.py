@@ -10,8 +10,11 @@ from ipaddress import ip_network
 from typing import Any, List
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from socks5srv.protocol import Command, Method, MethodSelection, ReplyCode
+from socks5srv import strangers
+from socks5srv.protocol import Address, Command, Method, MethodSelection, ReplyCode
 from socks5srv.handler import Socks5Handler
 
 from .conftest import LOCALHOST, eventually, exchange, handler_with, needs_neighbour, within
@@ -127,7 +130,7 @@ def ask(client: Any, octets: bytes) -> bytes:
 
 @pytest.mark.parametrize("request_line", [
     b"GET / HTTP/1.1", b"GET http://example.com/ HTTP/1.1", b"CONNECT example.com:443 HTTP/1.1", b"POST / HTTP/1.0", b"HEAD / HTTP/1.1",
-    b"OPTIONS * HTTP/1.1", b"DELETE / HTTP/1.1", b"PUT / HTTP/1.1",
+    b"OPTIONS * HTTP/1.1", b"DELETE / HTTP/1.1", b"PUT / HTTP/1.1", b"PATCH / HTTP/1.1", b"TRACE / HTTP/1.1",
 ])
 def test_http_gets_a_page_that_says_what_to_set(request_line: bytes, start_server: Any, new_client: Any) -> None:
     server = start_server()
@@ -139,6 +142,25 @@ def test_http_gets_a_page_that_says_what_to_set(request_line: bytes, start_serve
     session = server.next_ended()
     assert session.event == "bad_protocol"
     assert session.reason == f"this is HTTP: use socks5h://127.0.0.1:{server.server_address[1]}"
+
+
+def test_http_may_come_octet_by_octet(start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    client = new_client(server)
+    client.drip(b"CONNECT example.com:443 HTTP/1.1\r\n")
+    assert client.rest().startswith(b"HTTP/1.1 501 ")
+    assert server.next_ended().reason.startswith("this is HTTP")
+
+
+@pytest.mark.parametrize("octets", [b"P\x00", b"P\xff" * 3000, b"GE\n", b"GET/", b"GETS ", b"get ", b"POSTER ", b"CONNECTED ", b"Dear proxy", b"GET\t/ HTTP/1.1\r\n\r\n"])
+def test_a_letter_does_not_make_http_of_noise(octets: bytes, start_server: Any, new_client: Any) -> None:
+    """It is hung up on at once: nothing that might come could make a method of it."""
+    server = start_server()
+    client = new_client(server)
+    client.send(octets)
+    assert client.rest() == b""
+    session = server.next_ended()
+    assert session.reason == f"this is not SOCKS: it begins with {octets[:3].hex(' ')}"
 
 
 @pytest.mark.parametrize("path", [b"/proxy.pac", b"/proxy.pac?now"])
@@ -172,6 +194,7 @@ def test_socks4_gets_its_own_refusal(start_server: Any, new_client: Any) -> None
 @pytest.mark.parametrize(("octets", "reason"), [
     (b"\x16\x03\x01\x02\x00\x01", "this is TLS: the proxy's address begins with socks5h://, not https://"),
     (b"SSH-2.0-x\r\n", "this is not SOCKS: it begins with 53 53 48"), (b"\x00", "this is not SOCKS: it begins with 00"),
+    (b"GET", "this is not SOCKS: it begins with 47 45 54"), (b"P", "this is not SOCKS: it begins with 50"),
     (b"", "the client closed without a word"),
 ])
 def test_others_are_hung_up_on_without_an_answer(octets: bytes, reason: str, start_server: Any, new_client: Any) -> None:
@@ -221,6 +244,17 @@ def test_a_subclass_that_takes_no_method_has_reasons_of_its_own(start_server: An
     assert new_client(server).greet(0) == MethodSelection(Method.NO_ACCEPTABLE_METHODS)
     session = server.next_ended()
     assert (session.event, session.reason) == ("no_acceptable_method", "none of the methods that the client offers will do")
+
+
+@given(st.binary(min_size=1, max_size=12) | st.sampled_from([b"GET", b"POST", b"OPTIONS", b"CONNECT"]).flatmap(
+    lambda word: st.integers(1, len(word)).map(lambda length: word[:length]) | st.binary(max_size=3).map(lambda rest: word + rest)))
+@example(b"GET ")
+@example(b"P")
+def test_only_what_can_still_become_a_method_is_waited_for(octets: bytes) -> None:
+    words = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE "]
+    http = any(octets.startswith(word) for word in words)
+    assert strangers.unsettled(octets) == ((http and b"\n" not in octets) or any(word.startswith(octets) for word in words))
+    assert (strangers.recognise(octets, Address.numeric(LOCALHOST, 1080), pac=False).kind == "http") is http
 
 
 # --- what a log watcher sees ---

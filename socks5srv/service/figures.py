@@ -26,7 +26,7 @@ from ..protocol import Address, Command, LoginFailed, NoAcceptableMethod, Reques
 from ..descriptors import descriptors
 from ..handler import Socks5Handler
 from ..session import COMMAND_WORDS
-from ..strangers import HTTP, Stranger
+from ..strangers import Stranger
 from .conversations import Conversations, told
 from .keys import octets_moved
 from .run import ServiceServer
@@ -237,7 +237,7 @@ class Counting(Socks5Handler):
 
     def refuse(self, error: Socks5Error) -> None:
         if self.session.command is None and self.session.user is None and not self.session.reason:
-            self.failure = failure_of(error, self.stream.buffer)
+            self.failure = failure_of(error)
         if isinstance(error, RequestFailed) and self.session.command is None:
             self.server.book.count("requests", "none", error.code.name.lower())
         super().refuse(error)
@@ -264,14 +264,12 @@ class Counting(Socks5Handler):
         return super().refusal(command, address, name)
 
 
-def failure_of(error: Socks5Error, ahead: bytes) -> str:
-    """A word for what was wrong with the greeting; `ahead` is what has been looked at, and not taken."""
+def failure_of(error: Socks5Error) -> str:
+    """A word for what was wrong with the greeting."""
     if isinstance(error, NoAcceptableMethod):
         return "no_acceptable_method"
     if isinstance(error, Stranger):
-        if error.answer is not None and ahead.startswith(b"GET /proxy.pac"):
-            return "pac"        # which is none
-        return {4: "socks4", 0x16: "tls"}.get(ahead[0], "http" if ahead[0] in HTTP else "not_socks")
+        return error.kind       # of which "pac" is none
     return "bad_message" if "closed without a word" not in str(error) else "closed"
 
 

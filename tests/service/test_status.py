@@ -23,6 +23,7 @@ from tests.service.watched import Events, Watched
 
 from socks5srv.explain import exhibit
 from socks5srv.protocol import Address, AddressType, Command, Credentials, Datagram, Greeting, Method, ReplyCode, Request
+from socks5srv.handler import Socks5Handler
 from socks5srv.service import conversations
 from socks5srv.service import status as module
 from socks5srv.service.conversations import KEPT, STEPS, label_of
@@ -243,18 +244,29 @@ def test_what_goes_wrong_is_counted(watch: Start, new_client: Any, refusing: Any
     client.greet(Method.USERNAME_PASSWORD)
     client.login("anna", "sesame")
     assert client.request(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
-    for octets in (b"\x04\x01\0\0\0\0\0\0\0", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b"xyz", b"\x05\x00", b"\x05\x01\x00", b""):
+    for octets in (b"\x04\x01\0\0\0\0\0\0\0", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b"xyz", b"P\xff", b"\x05\x00", b"\x05\x01\x00", b""):
         client = new_client(page.server)
         client.send(octets)
         client.end()
         client.rest()
-    status = eventually(lambda: [status for status in [page.status()] if sum(status["counters"]["sessions"].values()) == 9])[0]
+    status = eventually(lambda: [status for status in [page.status()] if sum(status["counters"]["sessions"].values()) == 10])[0]
     assert status["counters"]["failed_logins"] == 1
     assert status["counters"]["replies"]["connection_refused"] == 1
     assert status["counters"]["handshake_failures"] == {
-        "closed": 1, "http": 1, "no_acceptable_method": 2, "not_socks": 1, "socks4": 1, "tls": 1,
+        "closed": 1, "http": 1, "no_acceptable_method": 2, "not_socks": 2, "socks4": 1, "tls": 1,
     }
     assert status["counters"]["sessions"]["no_acceptable_method"] == 2
+
+
+def test_the_pac_file_is_no_failure_unless_it_is_refused(watch: Start, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = watch()
+    for number, here in ((1, True), (2, False)):
+        monkeypatch.setattr(Socks5Handler, "is_here", here)
+        with new_client(page.server) as client:
+            client.send(b"GET /proxy.pac HTTP/1.1\r\n\r\n")
+            assert client.rest().startswith(b"HTTP/1.1 200 " if here else b"HTTP/1.1 501 ")
+        eventually(lambda number=number: page.server.book.figures.sum_of("sessions") == number)
+    assert page.status()["counters"]["handshake_failures"] == {"http": 1}
 
 
 def test_who_is_too_slow_or_crowded_out_is_counted_as_that(watch: Start, new_client: Any) -> None:
