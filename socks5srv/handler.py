@@ -41,6 +41,7 @@ from .relay import READ, Tunnel, broken, tune
 from .session import Session
 
 if TYPE_CHECKING:
+    from .rules import Rule
     from .server import Socks5Server
 
 logger = logging.getLogger("socks5srv")         # a session at its end: INFO; at its success reply: DEBUG
@@ -364,18 +365,21 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
         Asked with a name as the address before that is looked up, too.
         """
-        rules = self.server.rules
         if address.address_type is AddressType.DOMAINNAME:
-            rule = rules.decide_by_name(address)
+            rule = self.rule_for_name(address)
         elif self.server.is_own(command, address):      # it would call itself until all descriptors are gone
             return f"{address} is this server itself"
         else:
-            rule = rules.decide(address, name)
+            rule = self.server.rules.decide(address, name)
             if not (self.is_here or self.server.allow_local_targets) and self.server.is_local(address):
                 return f"{address} is for this computer only"
         if rule is not None and not rule.allows:
             return f"rule: {rule.text}"
         return "" if self.allow(command, address) else f"{address} is not allowed"
+
+    def rule_for_name(self, address: Address) -> Optional[Rule]:
+        """The rule that decides before this name is looked up; None if its addresses have to be known."""
+        return self.server.rules.decide_by_name(address)
 
     @property
     def is_here(self) -> bool:

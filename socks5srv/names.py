@@ -14,6 +14,7 @@ so what is judged is what is looked up.  Nothing is looked up here (resolver.py 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from unicodedata import normalize
 
 KEPT = "\u00df\u03c2\u200c\u200d"       # what was folded away in 2003
@@ -28,6 +29,7 @@ ASCII = re.compile(r"[a-z0-9._\-]*")    # that a name may have; a colon or a % w
 LABEL_MAX, NAME_MAX = 63, 253       # octets, without the dot at the end; RFC 1035 section 2.3.4
 
 
+@lru_cache(maxsize=256)     # a long list asks for the same name again and again
 def normal(name: str) -> str:
     """A name as it is compared: in ASCII and lower case, without the dot at its end."""
     if name.isascii():

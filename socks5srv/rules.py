@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Iterable, List, NamedTuple, Optional, Tuple, Union
+from typing import Iterable, List, NamedTuple, Optional, Set, Tuple, Union
 
 from .names import ascii_form, normal
 from .protocol import Address
@@ -86,14 +86,27 @@ class Rules(List[Rule]):
         return next((rule for rule in self if rule.matches(address, name)), None)
 
     def decide_by_name(self, address: Address) -> Optional[Rule]:
-        """The rule that decides for all addresses that this name can have; None if that depends on them."""
+        """
+        A rule whose answer holds for all addresses that this name can have; None if that depends on them.
+
+        It is the first that matches by name (or by all networks that there are).  Networks before
+        it may match as well, which changes nothing as long as they have the same answer.
+        """
+        name = normal(address.host)
+        answers: Set[bool] = set()      # of the networks: each may match or not
+        families: Set[int] = set()      # of those that are all of their family
         for rule in self:
             if address.port not in rule.ports:
                 continue
-            if rule.network is not None:
-                return None         # it may or may not match: first the name has to be looked up
-            if rule.name is None or rule.names(normal(address.host)):
-                return rule
+            if rule.network is None:
+                decides = rule.name is None or rule.names(name)
+            else:
+                answers.add(rule.allows)
+                if rule.network.prefixlen == 0:
+                    families.add(rule.network.version)
+                decides = len(families) == 2
+            if decides:
+                return rule if answers <= {rule.allows} else None
         return None
 
 

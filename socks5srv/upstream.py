@@ -36,7 +36,7 @@ from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
 from .relay import READ, WRITE, broken
-from .rules import Rules
+from .rules import Rule, Rules
 from .handler import Socks5Handler
 
 SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
@@ -121,13 +121,9 @@ class UpstreamHandler(Socks5Handler):
         self.check(request.command, address)
         return address
 
-    def refusal(self, command: Command, address: Address, name: Optional[str] = None) -> str:
-        if address.address_type is AddressType.DOMAINNAME:
-            # It will not be looked up here, so no network will ever match, and the rules for names decide.
-            rule = Rules(rule for rule in self.server.rules if rule.network is None).decide_by_name(address)
-            if rule is not None and not rule.allows:
-                return f"rule: {rule.text}"
-        return super().refusal(command, address, name)
+    def rule_for_name(self, address: Address) -> Optional[Rule]:
+        """It will not be looked up here, so no network will ever match, and the rules for names decide."""
+        return Rules(rule for rule in self.server.rules if rule.network is None).decide_by_name(address)
 
     # --- the upstream ---
 

@@ -121,12 +121,46 @@ def test_the_first_rule_that_matches_decides(rules: List[str], host: str, port: 
 
 @pytest.mark.parametrize(("rules", "decides"), [
     (["deny ads.example"], 0), (["deny :80"], 0), (["allow ads.example", "deny *"], 0), (["deny :25"], None), ([], None),
-    (["deny 10.0.0.0/8", "deny ads.example"], None),        # the address may be allowed by neither, or denied by the first
-    (["deny 10.0.0.0/8:22", "deny ads.example"], 1),
+    (["deny 10.0.0.0/8", "deny ads.example"], 1),           # every address is denied, by the one or by the other
+    (["deny 10.0.0.0/8", "deny 2001:db8::/32", "deny *"], 2), (["allow 10.0.0.0/8", "allow *.example"], 1),
+    (["allow 10.0.0.0/8", "deny ads.example"], None), (["deny 10.0.0.0/8", "allow ads.example"], None),
+    (["deny 10.0.0.0/8", "allow 192.0.2.0/24", "deny ads.example"], None), (["deny 10.0.0.0/8"], None),
+    (["allow 10.0.0.0/8:22", "deny ads.example"], 1), (["allow 10.0.0.0/8:22-80", "deny ads.example"], None),
+    (["deny 10.0.0.0/8", "deny ads.example:81-90", "allow *"], None), (["deny 10.0.0.0/8", "deny ads.example:80-90", "allow *"], 1),
+    (["deny 0.0.0.0/0", "deny ::/0"], 1), (["deny 10.0.0.0/8", "deny ::/0", "deny 0.0.0.0/0", "allow *"], 2),
+    (["deny 0.0.0.0/0", "deny [::]/0:81", "allow *"], None), (["allow 10.0.0.0/8", "deny 0.0.0.0/0", "deny ::/0"], None), (["deny 0.0.0.0/0"], None),
 ])
 def test_a_name_is_denied_without_a_look_up_if_nothing_depends_on_its_addresses(rules: List[str], decides: Optional[int]) -> None:
     rule = Rules.parse(rules).decide_by_name(name("ads.example", 80))
     assert (rule and rule.text) == (None if decides is None else rules[decides])
+
+
+TARGETS_OF_RULES = st.sampled_from([
+    "ads.example", "*.example", "other.example", "*", "10.0.0.0/8", "10.1.0.0/16", "192.0.2.1", "0.0.0.0/0", "::/0", "2001:db8::/32", "::1",
+])
+PORTS_OF_RULES = st.sampled_from(["", ":80", ":443", ":80-443", ":81-90"])
+RULES = st.lists(st.builds(
+    lambda action, host, ports: f"{action} {'[' + host.replace('/', ']/') + ']' * ('/' not in host) if ':' in host and ports else host}{ports}",
+    st.sampled_from(["allow", "deny"]), TARGETS_OF_RULES, PORTS_OF_RULES,
+), max_size=8)
+EVERYWHERE = [Address.numeric(host, 80) for host in (        # one in each part into which those networks divide all addresses
+    "10.1.2.3", "10.2.0.0", "192.0.2.1", "8.8.8.8", "127.0.0.1", "2001:db8::1", "::1", "2a00::1", "64:ff9b::10.1.2.3", "2002:0a02:0203::1", "::", "0.0.0.0",
+)]
+
+
+@given(RULES, st.sampled_from(["ads.example", "ADS.example.", "nothing.test"]))
+@example(["deny 127.0.0.5", "deny ads.example"], "ads.example")
+@example(["deny 0.0.0.0/0", "deny [::]/0:80"], "nothing.test")
+def test_what_is_decided_by_name_is_the_answer_for_every_address(rules: List[str], host: str) -> None:
+    parsed = Rules.parse(rules)
+    decided = parsed.decide_by_name(name(host, 80))
+    deciding = [parsed.decide(address, host) for address in EVERYWHERE]
+    answers = {rule is None or rule.allows for rule in deciding}
+    if decided is not None:
+        assert answers == {decided.allows}
+    elif all(rule is not None for rule in deciding):        # by several rules, or it would have been decided
+        actions = {rule.allows for rule in parsed if 80 in rule.ports}
+        assert actions == {True, False}
 
 
 @pytest.mark.parametrize(("host", "local"), [
@@ -178,7 +212,7 @@ def test_a_denied_name_is_not_looked_up(start_server: Any, new_client: Any) -> N
         def resolve(self, host: str) -> List[str]:
             raise AssertionError("it was looked up")
 
-    server = start_server(handler=Unasked, server_class=with_rules("deny *.ads.example"))
+    server = start_server(handler=Unasked, server_class=with_rules("deny 127.0.0.5", "deny *.ads.example"))
     assert refused(new_client(server), name("www.ads.example", 80)) is ReplyCode.NOT_ALLOWED
     session = server.next_ended()
     assert (session.event, session.reason) == ("denied", "rule: deny *.ads.example")

@@ -195,6 +195,8 @@ def test_an_upstream_with_a_name_is_looked_up(start_server: Any, far: Any, echo:
     (["deny 127.0.0.0/8"], LOCALHOST, False),
     (["deny 127.0.0.0/8"], "127.1", False),
     (["deny 127.0.0.0/8"], THERE, True),          # what it is over there, nobody here can know
+    (["deny 0.0.0.0/0", "deny ::/0"], LOCALHOST, False),
+    (["deny 0.0.0.0/0", "deny ::/0"], THERE, True),
     (["allow 127.0.0.0/8", "deny *"], LOCALHOST, True),
     (["allow 127.0.0.0/8", "deny *"], THERE, False),
     (["allow only.there.example", "deny *"], THERE, True),

@@ -206,7 +206,7 @@ class Explaining(Socks5Handler):
     def rule_for(self, address: Address, name: Optional[str]) -> str:
         """The rule that has allowed it; empty if there is none."""
         by_name = address.address_type is AddressType.DOMAINNAME
-        rule = self.server.rules.decide_by_name(address) if by_name else self.server.rules.decide(address, name)
+        rule = self.rule_for_name(address) if by_name else self.server.rules.decide(address, name)
         return rule.text if rule is not None else ""
 
     def take_findings(self) -> List[str]:
