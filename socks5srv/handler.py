@@ -342,7 +342,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def look_up_of(self, host: str) -> resolver.LookUp:
         """What to ask the resolver; clients share it only if no override makes an answer of its own."""
         ordinary = type(self).resolve is Socks5Handler.resolve
-        return resolver.LookUp(self.resolve, host, self.session.client.host, (host.lower(), self.server.route.family) if ordinary else None)
+        name = host.lower() if host.isascii() else host     # lower() makes a final sigma, which is a letter of its own
+        return resolver.LookUp(self.resolve, host, self.session.client.host, (name, self.server.route.family) if ordinary else None)
 
     def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None:
         """

@@ -401,6 +401,23 @@ def test_a_server_for_one_family_says_so_to_the_other(start_server, new_client, 
     assert_refused(new_client(start_server(route=Route(family))), ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, to((host, 80)))
 
 
+def test_only_names_that_are_asked_for_in_one_spelling_share_a_look_up(start_server, new_client):
+    """Python's lower() makes a final sigma of a capital at the end, and that is another name."""
+    found = []
+
+    class Asking(Socks5Handler):
+        def look_up_of(self, host):
+            found.append(super().look_up_of(host))
+            raise RequestFailed(ReplyCode.HOST_UNREACHABLE)
+
+    server = start_server(Asking)
+    for host in ("\u03b1\u03a3", "\u03b1\u03c2", "a.invalid", "A.invalid"):
+        assert_refused(new_client(server), ReplyCode.HOST_UNREACHABLE, to(name(host, 80)))
+    capital, final, *alike = [look_up.name for look_up in found]
+    assert capital != final
+    assert alike[0] == alike[1]
+
+
 @needs_ipv6
 def test_names_are_looked_up_in_the_family_of_the_route(start_server, new_client, monkeypatch, echo):
     asked = []
