@@ -915,7 +915,7 @@ def bind_client_gone(e: Examiner) -> str:
     for _ in range(5):
         time.sleep(e.timeout / 10)          # it may need a moment to notice
         try:
-            socket.create_connection(address[:2], e.timeout).close()
+            dial(Proxy(address.host, address.port), time.monotonic() + e.timeout).close()
         except socket.timeout:
             break
         except OSError:

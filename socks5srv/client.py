@@ -21,7 +21,10 @@ code, and `ProtocolError` for an answer that is no SOCKS5.  No socket is left op
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import struct
 import time
 from io import BytesIO
 from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Tuple, Type, TypeVar, Union
@@ -33,6 +36,7 @@ from .protocol import (
     Message, Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
 )
 
+RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)    # SO_LINGER on, 0 s: close() sends RST
 TIMEOUT = 30.0      # seconds; servers give a target 10 or more to answer
 
 M = TypeVar("M", MethodSelection, CredentialsReply, Reply)
@@ -306,15 +310,23 @@ def dial(proxy: Proxy, until: float) -> socket.socket:
 
 
 def dial_address(row: Tuple[Any, ...], until: float) -> socket.socket:
+    """A connection to this address, a row of getaddrinfo()."""
     family, kind, number, _name, there = row
-    sock = socket.socket(family, kind, number)
-    try:
-        sock.settimeout(seconds_until(until))
-        sock.connect(there)
-    except BaseException:
+    for _ in range(2):
+        sock = socket.socket(family, kind, number)
+        try:
+            sock.settimeout(seconds_until(until))
+            sock.connect(there)
+            if sock.getsockname()[1] != there[1] or sock.getsockname() != sock.getpeername():
+                return sock
+        except BaseException:
+            sock.close()
+            raise
+        # The system had chosen the very port that was dialled to go out from, and where nobody listens TCP lets
+        # a socket call itself.  The next time it chooses another.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)     # or the port could not be used for a minute
         sock.close()
-        raise
-    return sock
+    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def destinations(proxy: Proxy, host: str, port: int) -> List[Address]:

@@ -23,11 +23,11 @@ import socket
 import time
 from collections import deque
 from itertools import zip_longest
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from .descriptors import descriptors
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
-from .relay import READ, WRITE, tune
+from .relay import READ, RESET, WRITE, tune
 
 STAGGER = 0.25      # seconds that an address has before the next one starts; RFC 8305 section 8
 
@@ -226,6 +226,7 @@ class Race:
         self.waiting = deque(addresses)
         self.running: Dict[int, Tuple[socket.socket, Address]] = {}
         self.failures: List[RequestFailed] = []
+        self.met_itself: Set[Address] = set()       # where a socket has connected with itself
         self.route = route
         self.next_start = 0.0
         self.beside = 0             # descriptors for attempts beside the first
@@ -243,12 +244,10 @@ class Race:
                 self.failures.append(failure(error, address))
                 continue
             code = begin_connecting(sock, (address.host, address.port))
-            if code == 0:
-                return sock, address
             if code in UNDER_WAY:
                 self.running[sock.fileno()] = sock, address
-            else:
-                self.lost(sock, address, code)
+            elif self.won(sock, address, code):
+                return sock, address
         if not self.waiting:
             self.next_start = float("inf")
         return None
@@ -263,20 +262,41 @@ class Race:
         """See how those that have finished did; the winner, if there is one."""
         for fd in ready:
             sock, address = self.running.pop(fd)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code == 0:
+            if self.won(sock, address, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
                 return sock, address
-            self.lost(sock, address, code)
         return None
 
-    def lost(self, sock: socket.socket, address: Address, code: int) -> None:
-        sock.close()
-        self.failures.append(failure(OSError(code, os.strerror(code)), address))
+    def won(self, sock: socket.socket, address: Address, code: int) -> bool:
+        """Whether an attempt that has ended with this errno, 0 for none, has its connection; else it is closed."""
+        if code == 0 and is_its_own_peer(sock, address):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)     # or the port could not be used for a minute
+            code = errno.ECONNREFUSED       # nobody listens there
+            if address not in self.met_itself:
+                self.met_itself.add(address)
+                self.waiting.appendleft(address)
+                self.next_start = 0.0
+                sock.close()
+                return False
+        if code:
+            sock.close()
+            self.failures.append(failure(OSError(code, os.strerror(code)), address))
+        return code == 0
 
     def close(self) -> None:
         for sock, _address in self.running.values():
             sock.close()
         descriptors.give_back(self.beside)
+
+
+def is_its_own_peer(sock: socket.socket, address: Address) -> bool:
+    """
+    Whether a socket that is connected to `address` is so with itself: it talks, and hears what it has said.
+
+    The system may have chosen the very port that is dialled to go out from.  Where nobody listens on it the
+    SYN then meets its own sender, which TCP takes for two ends that call each other (RFC 9293 section 3.5).
+    """
+    own = sock.getsockname()
+    return bool(own[1] == address.port) and Address.of(own) == address
 
 
 def begin_connecting(sock: socket.socket, sockaddr: Tuple[str, int]) -> int:

@@ -28,8 +28,11 @@ from socks5srv.protocol import (
     ReplyCode, Request, read_exactly,
 )
 from socks5srv.handler import Socks5Handler
+from socks5srv.outbound import Route
 from socks5srv.server import Socks5Server
 from socks5srv.session import Session
+
+from .networks import network_of_its_own
 
 pytest_plugins = ["socks5srv.testing.pytest_plugin"]       # installed or not
 
@@ -163,7 +166,37 @@ def bugs() -> Iterator[List[logging.LogRecord]]:
     logger.removeHandler(handler)
 
 
+@pytest.fixture
+def own_network() -> Iterator[None]:
+    """For the rest of the test, a network with nothing in it but loopback.  To be asked for before what has sockets."""
+    with network_of_its_own():
+        yield
+
+
 # --- servers ---
+
+class FromItsTarget(Route):
+    """
+    Its sockets go out from the very port that they dial.
+
+    If nobody listens there, TCP's simultaneous open connects each with itself.  `sockets` are those made up to now;
+    from number `honest` on they go out from a port of their own, and `before_those` is called.
+    """
+
+    sockets = honest = 0
+
+    def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        self.sockets += 1
+        if self.honest and self.sockets >= self.honest:
+            self.before_those(address)
+            return super().socket(address, kind)
+        sock = super().socket(address, kind)
+        sock.bind((address.host, address.port))
+        return sock
+
+    def before_those(self, address: Address) -> None:
+        pass
+
 
 def server_threads() -> List[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("socks5srv")]
@@ -376,6 +409,17 @@ def refusing() -> Iterator[Callable[..., Tuple[str, int]]]:
             return sock.getsockname()[:2]
 
         yield make
+
+
+@pytest.fixture
+def closed_port() -> Callable[..., Tuple[str, int]]:
+    """A host and port where nobody listens, and anybody may: ``closed_port(host)``."""
+    def make(host: str = LOCALHOST) -> Tuple[str, int]:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            sock.bind((host, 0))
+            return sock.getsockname()[:2]
+
+    return make
 
 
 @pytest.fixture

@@ -279,6 +279,31 @@ def test_a_proxy_that_is_not_there_is_an_os_error(refusing: Any) -> None:
         connect("socks5h://%s:%d" % refusing(), "h", 80)
 
 
+def test_a_connection_of_the_client_with_itself_is_no_proxy(
+    start_server: Any, closed_port: Any, echo: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nobody listens, the system may choose the very port that is dialled to go out from; then it is tried once more."""
+    dialled: List[socket.socket] = []
+    really_connect = socket.socket.connect
+
+    def connect_from_there(sock: socket.socket, there: Any) -> None:
+        dialled.append(sock)
+        if len(dialled) < 4:
+            sock.bind(there)
+        else:
+            monkeypatch.undo()
+            start_server(address=there)
+        really_connect(sock, there)
+
+    url = "socks5h://%s:%d" % closed_port()
+    monkeypatch.setattr(socket.socket, "connect", connect_from_there)
+    with pytest.raises(ConnectionRefusedError):
+        connect(url, *echo)
+    with connect(url, *echo) as sock:
+        exchange(sock)
+    assert [sock.fileno() for sock in dialled[:3]] == [-1] * 3
+
+
 def test_a_proxy_that_does_not_answer_is_given_up(silent: Any) -> None:
     with pytest.raises(socket.timeout):
         connect("socks5h://%s:%d" % silent(), "h", 80, timeout=SOON)

@@ -6,6 +6,7 @@ import errno
 import select
 import socket
 import time
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ from socks5srv.protocol import Address, AddressType, Command, Reply, ReplyCode, 
 from socks5srv.relay import READ, WRITE
 
 from .conftest import (
-    LOCALHOST, TIMEOUT, address_of, exchange, in_thread, name, needs_ipv6, needs_neighbour, on_one_port, set_reset, within,
+    LOCALHOST, TIMEOUT, FromItsTarget, address_of, exchange, in_thread, name, needs_ipv6, needs_neighbour, on_one_port, set_reset, within,
 )
+from .networks import leave_ports
 
 # In 127.0.0.0/8, so it does not leave this computer, and as a broadcast address no TCP for Linux.
 UNREACHABLE = "127.255.255.255"
@@ -302,6 +304,71 @@ def test_connecting_ends_when_the_client_resets(pair, silent):
     client.close()
     with pytest.raises(ClientGone):
         connecting()
+
+
+# --- connections of a socket with itself ---
+
+@pytest.fixture(params=["at once", "later"])
+def stands(request, monkeypatch):
+    """When it is seen that a connection on this computer stands: as on Linux, and as elsewhere."""
+    if request.param == "later":
+        monkeypatch.delattr(select, "epoll", raising=False)
+    return request.param
+
+
+@pytest.mark.usefixtures("stands")
+@pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
+def test_a_connection_of_a_socket_with_itself_is_none(closed_port, connection, host):
+    route = FromItsTarget()
+    with pytest.raises(RequestFailed, match="refused") as caught:
+        connect([closed_port(host)], connection, route=route)
+    assert caught.value.code is ReplyCode.CONNECTION_REFUSED
+    assert route.sockets == 2, "it is tried once more"
+
+
+@pytest.mark.usefixtures("stands")
+def test_a_target_that_has_connected_with_itself_is_tried_once_more(closed_port, connection, listen):
+    """And its port is free at once, for the server that is expected there."""
+    route = FromItsTarget()
+    route.honest, listeners = 2, []
+    route.before_those = lambda address: listeners.append(listen(address.host, address.port))
+    place = closed_port()
+    sock, address = connect([place], connection, route=route)
+    with sock:
+        assert sock.getpeername() == listeners[0].getsockname() == (address.host, address.port) == place
+        assert sock.getsockname() != place
+
+
+@pytest.mark.usefixtures("stands")
+@needs_neighbour
+def test_a_connection_with_itself_does_not_keep_from_the_next_address(closed_port, connection, listen):
+    route = FromItsTarget()
+    route.honest, target = 3, listen("127.0.0.2")
+    began = time.monotonic()
+    sock, address = connect([closed_port(), target.getsockname()], connection, route=route)
+    with sock:
+        assert address == address_of(target.getsockname())
+        assert time.monotonic() - began < STAGGER / 2
+
+
+def test_a_client_never_gets_its_own_octets_from_a_port_where_nobody_listens(closed_port, start_server, new_client):
+    client = new_client(start_server(route=FromItsTarget()))
+    assert client.ask(Command.CONNECT, closed_port()) == Reply(ReplyCode.CONNECTION_REFUSED)
+    assert client.rest() == b""
+
+
+@pytest.mark.usefixtures("own_network")
+@pytest.mark.parametrize("host", [LOCALHOST, "::1"])
+def test_where_there_are_few_ports_all_that_are_closed_refuse(connection, host):
+    leave_ports(50_000, 50_015)
+    codes = Counter()
+    for place in [(host, 50_000 + number) for number in range(16)] * 4:
+        try:
+            connect([place], connection)[0].close()
+            codes["connected"] += 1
+        except RequestFailed as error:
+            codes[error.code] += 1
+    assert codes == {ReplyCode.CONNECTION_REFUSED: 64}
 
 
 # --- routes ---

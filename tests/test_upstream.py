@@ -21,7 +21,9 @@ from socks5srv.rules import Rules
 from socks5srv.handler import Socks5Handler
 from socks5srv.upstream import Loop, UpstreamHandler, spelled_out
 
-from .conftest import LOCALHOST, TIMEOUT, Client, address_of, eventually, exchange, handler_with, in_thread, name, needs_ipv6, set_reset
+from .conftest import (
+    LOCALHOST, TIMEOUT, Client, FromItsTarget, address_of, eventually, exchange, handler_with, in_thread, name, needs_ipv6, set_reset,
+)
 
 SOON = 0.3          # seconds, for deadlines that have to pass
 THERE = "only.there.example"
@@ -112,6 +114,11 @@ def test_an_upstream_that_is_down_is_no_fault_of_the_target(start_server: Any, r
     place = refusing()
     session = refused(start_server(through(place)))
     assert session.reason == "upstream %s port %d: %s:%d: Connection refused" % (place * 2)
+
+
+def test_an_upstream_that_is_down_is_not_mistaken_for_the_socket_that_calls_it(start_server: Any, closed_port: Any) -> None:
+    session = refused(start_server(through(closed_port()), route=FromItsTarget()))
+    assert session.reason.endswith("Connection refused")
 
 
 @pytest.mark.parametrize("login", ["", "anna:guessed@", "ben:sesame@"])
