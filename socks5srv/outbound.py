@@ -52,11 +52,30 @@ class Route(NamedTuple):
             if kind == socket.SOCK_STREAM:
                 tune(sock)          # before it is connected, or each option would set its timer anew
             if self.source is not None and (":" in self.source) == (family == socket.AF_INET6):
-                sock.bind((self.source, 0))
+                bind_source(sock, self.source)
         except BaseException:
             sock.close()
             raise
         return sock
+
+
+# Linux only, and the module socket has the name since Python 3.11.
+BIND_ADDRESS_NO_PORT: Optional[int] = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24 if hasattr(select, "epoll") else None)
+
+
+def bind_source(sock: socket.socket, host: str) -> None:
+    """
+    Have a socket go out from this address of ours.
+
+    A port that bind() chooses is taken on the whole computer, so that 28,000 connections would be all there
+    are.  Where connect() may choose it, for IPv6 by the same option, they are as many to every target.
+    """
+    if BIND_ADDRESS_NO_PORT is not None and sock.type == socket.SOCK_STREAM:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
+        except OSError:             # Linux before 4.2
+            pass
+    sock.bind((host, 0))
 
 
 def family_of(address: Address) -> socket.AddressFamily:

@@ -412,6 +412,39 @@ def test_a_source_that_is_not_of_this_computer_is_a_failure_of_ours(listen, conn
     assert caught.value.code is ReplyCode.GENERAL_FAILURE
 
 
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="not on this platform: an address without a port can be reserved on Linux only")
+@pytest.mark.parametrize("source", [pytest.param("127.0.0.2", marks=needs_neighbour), pytest.param("::1", marks=needs_ipv6)])
+def test_a_socket_with_a_source_has_no_port_before_it_is_connected(listen, source):
+    target = listen(source)
+    with Route(source=source).socket(address_of(target.getsockname())) as sock:
+        assert sock.getsockname()[:2] == (source, 0)
+        sock.setblocking(True)
+        sock.connect(target.getsockname())
+        assert sock.getsockname()[0] == source
+        assert sock.getsockname()[1] != 0
+
+
+@pytest.mark.parametrize("option", [None, 12345], ids=["elsewhere", "an old kernel"])
+def test_where_an_address_cannot_be_had_without_a_port_the_source_is_kept(listen, connection, monkeypatch, option):
+    monkeypatch.setattr(outbound, "BIND_ADDRESS_NO_PORT", option)
+    sock, _address = connect([listen().getsockname()], connection, route=Route(source=LOCALHOST))
+    with sock:
+        assert sock.getsockname()[0] == LOCALHOST
+
+
+@pytest.mark.usefixtures("own_network")
+@pytest.mark.parametrize("source", [LOCALHOST, "::1"])
+def test_a_source_has_as_many_connections_as_there_are_ports_to_every_target(listen, connection, source):
+    """Not so many in all: a port may be used to several targets at a time."""
+    targets = [listen(source).getsockname() for _ in range(3)]
+    leave_ports(50_000, 50_015)
+    socks = [connect([target], connection, route=Route(source=source))[0] for target in targets for _ in range(10)]
+    assert {sock.getsockname()[0] for sock in socks} == {source}
+    assert {sock.getsockname()[1] for sock in socks} <= set(range(50_000, 50_016))
+    for sock in socks:
+        sock.close()
+
+
 # --- being connected to ---
 
 @pytest.mark.parametrize(("host", "own"), [
