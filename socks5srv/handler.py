@@ -398,11 +398,10 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def bind_host(self, expected: List[Address]) -> str:
         """Where to listen: on the address that the peer would reach us by."""
-        if self.server.route.source is not None:
-            return self.server.route.source
         if expected:
             return outbound.local_address_towards(expected[0], self.server.route)
-        return Address.of(self.connection.getsockname()).host
+        here = Address.of(self.connection.getsockname())
+        return self.server.route.source_towards(here) or here.host
 
     def await_peer(self, listener: socket.socket, expected: List[Address], until: float) -> Tuple[socket.socket, Address]:
         """The first connection from an expected host.  Only the host is compared: the RFC's clients cannot know the port."""

@@ -23,7 +23,7 @@ import socket
 import time
 from collections import deque
 from itertools import zip_longest
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from .descriptors import descriptors
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
@@ -39,24 +39,39 @@ class ClientGone(OSError):
 class Route(NamedTuple):
     """How to go out: to which family, and from where."""
 
-    family: int = socket.AF_UNSPEC              # or AF_INET, or AF_INET6, for that one only
-    source: Optional[str] = None                # an address of this computer
+    family: int = socket.AF_UNSPEC                      # or AF_INET, or AF_INET6, for that one only
+    source: Union[str, Tuple[str, ...], None] = None    # an address of this computer, or one of each family
 
     def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """A non-blocking socket that can reach `address`; RequestFailed 08, or 01 and 03, if none can."""
-        family = family_of(address)
+        family, source = family_of(address), self.source_towards(address)
         if self.family not in (socket.AF_UNSPEC, family):
             raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is not of the family in use")
         sock = non_blocking_socket(family, kind)
         try:
             if kind == socket.SOCK_STREAM:
                 tune(sock)          # before it is connected, or each option would set its timer anew
-            if self.source is not None and (":" in self.source) == (family == socket.AF_INET6):
-                bind_source(sock, self.source)
+            if source is not None:
+                bind_source(sock, source)
         except BaseException:
             sock.close()
             raise
         return sock
+
+    def source_towards(self, address: Address) -> Optional[str]:
+        """
+        Which of our addresses to go out from; None for whichever the system chooses.
+
+        RequestFailed 08 if all that are given are of the other family: who names a source wants to be seen as that.
+        """
+        if self.source is None:
+            return None
+        is_ipv6 = address.address_type is AddressType.IPV6
+        for source in (self.source,) if isinstance(self.source, str) else self.source:
+            if (":" in source) == is_ipv6:
+                return source
+        own, other = ("IPv6", "IPv4") if is_ipv6 else ("IPv4", "IPv6")
+        raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is {own}, and --source has only an {other} address")
 
 
 # Linux only, and the module socket has the name since Python 3.11.

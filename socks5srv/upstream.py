@@ -286,7 +286,7 @@ class ChainedAssociation(Association):
         here = Address.of(handler.connection.getsockname()).host
         super().__init__(handler, handler.server.relay_thread(), here, handler.server.route, handler.server.reassemble)
         try:
-            self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname())))
+            self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route))
         except BaseException:
             self.inner.socket.close()
             raise
@@ -364,10 +364,10 @@ class Lifeline(Outer):
             self.association.abort(broken("upstream", error))
 
 
-def udp_towards(relay: Address, here: Address) -> socket.socket:
-    """A UDP socket connected to `relay`, from the address that it expects us at, if we can."""
+def udp_towards(relay: Address, here: Address, route: outbound.Route) -> socket.socket:
+    """A UDP socket connected to `relay`, from the address that it expects us at, if we can; RequestFailed 08 if we may not."""
     wildcard = "::" if relay.address_type is AddressType.IPV6 else "0.0.0.0"
-    sock = udp_socket(here.host if here.address_type is relay.address_type else wildcard)
+    sock = udp_socket(here.host if here.address_type is relay.address_type else route.source_towards(relay) or wildcard)
     try:
         sock.connect((relay.host, relay.port))
     except BaseException:

@@ -243,6 +243,14 @@ def test_it_listens_where_the_route_says(start_server, new_client, call):
     assert Reply.read(client).bound == own_address(peer)
 
 
+@needs_neighbour
+@needs_ipv6
+@pytest.mark.parametrize(("place", "host"), [(ANYONE, NEIGHBOUR), ((LOCALHOST, 0), NEIGHBOUR), (("::1", 0), "::1")])
+def test_of_several_sources_it_listens_on_that_of_the_expected_ones_family(start_server, new_client, place, host):
+    """Or of the client's own, where anyone may call."""
+    assert bind(new_client(start_server(route=Route(source=("::1", NEIGHBOUR)))), place).bound.host == host
+
+
 @needs_ipv6
 def test_it_listens_where_the_expected_one_can_reach_it(start_server, new_client, call):
     """E40: of the destination's family, whichever the client came by."""
@@ -256,7 +264,9 @@ def test_it_listens_where_the_expected_one_can_reach_it(start_server, new_client
 @pytest.mark.parametrize(("settings", "place", "code"), [
     ({"route": Route(source="192.0.2.1")}, ANYONE, ReplyCode.GENERAL_FAILURE),
     ({"route": Route(socket.AF_INET)}, ("::1", 0), ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED),
-], ids=["no address of ours", "another family"])
+    ({"route": Route(source=LOCALHOST)}, ("::1", 0), ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED),
+    ({"route": Route(source="::1")}, ANYONE, ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED),
+], ids=["no address of ours", "another family", "a source of another family", "a source of another family than the client's"])
 def test_where_it_cannot_listen_it_says_why_and_only_once(start_server, new_client, settings, place, code):
     client = new_client(start_server(**settings))
     assert client.ask(Command.BIND, place) == Reply(code)

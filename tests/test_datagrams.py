@@ -18,6 +18,7 @@ from socks5srv import datagrams, relay
 from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode
 from socks5srv.rules import Rules
 from socks5srv.handler import Socks5Handler
+from socks5srv.outbound import Route
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, needs_neighbour
 
@@ -724,3 +725,22 @@ def test_fragments_wait_five_seconds_for_the_rest(monkeypatch: pytest.MonkeyPatc
     eventually(lambda: time.monotonic() >= association.fragments.expires)
     client.send_to(target.address, b"b", LAST | 2)
     client.echo(target)
+
+
+# --- sources ---
+
+@needs_ipv6
+@needs_neighbour
+@pytest.mark.parametrize("source", ["127.0.0.2", ("127.0.0.2",), ("::1", "127.0.0.2")])
+def test_datagrams_leave_from_the_source_and_by_its_family_only(start_server: Any, associate: Any, new_socket: Any, source: Any) -> None:
+    client = associate(start_server(route=Route(source=source)))
+    other, target = new_socket("::1"), new_socket()
+    client.send_to(other.address, b"by IPv6")
+    client.send_to(target.address, b"by IPv4")
+    assert target.receive()[1].host == "127.0.0.2"
+    other.socket.setblocking(False)     # the relay has taken the first datagram before the second
+    if "::1" in source:
+        assert other.receive()[1].host == "::1"
+    else:
+        with pytest.raises(BlockingIOError):
+            other.receive()

@@ -396,13 +396,40 @@ def test_a_route_goes_out_from_its_source(listen, connection):
             assert sockaddr[0] == "127.0.0.2"
 
 
+BOTH = ("127.0.0.2", "::1")
+
+
 @needs_ipv6
 @needs_neighbour
-def test_a_source_of_the_other_family_is_no_source(listen, connection):
-    target = listen("::1")
-    sock, _address = connect([target.getsockname()], connection, route=Route(source="127.0.0.2"))
+@pytest.mark.parametrize(("source", "host", "reason"), [
+    ("127.0.0.2", "::1", "is IPv6, and --source has only an IPv4 address"), (("::1",), LOCALHOST, "is IPv4, and --source has only an IPv6 address"),
+])
+def test_with_a_source_of_one_family_the_other_is_not_used(listen, connection, source, host, reason):
+    """Who names a source does not want to be seen as another."""
+    target = listen(host).getsockname()
+    with pytest.raises(RequestFailed) as caught:
+        connect([target], connection, route=Route(source=source))
+    assert caught.value.code is ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED
+    assert str(caught.value) == f"{address_of(target)} {reason}"
+
+
+@needs_ipv6
+@needs_neighbour
+@pytest.mark.parametrize("source", [BOTH, BOTH[::-1]])
+def test_a_source_of_each_family_is_for_the_targets_of_that(listen, connection, source):
+    for host, own in ((LOCALHOST, "127.0.0.2"), ("::1", "::1")):
+        sock, _address = connect([listen(host).getsockname()], connection, route=Route(source=source))
+        with sock:
+            assert sock.getsockname()[0] == own
+
+
+@needs_ipv6
+@needs_neighbour
+def test_of_a_name_with_both_families_that_of_the_source_is_used(listen, connection):
+    target, other = on_one_port(partial(listen, LOCALHOST), partial(listen, "::1"))
+    sock, address = connect([other.getsockname(), target.getsockname()], connection, route=Route(source="127.0.0.2"))
     with sock:
-        assert sock.getsockname()[0] == "::1"
+        assert address.host == LOCALHOST
 
 
 def test_a_source_that_is_not_of_this_computer_is_a_failure_of_ours(listen, connection):
@@ -459,6 +486,7 @@ def test_own_addresses_are_those_that_can_be_bound(host, own):
     ((LOCALHOST, 0), Route(), LOCALHOST),
     pytest.param(("::1", 80), Route(), "::1", marks=needs_ipv6),
     pytest.param((LOCALHOST, 80), Route(source="127.0.0.2"), "127.0.0.2", marks=needs_neighbour),
+    pytest.param(("::1", 80), Route(source=("127.0.0.2", "::1")), "::1", marks=needs_ipv6),
 ])
 def test_the_local_address_is_the_one_that_packets_leave_from(place, route, own):
     assert outbound.local_address_towards(address_of(place), route) == own

@@ -13,6 +13,7 @@ import pytest
 
 from socks5srv import upstream
 from socks5srv.client import Proxy, bind, connect, udp_associate
+from socks5srv.outbound import Route
 from socks5srv.protocol import (
     UNSPECIFIED, Address, AddressType, Command, Datagram, Greeting, Method, MethodSelection, Reply, ReplyCode, Request,
     RequestFailed,
@@ -487,6 +488,19 @@ def test_a_relay_that_cannot_be_reached_is_a_general_failure(start_server: Any, 
         while accepted.recv(100):       # closed
             pass
     near.next_ended()
+
+
+@needs_ipv6
+def test_a_relay_that_the_source_cannot_reach_is_not_used(start_server: Any, listen: Any, new_client: Any) -> None:
+    odd = listen()
+    near = start_server(through(odd.getsockname()), route=Route(source=LOCALHOST))
+    client = new_client(near)
+    said = in_thread(client.ask, Command.UDP_ASSOCIATE, UNSPECIFIED)
+    with odd.accept()[0] as accepted:
+        accepted.settimeout(TIMEOUT)
+        accepted.sendall(bytes(MethodSelection(Method.NO_AUTHENTICATION_REQUIRED)) + bytes(Reply(ReplyCode.SUCCEEDED, Address.numeric("::1", 9))))
+        assert said().code is ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED
+    assert near.next_ended().reason == "[::1]:9 is IPv6, and --source has only an IPv4 address"
 
 
 # --- loops ---

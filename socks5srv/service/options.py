@@ -111,7 +111,8 @@ def build_parser() -> Parser:
     family = out.add_mutually_exclusive_group()
     family.add_argument("-4", dest="family", action="store_const", const=4, help="use IPv4 only")
     family.add_argument("-6", dest="family", action="store_const", const=6, help="use IPv6 only")
-    out.add_argument("--source", type=ip_address, metavar="ADDRESS", help="go out from this address")
+    out.add_argument("--source", action="append", type=source, metavar="ADDRESS",
+                     help="go out from this address, and by its family only; may be given once for IPv4 and once for IPv6")
     out.add_argument("--upstream", type=proxy_url, metavar="URL",
                      help="go out through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT; names are left to it. A URL with a password belongs into an @FILE")
 
@@ -166,6 +167,7 @@ def parse(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error("the port is given twice, as PORT and as -p")
     check_command(parser, options)
     check_recording(parser, options)
+    options.source = sources(parser, options)
     default = DEFAULT_PORT if options.run is None else 0
     options.port = next(number for number in (port, options.port, default) if number is not None)
     options.bind = ([host] if host else []) + options.bind or [DEFAULT_ADDRESS]
@@ -201,6 +203,18 @@ def check_recording(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--pcap - and the COMMAND of --run would write to the same output: give a FILE")
     if options.pcap == "-" and sys.stdout is not None and sys.stdout.isatty():
         parser.error("--pcap - is nothing to be read at a terminal: give a FILE, or add  | wireshark -k -i -")
+
+
+def sources(parser: Parser, options: argparse.Namespace) -> Optional[Tuple[str, ...]]:
+    """The addresses of --source, one of each family at most; None if there are none."""
+    if not options.source:
+        return None
+    families = [6 if ":" in source else 4 for source in options.source]
+    if len(families) > len(set(families)):
+        parser.error(f"--source is given twice for IPv{families[-1]}: one address of each family is enough")
+    if options.family is not None and options.family not in families:
+        parser.error(f"-{options.family} and --source {options.source[0]} leave no way out: leave one of them out")
+    return tuple(options.source)
 
 
 def expand(parser: Parser, words: Sequence[str], depth: int = 0) -> List[str]:
@@ -260,11 +274,15 @@ def listen_address(text: str) -> Tuple[Optional[str], int]:
     return host.strip("[]"), port_number(port)
 
 
-def ip_address(text: str) -> str:
+def source(text: str) -> str:
+    host, percent, _zone = text.partition("%")
     try:
-        return str(ipaddress.ip_address(text))
+        ip = ipaddress.ip_address(host)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no IP address") from None
+    if percent or (ip.version == 6 and ip.is_link_local):
+        raise argparse.ArgumentTypeError(f"{text!r} reaches only one link: give an address without a zone that is not link-local")
+    return str(ip)
 
 
 def proxy_url(text: str) -> Proxy:

@@ -183,8 +183,9 @@ def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None
 
 
 def check_source(options: argparse.Namespace) -> None:
-    if options.source is not None and not is_own_address(options.source):
-        raise CannotStart(f"--source {options.source} is not an address of this computer", "leave it out to have one chosen")
+    for source in options.source or ():
+        if not is_own_address(source):
+            raise CannotStart(f"--source {source} is not an address of this computer", "leave it out to have one chosen")
 
 
 def raise_descriptor_limit() -> None:

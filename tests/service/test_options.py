@@ -168,9 +168,27 @@ def test_only_one_family_can_be_chosen(expect_error: Expect) -> None:
     assert "-4" in expect_error(parse, ["-4", "-6"])
 
 
-@pytest.mark.parametrize(("text", "address"), [("192.0.2.7", "192.0.2.7"), ("2001:DB8:0::7", "2001:db8::7")])
-def test_a_source_address_can_be_chosen(text: str, address: str) -> None:
-    assert parse(["--source", text]).source == address
+@pytest.mark.parametrize(("words", "addresses"), [
+    ("", None), ("--source 192.0.2.7", ("192.0.2.7",)), ("--source 2001:DB8:0::7", ("2001:db8::7",)),
+    ("--source 2001:db8::7 --source 192.0.2.7", ("2001:db8::7", "192.0.2.7")), ("-6 --source 2001:db8::7", ("2001:db8::7",)),
+])
+def test_a_source_address_can_be_chosen_for_each_family(words: str, addresses: Any) -> None:
+    assert parse(words.split()).source == addresses
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    ("--source 192.0.2.7 --source 192.0.2.8", "--source is given twice for IPv4: one address of each family is enough"),
+    ("--source ::1 --source 192.0.2.8 --source ::1", "--source is given twice for IPv6: one address of each family is enough"),
+    ("-6 --source 192.0.2.7", "-6 and --source 192.0.2.7 leave no way out: leave one of them out"),
+    ("-4 --source ::1", "-4 and --source ::1 leave no way out: leave one of them out"),
+])
+def test_sources_that_make_no_sense_together_are_refused(words: str, complaint: str, expect_error: Expect) -> None:
+    assert expect_error(parse, words.split()) == complaint
+
+
+@pytest.mark.parametrize("text", ["fe80::1%eth0", "fe80::1%1", "fe80::1", "2001:db8::7%eth0"])
+def test_a_source_has_no_zone(text: str, expect_error: Expect) -> None:
+    assert f"{text!r} reaches only one link: give an address without a zone" in expect_error(parse, ["--source", text])
 
 
 @pytest.mark.parametrize("text", ["localhost", "", "300.0.0.1", "192.0.2.7:80"])

@@ -265,6 +265,27 @@ def test_it_goes_out_from_the_source_address(
     assert address[0] == "127.0.0.2"
 
 
+@needs_ipv6
+def test_a_target_that_the_source_cannot_reach_is_told_in_the_log(start: Callable[..., Any], new_client: Callable[..., Client]) -> None:
+    service = start("--source", LOCALHOST)
+    assert new_client(service).ask(Command.CONNECT, ("::1", 9)).code is ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED
+    assert service.wait_for("failed(08)").endswith("[::1]:9 is IPv6, and --source has only an IPv4 address")
+
+
+@needs_ipv6
+@needs_neighbour
+def test_every_source_has_to_be_of_this_computer(start: Callable[..., Any], run_command: Callable[..., Any], new_client: Any, listen: Any) -> None:
+    outcome = run_command("--source", LOCALHOST, "--source", "2001:db8::7", "0")
+    assert "--source 2001:db8::7 is not an address of this computer" in outcome.stderr
+    service = start("--source", "::1", "--source", "127.0.0.2")
+    for host, source in ((LOCALHOST, "127.0.0.2"), ("::1", "::1")):
+        target = listen(host)
+        new_client(service).connect(target.getsockname())
+        connection, address = target.accept()
+        connection.close()
+        assert address[0] == source
+
+
 def test_the_handshake_timeout_counts(start: Callable[..., Any], new_client: Callable[..., Client]) -> None:
     service = start("--handshake-timeout", "0.2")
     client = new_client(service)
