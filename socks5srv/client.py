@@ -168,21 +168,12 @@ def connect(proxy: Union[str, Proxy], host: str, port: int, *, timeout: float = 
     `methods` has further ways to authenticate, by their METHOD: functions that are called with
     the `Conversation` when the proxy has chosen them, and raise `LoginFailed`.
     """
-    proxy, until = Proxy.parse(proxy), time.monotonic() + timeout
-    *others, last = destinations(proxy, host, port)
-    for destination in others:
-        try:
-            return asked(proxy, Command.CONNECT, destination, until, methods)[0].socket
-        except RequestFailed:       # a name may have a dead address first
-            pass
-    return asked(proxy, Command.CONNECT, last, until, methods)[0].socket
+    return asked_for_one(Proxy.parse(proxy), Command.CONNECT, host, port, time.monotonic() + timeout, methods)[0].socket
 
 
 def bind(proxy: Union[str, Proxy], host: str = "0.0.0.0", port: int = 0, *, timeout: float = TIMEOUT, methods: Methods = NO_OTHERS) -> Waiting:
     """Have the proxy listen for one connection from `host`, or from anyone.  `timeout` is that of accept(), too."""
-    proxy = Proxy.parse(proxy)
-    destination = destinations(proxy, host, port)[0]
-    return Waiting(*asked(proxy, Command.BIND, destination, time.monotonic() + timeout, methods), timeout)
+    return Waiting(*asked_for_one(Proxy.parse(proxy), Command.BIND, host, port, time.monotonic() + timeout, methods), timeout)
 
 
 class Waiting:
@@ -284,6 +275,17 @@ class DatagramRelay:
 
 
 # --- the steps ---
+
+def asked_for_one(proxy: Proxy, command: Command, host: str, port: int, until: float, methods: Methods) -> Tuple[Conversation, Address]:
+    """asked(), for the first of the host's addresses for which the proxy says yes."""
+    *others, last = destinations(proxy, host, port)
+    for destination in others:
+        try:
+            return asked(proxy, command, destination, until, methods)
+        except RequestFailed:       # a name may have a dead address first
+            pass
+    return asked(proxy, command, last, until, methods)
+
 
 def asked(proxy: Proxy, command: Command, destination: Address, until: float, methods: Methods) -> Tuple[Conversation, Address]:
     """A conversation in which `command` has succeeded, its socket blocking again, and the reply's address."""

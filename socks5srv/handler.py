@@ -392,14 +392,25 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def expected_peers(self, request: Request, until: float) -> List[Address]:
         """Who may call back; empty for anyone."""
         if request.destination.is_unspecified:
-            self.check(request.command, UNSPECIFIED)
+            self.check_anyone(request.command)
             return []
         return self.addresses(request, until)
 
+    def check_anyone(self, command: Command) -> None:
+        """Zeros are no place that could be reached, so neither rules nor networks are asked; whoever calls is judged then."""
+        if not self.allow(command, UNSPECIFIED):
+            raise RequestFailed(ReplyCode.NOT_ALLOWED, f"{UNSPECIFIED} is not allowed")
+
     def bind_host(self, expected: List[Address]) -> str:
-        """Where to listen: on the address that the peer would reach us by."""
-        if expected:
-            return outbound.local_address_towards(expected[0], self.server.route)
+        """Where to listen: on the address that the peer, by the first of its addresses to which there is a way, would reach us by."""
+        failures: List[RequestFailed] = []
+        for address in expected:
+            try:
+                return outbound.local_address_towards(address, self.server.route)
+            except (OSError, RequestFailed) as error:
+                failures.append(outbound.failure(error, address))
+        if failures:
+            raise outbound.most_telling(failures)
         here = Address.of(self.connection.getsockname())
         return self.server.route.source_towards(here) or here.host
 

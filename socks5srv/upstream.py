@@ -115,9 +115,9 @@ class UpstreamHandler(Socks5Handler):
     def judged(self, request: Request) -> Address:
         """What to ask the upstream for; RequestFailed 02 if it may not be reached."""
         if request.command is Command.BIND and request.destination.is_unspecified:
-            address = UNSPECIFIED
-        else:
-            address = spelled_out(request.destination)
+            self.check_anyone(request.command)
+            return UNSPECIFIED
+        address = spelled_out(request.destination)
         self.check(request.command, address)
         return address
 

@@ -14,6 +14,7 @@ import pytest
 from socks5srv.outbound import Route
 from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Greeting, MethodSelection, Reply, ReplyCode, Request
 from socks5srv.handler import EARLY
+from socks5srv.rules import Rules
 
 from .conftest import (
     LOCALHOST, TIMEOUT, Client, address_of, eventually, handler_with, in_thread, name, needs_ipv6, needs_neighbour, within,
@@ -145,6 +146,29 @@ def test_the_host_that_was_named_may_call_from_any_port(start_server, new_client
     assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
 
 
+ELSEWHERE = {"is_here": False}      # a client that is taken for one on another computer
+
+
+@pytest.mark.parametrize("place", [ANYONE, Address("::", 0, AddressType.IPV6), name("0", 21)], ids=str)
+def test_zeros_from_another_computer_mean_anyone_too(start_server, new_client, call, place):
+    """They are no address that it wants to reach, and the caller is judged when it comes."""
+    client = new_client(start_server(handler_with(**ELSEWHERE)))
+    first = bind(client, place)
+    assert call(first).rest() == b"", "only this computer's own programs should reach this computer"
+    assert waits_on(client)
+
+
+@needs_neighbour
+def test_zeros_are_nothing_that_a_rule_could_name(start_server, new_client, call):
+    server = start_server()
+    server.rules = Rules.parse([f"allow {NEIGHBOUR}", "deny *"])
+    client = new_client(server)
+    first = bind(client)
+    assert call(first, LOCALHOST).rest() == b""
+    peer = call(first, NEIGHBOUR)
+    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+
+
 @needs_neighbour
 def test_a_stranger_is_turned_away_and_the_waiting_goes_on(start_server, new_client, call):
     """E38: or anyone could end it, or be taken for the one who is expected."""
@@ -257,6 +281,19 @@ def test_it_listens_where_the_expected_one_can_reach_it(start_server, new_client
     client = new_client(start_server())
     first = bind(client, ("::1", 0))
     assert first.bound.host == "::1"
+    peer = call(first)
+    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+
+
+@needs_ipv6
+@pytest.mark.parametrize("unreachable", ["::1", "fe80::1"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_it_listens_where_one_of_the_expected_ones_addresses_can_reach_it(start_server, new_client, call, unreachable, order):
+    """The first to which there is a way; it need not be the first of all."""
+    handler = handler_with(resolve=lambda _self, _host: [LOCALHOST, unreachable][::order])
+    client = new_client(start_server(handler, route=Route(socket.AF_INET)))
+    first = bind(client, name("ftp.invalid", 21))
+    assert first.bound.host == LOCALHOST
     peer = call(first)
     assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
 

@@ -140,9 +140,9 @@ def test_socks5h_leaves_the_name_to_the_proxy(start_server: Any, echo: Any) -> N
     assert server.next_ended().destination == Address("only.there.example", echo[1], AddressType.DOMAINNAME)
 
 
-def test_socks5_looks_the_name_up_here_and_tries_one_address_after_the_other(
-    start_server: Any, echo: Any, monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def only_here(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name that only this computer knows, with two addresses."""
     ours = socket.getaddrinfo
 
     def resolver(host: Any, *arguments: Any, **keywords: Any) -> List[Any]:
@@ -151,9 +151,13 @@ def test_socks5_looks_the_name_up_here_and_tries_one_address_after_the_other(
         return [row for there in ("127.0.0.9", LOCALHOST) for row in ours(there, *arguments, **keywords)]
 
     monkeypatch.setattr(client.socket, "getaddrinfo", resolver)
+    return "only.here.example"
+
+
+def test_socks5_looks_the_name_up_here_and_tries_one_address_after_the_other(start_server: Any, echo: Any, only_here: str) -> None:
     server = start_server()
     server.rules = type(server.rules).parse(["deny 127.0.0.9"])
-    with connect(url_of(server, "socks5"), "only.here.example", echo[1]) as sock:
+    with connect(url_of(server, "socks5"), only_here, echo[1]) as sock:
         exchange(sock)
     assert [str(server.next_ended().destination.host) for _ in range(2)] == ["127.0.0.9", LOCALHOST]
 
@@ -406,6 +410,14 @@ def test_bind_gives_the_address_at_once_and_the_peer_later(start_server: Any, ho
                 with pytest.raises(ValueError, match="for one connection"):
                     waiting.accept()
         waiting.close()     # does not concern the socket any more
+
+
+def test_bind_is_asked_for_one_address_of_a_name_after_the_other(start_server: Any, only_here: str) -> None:
+    server = start_server()
+    server.rules = type(server.rules).parse(["deny 127.0.0.9"])
+    with bind(url_of(server, "socks5"), only_here) as waiting, socket.create_connection(waiting.address[:2], TIMEOUT):
+        waiting.accept()[0].close()
+    assert [str(server.next_ended().destination.host) for _ in range(2)] == ["127.0.0.9", LOCALHOST]
 
 
 def test_to_leave_the_block_is_to_wait_no_more(start_server: Any) -> None:

@@ -333,9 +333,24 @@ def test_a_caller_that_the_rules_deny_is_not_let_through(near: Any) -> None:
 
 def test_a_destination_that_the_rules_deny_is_not_asked_for(near: Any, far: Any) -> None:
     near.rules = Rules.parse(["deny *"])
-    for host in ("0.0.0.0", LOCALHOST, THERE):
+    for host in (LOCALHOST, THERE):
         with pytest.raises(RequestFailed, match="not allowed"):
             bind(url_of(near), host)
+    assert far.sessions == []
+
+
+def test_zeros_are_no_destination_and_whoever_calls_is_judged(start_server: Any, far: Any) -> None:
+    near = start_server(through(far, is_here=False))
+    near.rules = Rules.parse(["allow 192.0.2.1", "deny *"])
+    with bind(url_of(near)) as waiting, socket.create_connection(waiting.address[:2], TIMEOUT), pytest.raises(RequestFailed, match="not allowed"):
+        waiting.accept()
+    assert near.next_ended().reason.endswith("is for this computer only")
+
+
+def test_a_hook_is_asked_for_zeros_as_well(start_server: Any, far: Any) -> None:
+    near = start_server(through(far, allow=lambda _self, _command, address: address != UNSPECIFIED))
+    with pytest.raises(RequestFailed, match="not allowed"):
+        bind(url_of(near))
     assert far.sessions == []
 
 
