@@ -153,11 +153,11 @@ class Examiner:
     def __init__(self, proxy: Proxy, target: Optional[str] = None, timeout: float = TIMEOUT) -> None:
         self.proxy = proxy
         self.timeout = timeout
-        self.name = target or "localhost"
+        self.name = (target or "localhost").partition("%")[0]      # a zone says nothing to the server
         self.hosts: Dict[AddressType, str] = {AddressType.IPV4: "127.0.0.1", AddressType.IPV6: "::1"}
         if target is not None:
-            literal = Address.numeric(str(socket.getaddrinfo(ascii_form(target), None)[0][4][0]), 0)
-            self.hosts = {literal.address_type: literal.host}
+            literal = Address.of(socket.getaddrinfo(ascii_form(target), None)[0][4])
+            self.hosts = {literal.address_type: literal.zoned}
         self.wants_a_login = False
 
     def examine(self) -> List[Answer]:
@@ -246,22 +246,30 @@ class Examiner:
         with self.ready() as talk:
             reply = talk.request(Command.UDP_ASSOCIATE, UNSPECIFIED)
             offered(reply, Command.UDP_ASSOCIATE)
-            with self.udp(talk.socket.getsockname()[0]) as sock:
+            with self.udp(Address.of(talk.socket.getsockname()).zoned) as sock:
                 yield talk, Relay(sock, talk.here(reply.bound))
 
     def stranger(self) -> str:
         """Another address of this computer, from which nobody expects us."""
         host = "127.0.0.3" if self.any_host() == "127.0.0.2" else "127.0.0.2"
-        if not ip_address(self.any_host()).is_loopback or ":" in self.any_host():
+        if ":" in self.any_host() or not ip_address(self.any_host()).is_loopback:
             raise Unasked("only with a target on loopback")
         if not can_bind(host):
             raise Unasked("127.0.0.1 is the only loopback address here")
         return host
 
+    def free_port(self, host: Optional[str] = None) -> Tuple[Any, ...]:
+        """For bind(): one of this host, or of any."""
+        return Address.numeric(host or self.any_host(), 0).sockaddr
+
+    def call(self, address: Address, host: Optional[str] = None) -> socket.socket:
+        """A connection to this address, from this host or from any."""
+        return socket.create_connection((address.zoned, address.port), self.timeout, self.free_port(host))
+
     def udp(self, host: Optional[str] = None) -> socket.socket:
         sock = socket.socket(family_of(host or self.any_host()), socket.SOCK_DGRAM)
         sock.settimeout(self.timeout)
-        sock.bind((host or self.any_host(), 0))
+        sock.bind(self.free_port(host))
         return sock
 
 
@@ -274,7 +282,7 @@ class Target:
         try:
             for host in hosts:
                 self.listeners.append(socket.socket(family_of(host)))
-                self.listeners[-1].bind((host, self.address.port if len(self.listeners) > 1 else 0))
+                self.listeners[-1].bind(Address.numeric(host, self.address.port if len(self.listeners) > 1 else 0).sockaddr)
                 self.listeners[-1].listen(5)
         except BaseException:
             self.__exit__()
@@ -314,7 +322,7 @@ class Relay:
 
     def send(self, message: object) -> None:
         """A `Datagram`, or octets that are none."""
-        self.socket.sendto(bytes(message), self.address[:2])     # type: ignore[call-overload]
+        self.socket.sendto(bytes(message), self.address.sockaddr)     # type: ignore[call-overload]
 
     def receive(self) -> Datagram:
         return Datagram.read(BytesIO(self.socket.recv(65535)))
@@ -324,10 +332,15 @@ def family_of(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+def as_told(sockaddr: Tuple[Any, ...]) -> Address:
+    """The address of a socket as a message names it: without its zone."""
+    return Address.of(sockaddr)._replace(scope=0)
+
+
 def can_bind(host: str) -> bool:
     try:
         with socket.socket(family_of(host)) as sock:
-            sock.bind((host, 0))
+            sock.bind(Address.numeric(host, 0).sockaddr)
     except OSError:
         return False
     return True
@@ -707,7 +720,7 @@ def name_with_nul(e: Examiner) -> str:
 @question(REPLIES, "CONNECT to a target that refuses", "05")
 def refused(e: Examiner) -> str:
     with socket.socket(family_of(e.any_host())) as sock, e.ready() as talk:
-        sock.bind((e.any_host(), 0))                # and does not listen
+        sock.bind(e.free_port())                # and does not listen
         return failed(talk.request(Command.CONNECT, Address.of(sock.getsockname())), ReplyCode.CONNECTION_REFUSED)
 
 
@@ -723,7 +736,7 @@ def unknown_name(e: Examiner) -> str:
 @question(REPLIES, "Is the connection over soon after a failure?", f"within {CLOSING:g} s")
 def end_after_failure(e: Examiner) -> str:
     with socket.socket(family_of(e.any_host())) as sock, e.ready() as talk:
-        sock.bind((e.any_host(), 0))
+        sock.bind(e.free_port())
         failed(talk.request(Command.CONNECT, Address.of(sock.getsockname())))
         if not talk.ends(CLOSING):
             raise Wrong(f"still open after {CLOSING:g} s")
@@ -746,7 +759,7 @@ def bound_address(e: Examiner) -> str:
     with e.target() as target, e.ready() as talk:
         bound = succeeded(talk.request(Command.CONNECT, target.address)).bound
         with target.accept() as accepted:
-            seen = Address.of(accepted.getpeername())
+            seen = as_told(accepted.getpeername())
     if bound != seen:
         raise Odd(f"{bound}, and the target sees {seen}")
     return str(bound)
@@ -882,10 +895,10 @@ def there_is(e: Examiner, command: Command, destination: Address) -> str:
 
 @question(BIND, "The second reply, when somebody has called", "00, BND is the caller")
 def bind_second_reply(e: Examiner) -> str:
-    with e.binding() as (talk, address), socket.create_connection(address[:2], e.timeout, (e.any_host(), 0)) as peer:
+    with e.binding() as (talk, address), e.call(address) as peer:
         reply = succeeded(talk.receive(Reply))
-        if reply.bound != Address.of(peer.getsockname()):
-            raise Wrong(f"{reply.bound}, and the caller is {Address.of(peer.getsockname())}")
+        if reply.bound != as_told(peer.getsockname()):
+            raise Wrong(f"{reply.bound}, and the caller is {as_told(peer.getsockname())}")
         talk.socket.settimeout(e.timeout)
         arrives(b"there", talk.socket, peer)
         arrives(b"and back", peer, talk.socket)
@@ -895,12 +908,12 @@ def bind_second_reply(e: Examiner) -> str:
 @question(BIND, "Is a caller from another host than DST.ADDR let in?", "no")
 def bind_stranger(e: Examiner) -> str:
     stranger = e.stranger()
-    with e.binding() as (talk, address), socket.create_connection(address[:2], e.timeout, (stranger, 0)):
+    with e.binding() as (talk, address), e.call(address, stranger):
         # The one who is expected calls second, so whoever is named first has been let in.
         try:
-            with socket.create_connection(address[:2], e.timeout, (e.any_host(), 0)) as peer:
+            with e.call(address) as peer:
                 reply = talk.receive(Reply)
-                expected = Address.of(peer.getsockname())
+                expected = as_told(peer.getsockname())
         except ConnectionError:         # it has ended with the stranger
             reply, expected = talk.receive(Reply), UNSPECIFIED
     if reply.code == ReplyCode.SUCCEEDED and reply.bound != expected:
@@ -915,7 +928,7 @@ def bind_client_gone(e: Examiner) -> str:
     for _ in range(5):
         time.sleep(e.timeout / 10)          # it may need a moment to notice
         try:
-            dial(Proxy(address.host, address.port), time.monotonic() + e.timeout).close()
+            dial(Proxy(address.zoned, address.port), time.monotonic() + e.timeout).close()
         except socket.timeout:
             break
         except OSError:
@@ -990,7 +1003,7 @@ def udp_ipv6(e: Examiner) -> str:
 
 def udp_to(e: Examiner, host: str) -> str:
     with e.udp(host) as target, e.association() as (_talk, relay):
-        destination = Address.of(target.getsockname())
+        destination = as_told(target.getsockname())
         answer = echoes(e, relay, target, destination, b"question")
     if answer.address != destination:
         raise Wrong(f"the answer is said to be from {answer.address}")
@@ -1028,7 +1041,7 @@ def udp_stranger(e: Examiner) -> str:
         if ":" in relay.address.host:
             raise Unasked("only for a relay on 127.0.0.1")
         there = Address.of(target.getsockname())
-        sock.sendto(bytes(Datagram(there, b"stranger")), relay.address[:2])
+        sock.sendto(bytes(Datagram(there, b"stranger")), relay.address.sockaddr)
         received, _source = datagram_arrives(e, relay, target, there, b"client")
     if received != b"client":
         raise Wrong("no")

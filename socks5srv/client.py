@@ -73,7 +73,7 @@ class Proxy(NamedTuple):
 
     def __str__(self) -> str:
         login = f"{quote(self.username, safe='')}:***@" if self.username else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else self.host      # RFC 6874
         return f"socks5{'h' * self.names_there}://{login}{host}:{self.port}"
 
     def __repr__(self) -> str:
@@ -150,11 +150,13 @@ class Conversation:
 
     def here(self, bound: Address) -> Address:
         """
-        The address in a reply as one that can be reached: zeros stand for the proxy's own host.
+        The address in a reply as one that can be reached: zeros stand for the proxy's own host, and a link-local
+        one is on the link on which we reach the proxy.
 
         The RFC does not say so, but servers that listen on a wildcard answer with it.
         """
-        return Address.of((self.socket.getpeername()[0], bound.port)) if bound.is_unspecified else bound
+        peer = Address.of(self.socket.getpeername())
+        return peer._replace(port=bound.port) if bound.is_unspecified else bound.on_the_link_of(peer)
 
 
 def no_authentication(conversation: Conversation) -> None:
@@ -235,7 +237,8 @@ class DatagramRelay:
         self.proxy = proxy
         self.control = control
         self.address = address
-        family, kind, number, _name, there = socket.getaddrinfo(ascii_form((address.literal or address).host), address.port, type=socket.SOCK_DGRAM)[0]
+        place = ascii_form((address.literal or address).zoned)
+        family, kind, number, _name, there = socket.getaddrinfo(place, address.port, type=socket.SOCK_DGRAM)[0]
         self.socket = socket.socket(family, kind, number)
         try:
             if family == control.family:        # the proxy hears only the host that it has been asked by
@@ -335,6 +338,8 @@ def destinations(proxy: Proxy, host: str, port: int) -> List[Address]:
     """What to write for a host, at least one: it as it is, or the addresses that it has here."""
     if not 0 <= port < 65536:
         raise ValueError(f"{port} is no port")
+    if ":" in host:
+        host = host.partition("%")[0]       # the zone is one of this computer's, and means nothing to the proxy
     address = Address.named(ascii_form(host), port)
     if address.literal is not None:
         return [address.literal]

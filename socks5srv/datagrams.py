@@ -30,7 +30,7 @@ import logging
 import socket
 import time
 from io import BytesIO
-from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple, TypeVar
 
 from . import outbound
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
@@ -51,7 +51,7 @@ LOOK_UPS = 16           # names being looked up at a time, for one client
 REASSEMBLY = 5.0        # seconds that fragments wait for the rest; RFC 1928 section 7 asks for 5 at least
 BUFFER = 1024 * 1024    # octets the kernel may queue for us; its default loses bursts
 
-SockAddr = Tuple[str, int]
+SockAddr = Tuple[Any, ...]
 Target = Tuple[socket.socket, SockAddr]     # the outer socket that can reach it, and its address
 
 
@@ -188,7 +188,7 @@ class Association:
         literal = datagram.address.literal
         if literal is None:
             return self.look_up(header, datagram.address, bytes(payload))
-        target = self.open_towards([literal.dialled], None)
+        target = self.open_towards([literal.dialled.on_the_link_of(self.session.client)], None)
         if target is None:
             keep(self.dead, header, time.monotonic() + DEAD)
             return None
@@ -210,7 +210,7 @@ class Association:
             except (OSError, RequestFailed):
                 continue
             keep(self.contacted, address.host, None)
-            return outer, (address.host, address.port)
+            return outer, address.sockaddr
         return None
 
     def may_reach(self, address: Address, name: Optional[str] = None) -> bool:
@@ -485,10 +485,10 @@ class Fragments:
 
 
 def udp_socket(host: str) -> socket.socket:
-    """A non-blocking UDP socket on a free port of this address of ours."""
+    """A non-blocking UDP socket on a free port of this address of ours, which has its zone with it if it has one."""
     sock = outbound.non_blocking_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        sock.bind((host, 0))
+        sock.bind(outbound.with_scope((host, 0)))
         enlarge(sock)
     except BaseException:
         sock.close()

@@ -274,7 +274,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def association(self) -> Association:
         """The relay for do_UDP_ASSOCIATE, not started yet."""
-        here = Address.of(self.connection.getsockname()).host
+        here = Address.of(self.connection.getsockname()).zoned
         return Association(self, self.server.relay_thread(), here, self.server.route, self.server.reassemble)
 
     # --- decisions ---
@@ -291,7 +291,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def resolve(self, host: str) -> Sequence[str]:
         """
-        The IP addresses of a host as text, best first; OSError if it has none.
+        The IP addresses of a host as text, best first (a zone as a number: ``fe80::1%2``); OSError if it has none.
 
         Called in a thread of its own and may block: when time is up, the client gets its reply without it.
         """
@@ -308,8 +308,9 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """Where the destination can be reached, as far as it is allowed; never empty."""
         literal = request.destination.literal
         if literal is not None:
-            self.check(request.command, literal.dialled)
-            return [literal.dialled]
+            address = literal.dialled.on_the_link_of(self.session.client)
+            self.check(request.command, address)
+            return [address]
         found, name = self.look_up(request, until), request.destination.host
         refusals = {address: self.refusal(request.command, address, name) for address in found}
         allowed = [address for address in found if not refusals[address]]
@@ -385,7 +386,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     @property
     def is_here(self) -> bool:
         """Whether the client is a program on this computer."""
-        return self.server.is_here(self.session.client.host)
+        return self.server.is_here(self.session.client.zoned)
 
     # --- BIND ---
 
@@ -412,7 +413,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if failures:
             raise outbound.most_telling(failures)
         here = Address.of(self.connection.getsockname())
-        return self.server.route.source_towards(here) or here.host
+        return self.server.route.source_towards(here) or here.zoned
 
     def await_peer(self, listener: socket.socket, expected: List[Address], until: float) -> Tuple[socket.socket, Address]:
         """The first connection from an expected host.  Only the host is compared: the RFC's clients cannot know the port."""

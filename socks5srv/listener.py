@@ -117,7 +117,7 @@ class Listener:
         dialled = self.address.dialled
         for _ in range(waiting):
             try:
-                socket.create_connection((dialled.host, dialled.port), timeout=0.2).close()
+                socket.create_connection((dialled.zoned, dialled.port), timeout=0.2).close()
             except OSError:         # then nobody is waiting any more
                 return
 

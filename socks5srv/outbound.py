@@ -23,7 +23,7 @@ import socket
 import time
 from collections import deque
 from itertools import zip_longest
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from .descriptors import descriptors
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
@@ -277,7 +277,7 @@ class Race:
             except (OSError, RequestFailed) as error:
                 self.failures.append(failure(error, address))
                 continue
-            code = begin_connecting(sock, (address.host, address.port))
+            code = begin_connecting(sock, address.sockaddr)
             if code in UNDER_WAY:
                 self.running[sock.fileno()] = sock, address
             elif self.won(sock, address, code):
@@ -333,7 +333,7 @@ def is_its_own_peer(sock: socket.socket, address: Address) -> bool:
     return bool(own[1] == address.port) and Address.of(own) == address
 
 
-def begin_connecting(sock: socket.socket, sockaddr: Tuple[str, int]) -> int:
+def begin_connecting(sock: socket.socket, sockaddr: Tuple[Any, ...]) -> int:
     """The errno of a non-blocking connect(); 0 if it stands already."""
     code = sock.connect_ex(sockaddr)
     if code == errno.EINPROGRESS and hasattr(select, "epoll"):
@@ -351,17 +351,17 @@ UNDER_WAY = {
 # --- being connected to: BIND ---
 
 def local_address_towards(address: Address, route: Route) -> str:
-    """Our own address as `address` sees it: the one that packets to it would leave from."""
+    """Our own address as `address` sees it: the one that packets to it would leave from, with its zone."""
     with route.socket(address, socket.SOCK_DGRAM) as sock:
-        sock.connect((address.host, address.port or 9))     # for UDP this sends nothing
-        return str(sock.getsockname()[0])
+        sock.connect(address._replace(port=address.port or 9).sockaddr)     # for UDP this sends nothing
+        return Address.of(sock.getsockname()).zoned
 
 
 def listen(host: str) -> socket.socket:
-    """A non-blocking socket that listens on a free port of this address of ours."""
+    """A non-blocking socket that listens on a free port of this address of ours, which has its zone with it if it has one."""
     listener = non_blocking_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        listener.bind((host, 0))
+        listener.bind(with_scope((host, 0)))
         listener.listen(16)     # strangers may queue before the one who is expected
     except BaseException:
         listener.close()
@@ -370,10 +370,23 @@ def listen(host: str) -> socket.socket:
 
 
 def is_own_address(host: str) -> bool:
-    """Whether this IP address is one of this computer's: only those can be bound."""
+    """Whether this IP address, with its zone if it has one, is one of this computer's: only those can be bound."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.bind((host, 0))
+            sock.bind(with_scope((host, 0)))
     except OSError:
         return False
     return True
+
+
+def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """
+    ``("fe80::1%eth0", 1080)`` or ``("fe80::1%2", 1080)`` as bind() needs it; any other as it is.
+
+    OSError if there is no such interface.  (bind() itself looks the zone up, and then takes another number.)
+    """
+    host, port = sockaddr[:2]
+    if "%" not in host:
+        return sockaddr
+    rows = socket.getaddrinfo(host, port, socket.AF_INET6, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+    return rows[0][4]

@@ -235,6 +235,9 @@ class Message:
 # picks an interface of this computer.
 NAME = re.compile(r"[A-Za-z0-9._\-\u00a1-\U0010ffff]+")
 
+LINK_LOCAL = ("fe8", "fe9", "fea", "feb")       # how the text of an address in fe80::/10 begins
+SCOPES = 1 << 32                                # that there are numbers for: 32 bits in a sockaddr_in6
+
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}     # what the system takes all zeros for
 
 
@@ -251,11 +254,16 @@ class Address(NamedTuple):
     `host` is an IP address in its usual spelling, or a name; `address_type` is how it stands
     on the wire.  Browsers send ``127.0.0.1`` as a name, others ``[::1]`` as it stands in a URL: ask for its
     `literal`, not for the type.
+
+    Every link has a fe80::1 of its own, so a link-local address needs to be told which: its zone (RFC 4007).
+    `scope` is the interface of this computer by which that link is reached, as a number.  It means
+    nothing elsewhere, so it is never on the wire, and neither in the log nor in what rules are asked about.
     """
 
     host: str
     port: int
     address_type: AddressType
+    scope: int = 0                  # of a link-local IPv6 address only; 0: not known
 
     @classmethod
     def read(cls, stream: BinaryStream) -> Address:
@@ -280,20 +288,25 @@ class Address(NamedTuple):
         host, port = sockaddr[:2]
         if ":" not in host:
             return cls(host, port, AddressType.IPV4)
-        return cls.numeric(host, port)
+        return cls.numeric(host.partition("%")[0], port, *sockaddr[3:])
 
     @classmethod
-    def numeric(cls, host: str, port: int) -> Address:
+    def numeric(cls, host: str, port: int, scope: int = 0) -> Address:
         """
         An IP address as text, and a port; ValueError if it is none.
 
         An IPv4 address in IPv6 clothes (``::ffff:192.0.2.1``, what a socket that serves both
-        families reports) becomes the IPv4 address that it is, and a zone is left out.
+        families reports) becomes the IPv4 address that it is.  A zone is a number here, as in
+        ``fe80::1%2``: which one ``%eth0`` is, the resolver knows.  Of other addresses it is left out.
         """
-        ip = ip_address(host.partition("%")[0])
+        text, _, zone = host.partition("%")
+        ip = ip_address(text)
         if isinstance(ip, IPv6Address):
             if ip.ipv4_mapped is None:
-                return cls(str(ip), port, AddressType.IPV6)
+                text = str(ip)
+                if not text.startswith(LINK_LOCAL):
+                    return cls(text, port, AddressType.IPV6)
+                return cls(text, port, AddressType.IPV6, scope_of(zone) if zone else scope)
             ip = ip.ipv4_mapped
         return cls(str(ip), port, AddressType.IPV4)
 
@@ -311,7 +324,7 @@ class Address(NamedTuple):
         if self.address_type is AddressType.IPV4:
             return self
         try:
-            return self.numeric(without_brackets(self.host), self.port)
+            return self.numeric(without_brackets(self.host), self.port, self.scope)
         except ValueError:
             return None
 
@@ -324,6 +337,22 @@ class Address(NamedTuple):
     def dialled(self) -> Address:
         """Where the system goes if asked for this: all zeros stand for the computer itself."""
         return self.numeric(LOOPBACK[self.host], self.port) if self.host in LOOPBACK else self
+
+    @property
+    def zoned(self) -> str:
+        """The host as text for this computer, with its zone: ``fe80::1%2``; numeric() reads it."""
+        return f"{self.host}%{self.scope}" if self.scope else self.host
+
+    @property
+    def sockaddr(self) -> Tuple[Any, ...]:
+        """As bind() and connect() take it."""
+        return (self.host, self.port, 0, self.scope) if self.scope else (self.host, self.port)
+
+    def on_the_link_of(self, other: Address) -> Address:
+        """The same, and if it is link-local and does not say on which link, on the one where `other` is."""
+        if self.scope or not other.scope or self.address_type is not AddressType.IPV6 or not self.host.startswith(LINK_LOCAL):
+            return self
+        return self._replace(scope=other.scope)
 
     def octets(self) -> bytes:
         """The host as DST.ADDR or BND.ADDR has it."""
@@ -355,6 +384,13 @@ def without_brackets(host: str) -> str:
 
 
 UNSPECIFIED = Address("0.0.0.0", 0, AddressType.IPV4)   # "no address", and the shortest way to say so
+
+
+def scope_of(zone: str) -> int:
+    """The number of an interface, from its text; ValueError if it is none."""
+    if not (zone.isascii() and zone.isdigit() and len(zone) < 11 and int(zone) < SCOPES):
+        raise ValueError(f"{zone!r} is no number of an interface")
+    return int(zone)
 
 
 def read_name(octets: bytes) -> str:

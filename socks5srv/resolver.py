@@ -25,7 +25,7 @@ from typing import Any, Callable, Counter as CounterType, Dict, List, Optional, 
 from .descriptors import LOOK_UP, WAIT, descriptors
 from .names import ascii_form
 from .outbound import wait
-from .protocol import ReplyCode, RequestFailed
+from .protocol import Address, ReplyCode, RequestFailed
 from .relay import READ
 
 
@@ -35,13 +35,14 @@ NO_SUCH_NAME = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") i
 
 def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
     """
-    The IP addresses of a host, as text, best first.  Blocks, for as long as the resolver likes.
+    The IP addresses of a host, as text, best first; of a link-local one with the number of its zone.  Blocks,
+    for as long as the resolver likes.
 
     OSError or UnicodeError if there are none.
     """
     # As octets a name passes Python's IDNA codec by, which chokes on a..b and long labels.
     rows = socket.getaddrinfo(ascii_form(host).encode("ascii"), None, family, socket.SOCK_STREAM)
-    return [str(row[4][0]) for row in rows]
+    return [Address.of(row[4]).zoned for row in rows]
 
 
 # --- look-ups in threads ---

@@ -139,6 +139,8 @@ def parse_ports(text: str, ports: str) -> range:
 
 def parse_host(host: str) -> Tuple[Optional[str], Optional[Network]]:
     """A name or a network, and None for the other."""
+    if "%" in host:
+        raise BadRule(f"{host!r} has a zone, and rules do not know them: leave the % and what follows away")
     try:
         return None, ip_network(host)
     except ValueError:

@@ -141,6 +141,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         self.prepare(self.socket, str(self.server_address[0]))
+        self.server_address = outbound.with_scope(self.server_address)
         super().server_bind()
 
     def prepare(self, sock: socket.socket, host: str) -> None:
@@ -159,7 +160,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             if self.allow_reuse_address:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.prepare(sock, server_address[0])
-            sock.bind(server_address)
+            sock.bind(outbound.with_scope(server_address))
             sock.listen(self.request_queue_size)
         except BaseException:
             sock.close()
@@ -439,12 +440,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         return bool(self.allow_from) and any(ip_address(client.host) in network for network in self.allow_from)
 
     def is_here(self, host: str) -> bool:
-        """Whether this is an address of this computer."""
+        """Whether this is an address of this computer, with its zone if it has one."""
         return is_loopback(host) or outbound.is_own_address(host)
 
     def is_local(self, address: Address) -> bool:
         """Whether only this computer should reach this: its own addresses among them."""
-        return is_local(address) or self.is_here(address.dialled.host)
+        return is_local(address) or self.is_here(address.dialled.zoned)
 
     @cached_property
     def beyond_loopback(self) -> bool:
@@ -456,7 +457,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             return address in self.udp_relays
         for listener in self.listeners:
             own = listener.address
-            if own.port == address.port and (own.host == address.host or (own.is_unspecified and outbound.is_own_address(address.host))):
+            if own.port == address.port and (own.host == address.host or (own.is_unspecified and outbound.is_own_address(address.zoned))):
                 return True
         return False
 
@@ -464,4 +465,4 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 @lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Whether this is an IP address of that kind.  Asked for each client, and found out slowly."""
-    return ip_address(host).is_loopback
+    return ip_address(host.partition("%")[0]).is_loopback

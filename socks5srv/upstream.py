@@ -283,7 +283,7 @@ class ChainedAssociation(Association):
     """
 
     def __init__(self, handler: UpstreamHandler, call: Call, relay: Address) -> None:
-        here = Address.of(handler.connection.getsockname()).host
+        here = Address.of(handler.connection.getsockname()).zoned
         super().__init__(handler, handler.server.relay_thread(), here, handler.server.route, handler.server.reassemble)
         try:
             self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route))
@@ -367,9 +367,9 @@ class Lifeline(Outer):
 def udp_towards(relay: Address, here: Address, route: outbound.Route) -> socket.socket:
     """A UDP socket connected to `relay`, from the address that it expects us at, if we can; RequestFailed 08 if we may not."""
     wildcard = "::" if relay.address_type is AddressType.IPV6 else "0.0.0.0"
-    sock = udp_socket(here.host if here.address_type is relay.address_type else route.source_towards(relay) or wildcard)
+    sock = udp_socket(here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or wildcard)
     try:
-        sock.connect((relay.host, relay.port))
+        sock.connect(relay.sockaddr)
     except BaseException:
         sock.close()
         raise

@@ -32,7 +32,7 @@ from socks5srv.outbound import Route
 from socks5srv.server import Socks5Server
 from socks5srv.session import Session
 
-from .networks import network_of_its_own
+from .networks import LinkLocal, link_local_address, network_of_its_own
 
 pytest_plugins = ["socks5srv.testing.pytest_plugin"]       # installed or not
 
@@ -171,6 +171,14 @@ def own_network() -> Iterator[None]:
     """For the rest of the test, a network with nothing in it but loopback.  To be asked for before what has sockets."""
     with network_of_its_own():
         yield
+
+
+@pytest.fixture
+def link_local() -> Iterator[LinkLocal]:
+    """A link-local IPv6 address to listen on and to be called at.  To be asked for before what has sockets."""
+    with link_local_address() as address:
+        eventually(address.can_be_bound)        # the system may look first whether another computer has it
+        yield address
 
 
 # --- servers ---

@@ -11,9 +11,9 @@ import ctypes
 import os
 import socket
 import struct
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple, Optional
 
 import pytest
 
@@ -58,6 +58,62 @@ def add_address(interface: str, host: str, bits: int) -> None:
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sIi", socket.inet_pton(socket.AF_INET6, host), bits, socket.if_nametoindex(interface))
         fcntl.ioctl(sock, SIOCSIFADDR, request)
+
+
+class LinkLocal(NamedTuple):
+    """An address of this computer that only its own link knows."""
+
+    host: str
+    interface: str
+
+    @property
+    def scope(self) -> int:
+        return socket.if_nametoindex(self.interface)
+
+    @property
+    def named(self) -> str:
+        """As people write it."""
+        return f"{self.host}%{self.interface}"
+
+    @property
+    def zoned(self) -> str:
+        return f"{self.host}%{self.scope}"
+
+    def can_be_bound(self) -> bool:
+        try:
+            with socket.socket(socket.AF_INET6) as sock:
+                sock.bind((self.host, 0, 0, self.scope))
+        except OSError:
+            return False
+        return True
+
+
+@contextmanager
+def link_local_address() -> Iterator[LinkLocal]:
+    """Made in a network of its own, or where that cannot be had one that this computer has.  Skips the test where there is neither."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(network_of_its_own())
+        except pytest.skip.Exception:
+            found = own_link_local_address()
+            if found is None:
+                raise
+        else:
+            found = LinkLocal("fe80::1", LO)
+            add_address(LO, found.host, 64)
+        yield found
+
+
+def own_link_local_address() -> Optional[LinkLocal]:
+    """The first that this computer has."""
+    try:
+        lines = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for octets, _index, _bits, scope, flags, interface in map(str.split, lines):
+        if scope == "20" and not int(flags, 16) & 0x48:     # link-local; neither tentative nor another computer's
+            return LinkLocal(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(octets)), interface)
+    return None
 
 
 def leave_ports(first: int, last: int) -> None:

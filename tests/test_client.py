@@ -82,6 +82,8 @@ def until_the_client_leaves(connection: Connection) -> None:
     ("socks5h://an%3ana:s%40%2f%25%00@h:1", Proxy("h", 1, b"an:na", b"s@/%\0")),
     ("socks5h://j\u00fcrgen:%c3%bc@h:1", Proxy("h", 1, "j\u00fcrgen".encode(), "\u00fc".encode())),
     ("socks5h://[fe80::1%25eth0]:1", Proxy("fe80::1%eth0", 1)),
+    ("socks5h://[fe80::1%eth0]:1", Proxy("fe80::1%eth0", 1)),
+    ("socks5h://[fe80::1%252]:1", Proxy("fe80::1%2", 1)),
 ])
 def test_a_url_says_where_the_proxy_is_who_we_are_and_who_looks_names_up(url: str, proxy: Proxy) -> None:
     assert Proxy.parse(url) == proxy
@@ -99,7 +101,7 @@ def test_what_is_no_url_of_a_proxy_is_told_without_the_password(url: str) -> Non
     assert "sesame" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["socks5h://h:1", "socks5://[::1]:1", "socks5h://a%3ab:***@h:1"])
+@pytest.mark.parametrize("url", ["socks5h://h:1", "socks5://[::1]:1", "socks5h://a%3ab:***@h:1", "socks5h://[fe80::1%25eth0]:1"])
 def test_the_text_of_a_proxy_is_its_url_without_the_password(url: str) -> None:
     proxy = Proxy.parse(url.replace("***", "sesame"))
     assert str(proxy) == url.replace("%3a", "%3A")

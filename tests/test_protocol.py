@@ -370,13 +370,55 @@ def test_an_ip_address_is_its_own_literal_but_for_a_mapped_one(address, literal)
     (("192.0.2.1", 8080), IPV4),
     (("2001:db8::1", 443, 0, 0), IPV6),
     (("::ffff:192.0.2.1", 8080, 0, 0), IPV4),
-    (("fe80::1%eth0", 1, 0, 2), Address("fe80::1", 1, AddressType.IPV6)),
-    (("fe80::1", 1, 7, 2), Address("fe80::1", 1, AddressType.IPV6)),
+    (("fe80::1%eth0", 1, 0, 2), Address("fe80::1", 1, AddressType.IPV6, 2)),
+    (("fe80::1", 1, 7, 2), Address("fe80::1", 1, AddressType.IPV6, 2)),
+    (("febf::1", 1, 0, 3), Address("febf::1", 1, AddressType.IPV6, 3)),
+    (("2001:db8::1", 443, 0, 2), IPV6),
     (("::", 1080, 0, 0), Address("::", 1080, AddressType.IPV6)),
 ])
-def test_the_address_of_a_socket_has_neither_zone_nor_ipv6_clothes(sockaddr, address):
+def test_the_address_of_a_socket_has_its_zone_and_no_ipv6_clothes(sockaddr, address):
     """E19, E24"""
     assert Address.of(sockaddr) == address
+
+
+@pytest.mark.parametrize(("text", "address", "sockaddr"), [
+    ("fe80::1%2", Address("fe80::1", 80, AddressType.IPV6, 2), ("fe80::1", 80, 0, 2)),
+    ("FE80:0::1%02", Address("fe80::1", 80, AddressType.IPV6, 2), ("fe80::1", 80, 0, 2)),
+    ("fe80::1", Address("fe80::1", 80, AddressType.IPV6), ("fe80::1", 80)),
+    ("2001:db8::1%2", Address("2001:db8::1", 80, AddressType.IPV6), ("2001:db8::1", 80)),
+    ("192.0.2.1", Address("192.0.2.1", 80, AddressType.IPV4), ("192.0.2.1", 80)),
+])
+def test_a_zone_is_a_number_and_of_link_local_addresses_only(text, address, sockaddr):
+    assert Address.numeric(text, 80) == address
+    assert address.sockaddr == sockaddr
+    assert Address.numeric(address.zoned, 80) == address.literal == address.dialled == address
+
+
+@pytest.mark.parametrize("zone", ["eth0", "-1", "\u0662", "4294967296", pytest.param("9" * 5000, id="many"), "1_0", " 1"])
+def test_the_name_of_a_zone_is_for_the_resolver(zone):
+    with pytest.raises(ValueError, match="is no number of an interface"):
+        Address.numeric(f"fe80::1%{zone}", 80)
+    assert Address.named(f"fe80::1%{zone}", 80).address_type is AddressType.DOMAINNAME
+
+
+def test_a_zone_is_on_no_message_and_in_no_line_of_the_log():
+    address = Address("fe80::1", 80, AddressType.IPV6, 2)
+    for message in (Request(Command.CONNECT, address), Reply(ReplyCode.SUCCEEDED, address), Datagram(address, b"data")):
+        plain = type(message).read(BytesIO(bytes(message)))
+        assert bytes(plain) == bytes(message)
+        assert "%" not in str(message)
+        assert plain != message, "what comes back has none"
+    assert str(address) == "[fe80::1]:80"
+
+
+@pytest.mark.parametrize(("text", "other", "scope"), [
+    ("fe80::1", "fe80::2%7", 7), ("fe80::1%3", "fe80::2%7", 3), ("fe80::1", "fe80::2", 0), ("fe80::1", "2001:db8::1", 0),
+    ("2001:db8::1", "fe80::2%7", 0), ("192.0.2.1", "fe80::2%7", 0),
+])
+def test_an_address_without_its_zone_is_on_the_link_of_who_names_it(text, other, scope):
+    address = Address.numeric(text, 80).on_the_link_of(Address.numeric(other, 1))
+    assert address == Address.numeric(text, 80)._replace(scope=scope)
+    assert name("fe80.example", 80).on_the_link_of(Address.numeric(other, 1)) == name("fe80.example", 80)
 
 
 @pytest.mark.parametrize("host", ["", "localhost", "127.1", "1.2.3.4.5", "256.0.0.1", "::g", "%eth0", "[::1]"])

@@ -60,6 +60,7 @@ def test_a_target_is_read(action: str, text: str, parts: Any) -> None:
     ("deny [::1", "closing bracket"), ("deny a*b", "no host"), ("deny *.", "no host"), ("deny a b", "no host"),
     ("deny a\x07b", "no host"), ("deny \u00e4..b", "no host"), ("deny *.a\u200bb*", "no host"), ("deny \u2100.test", "no host"),
     ("deny \uff11\uff12\uff17.1", "write it out"), ("deny \uff0a.test", "no host"), ("deny :::", "write it out"),
+    ("deny fe80::1%eth0", "has a zone"), ("deny fe80::1%2", "has a zone"), ("allow [fe80::%eth0]/64:80", "has a zone"),
 ])
 def test_what_is_no_rule_is_refused_with_what_was_expected(text: str, says: str) -> None:
     with pytest.raises(BadRule, match=says):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import time
 from collections import Counter
 from itertools import islice
@@ -22,10 +23,10 @@ def banner(addresses: List[Address], users: Optional[Sized], keys: bool = True, 
     whom = "this computer only" if all(is_loopback(address.host) for address in addresses) else "other computers, too"
     reachable = reachable_address(addresses[0])
     name = "NAME:PASSWORD@" if users is not None else ""
-    url = f"socks5h://{name}{reachable}"
+    url = f"socks5h://{name}{in_url(reachable)}"
     lines = [
         f"socks5srv {__version__}  serving {whom}, {login}",
-        *(f"listening on     {address}" for address in addresses if len(addresses) > 1),
+        *(f"listening on     {with_zone(address)}" for address in addresses if len(addresses) > 1),
         f"proxy address:   {url}",
         *([f"status page:     {status}"] if status is not None else []),
         "",
@@ -50,16 +51,16 @@ WITH_A_LOGIN = [
 def browsers(address: Address) -> List[str]:
     return [
         "  firefox    Settings > Network Settings > Manual:",
-        f"             SOCKS Host {address.host}, Port {address.port}, SOCKS v5,",
+        f"             SOCKS Host {host_with_zone(address)}, Port {address.port}, SOCKS v5,",
         "             Proxy DNS when using SOCKS v5; HTTP and HTTPS Proxy empty",
-        f"  chrome     chrome --proxy-server=socks5://{address}",
+        f"  chrome     chrome --proxy-server=socks5://{in_url(address)}",
     ]
 
 
 def listening(addresses: List[Address], users: Optional[Sized], commands: Any) -> Dict[str, Any]:
     """The same for programs: what the line "listening" says."""
     return {
-        "urls": [f"socks5h://{address}" for address in addresses],
+        "urls": [f"socks5h://{in_url(address)}" for address in addresses],
         "auth": "password" if users is not None else "none",
         "commands": [COMMAND_WORDS[command] for command in sorted(commands)],
         "pid": os.getpid(),
@@ -67,7 +68,26 @@ def listening(addresses: List[Address], users: Optional[Sized], commands: Any) -
 
 
 def is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host).is_loopback
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def host_with_zone(address: Address) -> str:
+    """The host as a person writes it, ``fe80::1%eth0``: without its zone nobody gets to a link-local one."""
+    if not address.scope:
+        return address.host
+    try:
+        return f"{address.host}%{socket.if_indextoname(address.scope)}"
+    except OSError:                 # it is gone by now
+        return address.zoned
+
+
+def with_zone(address: Address) -> str:
+    return str(address._replace(host=host_with_zone(address)))
+
+
+def in_url(address: Address) -> str:
+    """The same with the percent sign as URLs have it: RFC 6874."""
+    return with_zone(address).replace("%", "%25")
 
 
 def reachable_address(address: Address) -> Address:

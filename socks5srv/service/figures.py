@@ -324,8 +324,8 @@ class WatchedServer(ServiceServer):
         page: Optional[Address] = getattr(self.options, "status_address", None)
         if page is None or page.port != address.port or address.literal is None:
             return False
-        host = address.literal.dialled.host
-        return page.dialled.host == host or (page.is_unspecified and is_own_address(host))
+        there = address.literal.dialled
+        return page.dialled.host == there.host or (page.is_unspecified and is_own_address(there.zoned))
 
     # --- what the page asks ---
 

@@ -293,6 +293,8 @@ def proxy_url(text: str) -> Proxy:
 
 
 def network(text: str) -> Network:
+    if "%" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has a zone, and networks are known without: leave the % and what follows away")
     try:
         return ipaddress.ip_network(text)
     except ValueError:

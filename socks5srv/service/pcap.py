@@ -203,7 +203,7 @@ def udp(source: Address, destination: Address, payload: bytes) -> Iterator[bytes
 
 
 def concrete(address: Address, other_end: Address) -> Address:
-    return address._replace(host=way_to(other_end.host) or address.host) if address.is_unspecified else address
+    return address._replace(host=way_to(other_end.zoned) or address.host) if address.is_unspecified else address
 
 
 def packed(address: Address) -> bytes:
@@ -214,7 +214,7 @@ def packed(address: Address) -> bytes:
 def way_to(host: str) -> str:
     """This computer's own address on the way to that one; empty if there is no way."""
     try:
-        return local_address_towards(Address.numeric(host, 9), Route())
+        return local_address_towards(Address.numeric(host, 9), Route()).partition("%")[0]
     except OSError:
         return ""
 

@@ -21,7 +21,7 @@ from urllib.parse import quote
 from ..protocol import Address
 from ..server import Socks5Server
 from ..session import Session, amount
-from .banner import Tally, counted, reachable_address
+from .banner import Tally, counted, in_url, reachable_address
 
 LAST_OCTETS = 5.0       # seconds that connections have to end by themselves when the program has
 PLACES = 1000           # of which the rest is summed up
@@ -99,9 +99,9 @@ def environment(server: Socks5Server, options: argparse.Namespace) -> Dict[str, 
 
 def proxy_url(address: Address, users: Optional[Dict[str, str]]) -> str:
     if not users:
-        return f"socks5h://{address}"
+        return f"socks5h://{in_url(address)}"
     name, password = next(iter(users.items()))
-    return f"socks5h://{quote(name, safe='')}:{quote(password, safe='')}@{address}"
+    return f"socks5h://{quote(name, safe='')}:{quote(password, safe='')}@{in_url(address)}"
 
 
 def await_the_last(server: Socks5Server) -> None:

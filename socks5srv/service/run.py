@@ -21,7 +21,6 @@ from collections import deque
 from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type, cast
 
 from ..client import Proxy
-from ..names import ascii_form
 from ..outbound import Route, is_own_address
 from ..protocol import Address, Command
 from ..handler import Socks5Handler
@@ -29,7 +28,7 @@ from ..resolver import look_up
 from ..server import Socks5Server
 from ..upstream import UpstreamHandler
 from . import log
-from .banner import Tally, banner, is_loopback, listening
+from .banner import Tally, banner, is_loopback, listening, with_zone
 from .cores import OneCore
 from .options import DEFAULT_ADDRESS, complain, parse, print_hash, settings
 from .program import Contacts, run_program
@@ -160,10 +159,10 @@ def listen_addresses(options: argparse.Namespace) -> List[str]:
 def resolved(host: str, way_out: str) -> List[str]:
     """The IP addresses of a host to listen on, at least one."""
     try:
-        rows = socket.getaddrinfo(ascii_form(host.strip("[]")), None, type=socket.SOCK_STREAM)
+        found = look_up(host.strip("[]"))
     except (OSError, UnicodeError):
         raise CannotStart(f"{host!r} is no address to listen on", f"try  {way_out}") from None
-    return sorted({str(row[4][0]) for row in rows}, key=lambda address: ":" in address)
+    return sorted(set(found), key=lambda address: ":" in address)
 
 
 def refuse_to_be_open(options: argparse.Namespace, addresses: List[str]) -> None:
@@ -284,7 +283,7 @@ def status_address(options: argparse.Namespace) -> Address:
     (found, *_others) = resolved(host or DEFAULT_ADDRESS, "--status 127.0.0.1:9180")
     if not is_loopback(found) and not options.status_open:
         raise CannotStart(
-            f"--status {Address.numeric(found, port)} would show other computers who uses this proxy, and for what",
+            f"--status {with_zone(Address.numeric(found, port))} would show other computers who uses this proxy, and for what",
             f"for this computer only:  --status {port}",
             "for everybody who can reach it, on purpose:  --status-open", code=2,
         )
@@ -330,6 +329,8 @@ def explanation(error: OSError, address: str, port: int) -> Tuple[str, ...]:
         )
     if error.errno in (errno.EACCES, errno.EPERM):
         return f"may not listen on port {port} (ports below 1024 need root)", "use a higher port:  socks5srv 1080"
+    if error.errno == errno.EINVAL and ":" in address and "%" not in address:
+        return f"{address} is link-local: on which link has to be said, too", f"as in  socks5srv -b {address}%eth0"
     if error.errno == errno.EADDRNOTAVAIL:
         return f"{address} is not an address of this computer", "for this computer only:  socks5srv -b 127.0.0.1"
     return f"cannot listen on {address} port {port}: {error.strerror or error}", "try another with -b and -p"

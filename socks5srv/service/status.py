@@ -35,6 +35,7 @@ from .. import __version__
 from ..descriptors import descriptors
 from ..protocol import Address, ReplyCode
 from ..session import COMMAND_WORDS, rfc3339
+from .banner import in_url
 from .figures import Figures, Report, WatchedServer
 
 logger = logging.getLogger("socks5srv")
@@ -365,7 +366,7 @@ class HttpServer(HTTPServer):
         self.lock = threading.Lock()
         self.connections: Dict[socket.socket, float] = {}       # until when it has to have asked, by time.monotonic()
         self.threads: Set[threading.Thread] = set()
-        super().__init__((address.host, address.port), Handler)
+        super().__init__(address.sockaddr, Handler)
 
     def server_bind(self) -> None:
         """Without asking the resolver for our name, as http.server does."""
@@ -470,7 +471,7 @@ class StatusPage:
 
     @property
     def url(self) -> str:
-        return f"http://{self.address}/"
+        return f"http://{in_url(self.address)}/"
 
     def __enter__(self) -> StatusPage:
         descriptors.set_aside(DESCRIPTORS)
@@ -506,7 +507,7 @@ class StatusPage:
         """
         name, port = split_host(host)
         if not self.others:
-            return port == self.address.port and (name == "localhost" or name == self.address.host)
+            return port == self.address.port and name.partition("%")[0] in ("localhost", self.address.host)
         return path in ("/metrics", "/healthz", "/readyz") or name in ("localhost", socket.gethostname().lower()) or is_ip(name)
 
 

@@ -228,7 +228,7 @@ class SharedListener(Listener):
         dialled, until = self.address.dialled, time.monotonic() + STOP_TIME / 2
         while self.waiting and time.monotonic() < until:
             try:
-                socket.create_connection((dialled.host, dialled.port), timeout=0.2).close()
+                socket.create_connection((dialled.zoned, dialled.port), timeout=0.2).close()
             except OSError:         # then nobody is waiting any more
                 return
 

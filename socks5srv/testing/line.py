@@ -14,6 +14,7 @@ import socket
 import threading
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from ..outbound import with_scope
 from ..protocol import DATAGRAM_MAX, Address
 
 # What becomes of a datagram: its way, its octets, and what is held back on that way.
@@ -29,7 +30,7 @@ class Line:
         self.client: Optional[Tuple[Any, ...]] = None       # where its datagrams come from
         self.client_host = client_host
         self.inside = udp_socket(client_host, relay)        # the relay hears the client's host only
-        self.outside = udp_socket(relay.host)
+        self.outside = udp_socket(relay.zoned)
         self.bound = Address.of(self.outside.getsockname())
         self.end, self.ended = socket.socketpair()
         self.thread = threading.Thread(target=self.run, name="socks5srv-line", daemon=True)
@@ -58,7 +59,7 @@ class Line:
 
     def move_up(self) -> None:
         octets, source = self.outside.recvfrom(DATAGRAM_MAX)
-        if Address.of(source).host == self.client_host:
+        if Address.of(source).zoned == self.client_host:
             self.client = source
             for datagram in self.pass_on("up", octets, self.held["up"]):
                 self.inside.send(datagram)
@@ -74,9 +75,9 @@ def udp_socket(host: str, to: Optional[Address] = None) -> socket.socket:
     """On a free port of this host, and connected if it is to send to one place only."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
     try:
-        sock.bind((host, 0))
+        sock.bind(with_scope((host, 0)))
         if to is not None:
-            sock.connect((to.host, to.port))
+            sock.connect(to.sockaddr)
     except BaseException:
         sock.close()
         raise

@@ -150,7 +150,7 @@ class Proxy:
     def url(self) -> str:
         """``socks5h://127.0.0.1:1080``, with the login if there is one.  The h leaves names to the proxy."""
         login = f"{quote(self.user, safe='')}:{quote(self.password or '', safe='')}@" if self.user else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else self.host
         return f"socks5h://{login}{host}:{self.port}"
 
     @property
@@ -436,7 +436,7 @@ class Observed(Socks5Handler):
             return message
         if self.session.command is not Command.UDP_ASSOCIATE or not self.proxy.faults.of_datagrams():
             return message
-        self.line = Line(message.bound, self.session.client.host, self.proxy.faults.pass_on)
+        self.line = Line(message.bound, self.session.client.zoned, self.proxy.faults.pass_on)
         cast(Server, self.server).lines.append(self.line)
         return Reply(message.code, self.line.bound)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from typing import Any, Callable, List, Optional, Tuple
 
 import pytest
@@ -73,6 +74,18 @@ def test_beyond_loopback_it_says_so() -> None:
 def test_several_addresses_are_all_listed_and_the_first_is_the_one_to_paste() -> None:
     text = banner(addresses("127.0.0.1", "::1"), None)
     assert "listening on     127.0.0.1:1080\nlistening on     [::1]:1080\nproxy address:   socks5h://127.0.0.1:1080\n" in text
+
+
+@pytest.mark.parametrize(("scope", "zone"), [(1, socket.if_indextoname(1)), (2 ** 31 - 1, str(2 ** 31 - 1))], ids=["there", "gone"])
+def test_a_link_local_address_is_pasted_with_its_zone(scope: int, zone: str) -> None:
+    """Programs cannot reach it without; and in a URL a percent sign is written as one."""
+    places = [Address.numeric(f"fe80::1%{scope}", 1080), *addresses("127.0.0.1")]
+    text = banner(places, None)
+    assert f"listening on     [fe80::1%{zone}]:1080\n" in text
+    assert f"SOCKS Host fe80::1%{zone}, Port 1080" in text
+    assert text.count(f"[fe80::1%25{zone}]:1080") == 4
+    assert listening(places, None, [])["urls"] == [f"socks5h://[fe80::1%25{zone}]:1080", "socks5h://127.0.0.1:1080"]
+    assert "serving other computers, too" in text
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

@@ -154,6 +154,11 @@ def test_commands_can_be_chosen(text: str, commands: Any) -> None:
     assert settings(parse(["--commands", text]))["commands"] == commands
 
 
+@pytest.mark.parametrize("text", ["fe80::/10%eth0", "fe80::1%2"])
+def test_a_network_has_no_zone(text: str, expect_error: Expect) -> None:
+    assert f"{text!r} has a zone, and networks are known without" in expect_error(parse, ["--allow-from", text])
+
+
 @pytest.mark.parametrize("text", ["listen", "connect,", "", "CONNECT", "connect bind"])
 def test_an_unknown_command_is_told_which_there_are(text: str, expect_error: Expect) -> None:
     assert "is no command; choose from connect,bind,udp" in expect_error(parse, ["--commands", text])

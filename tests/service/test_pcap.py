@@ -34,6 +34,7 @@ from socks5srv.service import pcap
 from socks5srv.service.pcap import CALLED, CALLER, Connection, Recording
 from tests.clients.harness import environment, need, run
 from tests.conftest import LOCALHOST, TIMEOUT, Client, address_of, eventually, exchange, needs_ipv6
+from tests.networks import LinkLocal
 
 COMMAND = (sys.executable, "-m", "socks5srv")
 Place = Tuple[str, int]
@@ -368,6 +369,15 @@ def test_a_call_that_nobody_answers_stays_one(recorded: Callable[..., Recorded],
     packets = server.packets()
     (knock,) = [packet for packet in packets if packet.destination == nobody]
     assert story(packets, knock.source, nobody) == [">S"]
+
+
+@pytest.mark.parametrize("zone", [True, False])
+def test_a_packet_has_no_zone_but_the_address_on_that_link(link_local: LinkLocal, zone: bool) -> None:
+    """And where there is no way, the zeros stay."""
+    there = Address.numeric(link_local.zoned if zone else link_local.host, 9)
+    (packet,) = pcap.udp(Address.numeric("::", 7), there, b"data")
+    own, other = ip_address(link_local.host).packed, ip_address(link_local.host).packed
+    assert packet[8:40] == (own if zone else bytes(16)) + other
 
 
 def test_early_data_are_where_they_were(recorded: Callable[..., Recorded], listen: Callable[..., socket.socket]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any, Callable, List, Tuple
@@ -143,3 +144,9 @@ def test_places_are_told_one_by_one_up_to_a_number() -> None:
 ])
 def test_the_url_says_where_and_who(users: Any, url: str) -> None:
     assert proxy_url(Address("127.0.0.1", 9, AddressType.IPV4), users) == url
+
+
+@pytest.mark.parametrize(("users", "login"), [(None, ""), ({"anna": "sesame"}, "anna:sesame@")])
+def test_the_url_has_the_zone_of_a_link_local_address(users: Any, login: str) -> None:
+    address = Address("fe80::1", 9, AddressType.IPV6, 1)
+    assert proxy_url(address, users) == f"socks5h://{login}[fe80::1%25{socket.if_indextoname(1)}]:9"

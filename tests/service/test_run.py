@@ -19,6 +19,7 @@ from typing import Any, Callable, Iterator, Tuple
 
 import pytest
 from tests.conftest import LOCALHOST, TIMEOUT, Client, address_of, exchange, needs_ipv6, needs_neighbour, within
+from tests.networks import LinkLocal
 
 from socks5srv.protocol import Command, CredentialsReply, Method, Reply, ReplyCode, Request
 from socks5srv.service import run
@@ -452,12 +453,61 @@ def test_on_windows_another_program_finds_who_has_the_port(monkeypatch: pytest.M
     assert "netstat -ano | findstr :80" in message[-1]
 
 
+def test_a_link_local_address_without_its_zone_is_told_to_have_one() -> None:
+    message = run.explanation(OSError(errno.EINVAL, "Invalid argument"), "fe80::1", 1080)
+    assert message == ("fe80::1 is link-local: on which link has to be said, too", "as in  socks5srv -b fe80::1%eth0")
+
+
+# --- link-local addresses ---
+
+def test_it_serves_a_link(link_local: LinkLocal, start: Callable[..., Any], new_client: Callable[..., Client], echo: Place) -> None:
+    """And its page, and says where both are so that it can be pasted."""
+    place = f"[{link_local.host}%25{link_local.interface}]"
+    service = start("-b", link_local.named, "--allow-open-proxy", "--status", f"[{link_local.named}]:0", "--status-open", "-v")
+    assert f" socks5h://{place}:{service.port} " in service.wait_for("listening")
+    page = service.wait_for("listening").split("status=")[1]
+    assert page.startswith(f"http://{place}:")
+    with socket.create_connection((link_local.named, int(page[:-1].rpartition(":")[2])), TIMEOUT) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+    client = new_client((link_local.named, service.port))
+    client.connect(echo)
+    exchange(client)
+    client.close()
+    assert f" [{link_local.host}]:" in service.wait_for(" ok ")
+    assert service.stop() == 0
+
+
+def test_it_goes_on_through_an_upstream_on_the_link(
+    link_local: LinkLocal, start: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
+) -> None:
+    far = start("-b", link_local.named, "--allow-open-proxy")
+    url = f"socks5h://[{link_local.host}%25{link_local.interface}]:{far.port}"
+    near = start("--upstream", url)
+    assert near.wait_for("going out through").endswith(url)
+    client = new_client(near)
+    client.connect(echo)
+    exchange(client)
+
+
+def test_it_is_not_its_own_upstream_on_the_link(link_local: LinkLocal, run_command: Callable[..., Any], closed_port: Any) -> None:
+    port = closed_port()[1]
+    outcome = run_command(
+        "-b", link_local.named, "-p", str(port), "--allow-open-proxy", "--upstream", f"socks5h://[{link_local.host}%25{link_local.interface}]:{port}",
+    )
+    assert outcome.code == 2
+    assert "is this server itself" in outcome.stderr
+
+
 MISTAKES = {
     "no such address": (("-b", "no-such-host.invalid"), 1),
     "an empty address": (("-b", ""), 1),
     "an address with a port": (("-b", "127.0.0.1:1080"), 1),
     "a name that is no name": (("-b", "a..b"), 1),
-    "a link-local address": (("-b", "fe80::1%lo", "-u", "anna:sesame", "0"), 1),
+    "a link-local address of another computer": (("-b", "fe80::dead%lo", "-u", "anna:sesame", "0"), 1),
+    "no such zone": (("-b", "fe80::1%no-such", "-u", "anna:sesame", "0"), 1),
+    "a zone in a rule": (("--deny", "fe80::1%lo"), 2),
+    "a zone in a source": (("--source", "fe80::1%lo"), 2),
     "a source elsewhere": (("--source", ELSEWHERE, "0"), 1),
     "no folder for the port file": (("--port-file", "/no/such/folder/port", "0"), 1),
     "a folder for a port file": (("--port-file", os.getcwd(), "0"), 1),

@@ -18,6 +18,7 @@ from typing import Any, Callable, List, Tuple
 
 import pytest
 from tests.conftest import LOCALHOST, TIMEOUT, Client, can_bind, eventually, exchange, needs_ipv6
+from tests.networks import LinkLocal
 from tests.service.conftest import Outcome, Service
 from tests.service.watched import Events, Watched
 
@@ -155,6 +156,18 @@ def test_it_can_be_on_ipv6(watch: Start) -> None:
     assert page.page.url == f"http://[::1]:{page.port}/"
     assert page.ask("/healthz")[1] == b"ok\n"
     assert page.ask("/healthz", Host=f"127.0.0.1:{page.port}")[0].status == 421
+
+
+def test_it_can_be_on_a_link_local_address(link_local: LinkLocal, watch: Start, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs leave the zone away in Host, or keep it."""
+    page = watch(host=link_local.zoned)
+    assert page.page.url == f"http://[{link_local.host}%25{link_local.interface}]:{page.port}/"
+    for host in (link_local.host, link_local.named, link_local.zoned):
+        assert page.ask("/healthz", Host=f"[{host}]:{page.port}")[1] == b"ok\n"
+    assert page.ask("/healthz", Host=f"[fe80::dead]:{page.port}")[0].status == 421
+    monkeypatch.setattr(type(page.server), "is_here", lambda *_: False)
+    page.server.allow_local_targets = True
+    assert new_client(page.server).ask(Command.CONNECT, (link_local.host, page.port)).code is ReplyCode.NOT_ALLOWED
 
 
 @pytest.mark.parametrize(("text", "parts"), [

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import pytest
 import socks5srv
 from tests.conftest import LOCALHOST, TIMEOUT, Client, Echo, eventually, exchange, in_thread, needs_neighbour, within
+from tests.networks import LinkLocal
 from tests.soak import VISITS
 
 from socks5srv.protocol import Address, Command, CredentialsReply, Datagram, Method, Reply, ReplyCode
@@ -514,6 +515,19 @@ def test_no_worker_connects_to_the_server_itself(host: str, start: Callable[...,
     service = start()
     for _ in range(4):
         assert new_client(service).ask(Command.CONNECT, (host, service.port)).code is ReplyCode.NOT_ALLOWED
+
+
+def test_they_serve_a_link_together_and_stop(
+    link_local: LinkLocal, start: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
+) -> None:
+    service = start("-b", link_local.named, "--allow-open-proxy")
+    for _ in range(8):
+        client = new_client((link_local.named, service.port))
+        client.connect(echo)
+        exchange(client)
+    client = new_client((link_local.named, service.port))
+    assert client.ask(Command.UDP_ASSOCIATE, Address.numeric("::", 0)).bound.host == link_local.host
+    assert service.stop() == 0
 
 
 def test_bind_works_at_any_worker(start: Callable[..., Any], new_client: Callable[..., Client]) -> None:

@@ -32,7 +32,7 @@ class Watched:
         self.port: int = page.address.port
 
     def ask(self, path: str = "/", method: str = "GET", **headers: str) -> Tuple[http.client.HTTPResponse, bytes]:
-        connection = http.client.HTTPConnection(self.page.address.host, self.port, timeout=TIMEOUT)
+        connection = http.client.HTTPConnection(self.page.address.zoned, self.port, timeout=TIMEOUT)
         try:
             connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
             answer = connection.getresponse()
@@ -47,7 +47,7 @@ class Watched:
 
     def raw(self, octets: bytes) -> bytes:
         """What is answered to this, up to the end."""
-        with socket.create_connection((self.page.address.host, self.port), TIMEOUT) as sock:
+        with socket.create_connection((self.page.address.zoned, self.port), TIMEOUT) as sock:
             sock.sendall(octets)
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
@@ -81,7 +81,7 @@ class Events:
     """Somebody who watches."""
 
     def __init__(self, page: Watched) -> None:
-        self.connection = http.client.HTTPConnection(page.page.address.host, page.port, timeout=TIMEOUT)
+        self.connection = http.client.HTTPConnection(page.page.address.zoned, page.port, timeout=TIMEOUT)
         self.connection.request("GET", "/events")
         self.answer = self.connection.getresponse()
 
