@@ -237,8 +237,8 @@ class DatagramRelay:
         self.proxy = proxy
         self.control = control
         self.address = address
-        place = ascii_form((address.literal or address).zoned)
-        family, kind, number, _name, there = socket.getaddrinfo(place, address.port, type=socket.SOCK_DGRAM)[0]
+        place = address.literal or address
+        family, kind, number, _name, there = socket.getaddrinfo(ascii_form(place.zoned), place.port, type=socket.SOCK_DGRAM)[0]
         self.socket = socket.socket(family, kind, number)
         try:
             if family == control.family:        # the proxy hears only the host that it has been asked by

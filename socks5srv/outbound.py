@@ -26,6 +26,7 @@ from itertools import zip_longest
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from .descriptors import descriptors
+from .names import ascii_form
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
 from .relay import READ, RESET, WRITE, tune
 
@@ -388,5 +389,5 @@ def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
     host, port = sockaddr[:2]
     if "%" not in host:
         return sockaddr
-    rows = socket.getaddrinfo(host, port, socket.AF_INET6, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+    rows = socket.getaddrinfo(ascii_form(host), port, socket.AF_INET6, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     return rows[0][4]

@@ -22,6 +22,7 @@ import pytest
 from socks5srv import datagrams, protocol
 from socks5srv import server as server_module
 from socks5srv.handler import EARLY, Socks5Handler
+from socks5srv.names import normal
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, ReplyCode, Request
 from socks5srv.relay import PIPES, Pipes
 from socks5srv.resolver import LookUp, LookUps
@@ -61,13 +62,15 @@ PLACES: Dict[str, str] = {
     "meanings.py:COMMAND_WORDS": FIXED, "meanings.py:DEVIATIONS": FIXED, "meanings.py:KINDS": FIXED, "meanings.py:Kind.sizes": FIXED,
     "meanings.py:MEANINGS": FIXED, "meanings.py:METHOD_WORDS": FIXED, "meanings.py:REPLIES": FIXED, "meanings.py:SENTENCES": FIXED,
     "meanings.py:TYPE_WORDS": FIXED,
+    "names.py:JOINERS": FIXED, "names.py:normal": FILLED,
     "outbound.py:MOST_TELLING": FIXED, "outbound.py:NO_SUCH_FAMILY": FIXED, "outbound.py:REPLY_CODES": FIXED,
-    "outbound.py:Race.failures": ANSWER, "outbound.py:Race.running": ANSWER, "outbound.py:Race.waiting": ANSWER, "outbound.py:UNDER_WAY": FIXED,
+    "outbound.py:Race.failures": ANSWER, "outbound.py:Race.met_itself": ANSWER,
+    "outbound.py:Race.running": ANSWER, "outbound.py:Race.waiting": ANSWER, "outbound.py:UNDER_WAY": FIXED,
     "protocol.py:CODES": FIXED, "protocol.py:COMMANDS": FIXED, "protocol.py:LOOPBACK": FIXED, "protocol.py:METHODS": FIXED,
     "protocol.py:REPLY_CODES": FIXED, "protocol.py:code_field": FILLED,
     "relay.py:Pipes.all": FILLED, "relay.py:Pipes.free": "of Pipes.all", "relay.py:Relay.bulky": CLIENTS,
     "relay.py:Relay.calls": "the relay thread, which never waits, empties it at each turn", "relay.py:Relay.impatient": CLIENTS,
-    "relay.py:Relay.watched": CLIENTS, "relay.py:TUNING": FIXED,
+    "relay.py:Relay.watched": CLIENTS, "relay.py:TUNING": FIXED, "relay.py:WORDS": FIXED,
     "resolver.py:LookUp.waiting": CLIENTS, "resolver.py:LookUps.named": FILLED, "resolver.py:LookUps.queue": CLIENTS,
     "resolver.py:LookUps.running": FILLED, "resolver.py:NO_SUCH_NAME": FIXED,
     "server.py:Socks5Server.ended": FILLED, "server.py:Socks5Server.handshakes": CLIENTS, "server.py:Socks5Server.hosts": CLIENTS,
@@ -231,6 +234,13 @@ def loopback_addresses(_filling: Filling) -> Filled:
     for number in range(3000):
         server_module.is_loopback(f"127.1.{number >> 8}.{number & 255}")
     return {"server.py:is_loopback": (server_module.is_loopback.cache_info().currsize, 1024)}
+
+
+@fills("names.py:normal")
+def names_that_are_compared(_filling: Filling) -> Filled:
+    for number in range(1000):
+        normal(f"{number}.invalid")
+    return {"names.py:normal": (normal.cache_info().currsize, 256)}
 
 
 @fills("service/pcap.py:way_to")
@@ -431,6 +441,7 @@ OPENINGS: Dict[str, str] = {
     "handler.py:Socks5Handler.await_peer": FOR_COMMAND, "listener.py:Listener.serve_one": FOR_CLIENT, "listener.py:Listener.stop": NOT_SERVING,
     "outbound.py:Race.start_next": FOR_RACE, "outbound.py:is_own_address": FOR_A_MOMENT, "outbound.py:local_address_towards": FOR_A_MOMENT,
     "outbound.py:non_blocking_socket": "by those who call it: Route.socket, BIND's listener, the UDP sockets",
+    "outbound.py:with_scope": "none: a number is not looked up",
     "relay.py:EpollWaiter.__init__": FOR_SERVER, "relay.py:Pipe.__init__": FOR_PIPE, "relay.py:Relay.__init__": FOR_SERVER,
     "relay.py:SelectorWaiter.__init__": FOR_SERVER,
     "resolver.py:in_time": FOR_LOOK_UP, "resolver.py:look_up": FOR_LOOK_UP,

@@ -28,7 +28,7 @@ CORE = {
     "strangers": {"protocol"},
     "listener": {"protocol"},
     "relay": {"session", "descriptors"},
-    "outbound": {"protocol", "descriptors", "relay"},
+    "outbound": {"protocol", "names", "descriptors", "relay"},
     "resolver": {"protocol", "names", "descriptors", "relay", "outbound"},
     "datagrams": {"protocol", "session", "relay", "outbound", "resolver"},
     "handler": {"protocol", "session", "descriptors", "strangers", "listener", "relay", "outbound", "resolver", "datagrams"},
