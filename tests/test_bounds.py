@@ -450,7 +450,7 @@ OPENINGS: Dict[str, str] = {
     "service/figures.py:WatchedServer.accept": FOR_CLIENT, "service/log.py:File": FOR_SERVER, "service/options.py:words_of": NOT_SERVING,
     "service/pcap.py:open_file": FOR_SERVER, "service/program.py:run_program": FOR_SERVER,
     "service/remembering.py:Remembering.setup": "no descriptor: a conversation", "service/run.py:main": NOT_SERVING,
-    "service/run.py:port_file": NOT_SERVING, "service/run.py:resolved": NOT_SERVING, "service/run.py:write_whole": NOT_SERVING,
+    "service/run.py:port_file": NOT_SERVING, "service/run.py:write_whole": NOT_SERVING,
     "service/selftest.py:test_bind": NOT_SERVING, "service/selftest.py:test_connect": NOT_SERVING, "service/selftest.py:test_udp_associate": NOT_SERVING,
     "service/wiretap.py:Caught.accept": FOR_COMMAND, "service/wiretap.py:OverheardRoute.socket": "the socket of another Route",
     "service/worker.py:SharedListener.call_until_all_have_gone": NOT_SERVING, "service/worker.py:WorkerServer.__init__": FOR_SERVER,
