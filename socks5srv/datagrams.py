@@ -14,9 +14,9 @@ The one idea: a header already seen is not parsed again.  As octets it is the ke
 target, and a source's address is the key to the header of what it sends, so that a datagram
 costs two system calls and a look-up in a dict.
 
-Whoever sends to the inner socket is the client's host, or not heard; after the first good
-datagram it is the client's port, too, or a neighbour behind the same address could take the
-answers.  On the outer side, only hosts that the client has written to are heard (on any
+The inner socket accepts datagrams from the client's host only; after the first good one from
+the client's port only, or a neighbour behind the same address could take the answers.  A client that
+has been silent for `SILENT` seconds may go on from another port.  On the outer side, only hosts that the client has written to are heard (on any
 port: a TFTP server answers from a new one).  A datagram that is wrong in any way is dropped
 in silence, as RFC 1928 section 7 asks, and costs nothing but itself.
 
@@ -26,7 +26,9 @@ in a thread of its own, while other datagrams go on.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import socket
 import time
 from io import BytesIO
@@ -48,8 +50,8 @@ DEAD = 2.0              # seconds that a failed look-up, or an address without a
 MISSING = 10.0          # seconds that a name is remembered which does not exist
 QUEUED = 64             # datagrams that wait for their names to be looked up
 LOOK_UPS = 16           # names being looked up at a time, for one client
+SILENT = 30.0           # seconds after which the client may go on from another port: NATs forget, and phones move
 REASSEMBLY = 5.0        # seconds that fragments wait for the rest; RFC 1928 section 7 asks for 5 at least
-BUFFER = 1024 * 1024    # octets the kernel may queue for us; its default loses bursts
 
 SockAddr = Tuple[Any, ...]
 Target = Tuple[socket.socket, SockAddr]     # the outer socket that can reach it, and its address
@@ -104,7 +106,7 @@ class Association:
         self.session = conversation.session
         self.route = route
         self.client_host = self.session.client.host
-        self.inner = Inner(self, udp_socket(host))
+        self.inner = Inner(self, self.inner_socket((host, 0)))
         self.outer: Dict[int, Outer] = {}                   # by address family
         self.control: Optional[Control] = None
         self.bound = Address.of(self.inner.socket.getsockname())
@@ -116,6 +118,7 @@ class Association:
         self.contacted: Dict[str, None] = {}                # hosts that may answer
         self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
         self.forget_at = time.monotonic() + FORGET
+        self.patience = SILENT                              # how often look() is called follows from it
         self.fragments: Optional[Fragments] = Fragments() if reassemble else None
 
     def __enter__(self) -> Association:
@@ -131,6 +134,7 @@ class Association:
         self.control = Control(self, connection)
         try:
             self.relay.watch((connection, self.control, READ), (self.inner.socket, self.inner, READ))
+            self.relay.call(lambda: self.relay.watch_idleness(self))
         except ValueError:              # it has been aborted already, and did not know this one
             connection.close()
         except OSError as error:        # so it is being, just now, or the system will not watch any more
@@ -142,13 +146,40 @@ class Association:
 
     # --- all of what follows runs in the relay thread ---
 
-    def forget_old(self) -> None:
-        """Now and then, find everything out afresh.  (No timer does it: those of the dead would pile up.)"""
+    def forget_old(self) -> float:
+        """Now and then, find everything out afresh.  Returns the time.  (No timer does it: those of the dead would pile up.)"""
         now = time.monotonic()
         if now >= self.forget_at:
             self.stale = {header: target for header, target in self.targets.items() if header[3] == AddressType.DOMAINNAME}
             self.targets.clear()
             self.forget_at = now + FORGET
+        return now
+
+    def look(self, now: float) -> None:
+        """Called several times in SILENT seconds: if the client has been silent for so long, it may have another port by now."""
+        if self.ended:
+            self.relay.impatient.discard(self)
+        elif self.inner.locked and now - self.inner.heard_at >= SILENT:
+            self.unlock()
+
+    def unlock(self) -> None:
+        """
+        Hear the client's host on any port again.
+
+        No call takes back the connect() that keeps the others out, so the socket is made anew, on the same port.
+        """
+        sockaddr = self.inner.socket.getsockname()
+        self.relay.unwatch(self.inner.socket.fileno())
+        self.inner.socket.close()
+        try:
+            self.inner.listen_on(self.inner_socket(sockaddr))
+            self.relay.watch((self.inner.socket, self.inner, READ))
+        except OSError as error:        # another program has taken the port meanwhile
+            self.abort(f"its UDP port is lost: {error.strerror or error}")
+
+    def inner_socket(self, sockaddr: SockAddr) -> socket.socket:
+        """The socket that the client sends to."""
+        return self.route.udp(sockaddr)
 
     @property
     def ended(self) -> bool:
@@ -157,6 +188,7 @@ class Association:
     def abort(self, reason: str) -> None:
         if self.ended:
             return
+        self.relay.impatient.discard(self)
         for owner in (self.control, self.inner, *self.outer.values()):
             if owner is not None:
                 self.relay.unwatch(owner.socket.fileno())
@@ -224,7 +256,7 @@ class Association:
         family = outbound.family_of(address)
         if family not in self.outer:
             sock = self.route.socket(address, socket.SOCK_DGRAM)
-            enlarge(sock)
+            outbound.enlarge(sock)
             if sock.getsockname()[1] == 0:      # a port is needed before it can be waited for
                 sock.bind(("", 0))
             self.outer[family] = Outer(self, sock)
@@ -340,28 +372,43 @@ class Inner:
 
     def __init__(self, association: Association, sock: socket.socket) -> None:
         self.association = association
-        self.socket = sock
-        self.receive: Callable[[memoryview], int] = self.receive_from_anyone
-        self.client: Optional[SockAddr] = None
+        self.client: Optional[SockAddr] = None      # its host and port: where it has sent from last
+        self.there: SockAddr = ()                   # the same, as its socket address
+        self.heard_at = 0.0             # when it has last sent something, by time.monotonic()
+        self.listen_on(sock)
         self.length = 10                # octets, of the header that came last
         self.turn = TURN                # datagrams in the next one: to ask in vain costs as much as to move one
+
+    def listen_on(self, sock: socket.socket) -> None:
+        """Hear the client's host on any port, until the first good datagram locks one."""
+        self.socket = sock
+        self.locked = False
+        self.receive: Callable[[memoryview], int] = self.receive_from_anyone
+        self.send: Callable[[memoryview], int] = self.send_unlocked
+
+    def lock(self, source: SockAddr, sockaddr: SockAddr) -> None:
+        """From now on the kernel keeps all others out."""
+        self.client, self.there, self.locked = source, sockaddr, True
+        self.socket.connect(sockaddr)
+        self.send = self.socket.send
 
     def abort(self, reason: str) -> None:
         self.association.abort(reason)
 
     def ready(self, events: int) -> None:
-        self.association.forget_old()
+        now, errors = self.association.forget_old(), 0
         chunk, targets, length = self.association.relay.chunk, self.association.targets, self.length
         receive, up = self.receive, 0
         for moved in range(self.turn):
             try:
                 n = receive(chunk)
             except BlockingIOError:
-                if self.client is not None:     # all that came before the lock has been seen
+                if self.locked:         # all that came before the lock has been seen
                     self.receive = self.socket.recv_into
                 self.turn = moved or 1
                 break
             except OSError:             # an ICMP error of an earlier answer
+                errors += 1
                 continue
             # Most datagrams have a header like the one before.  A header tells its own
             # length, so if these octets are a known one, they are all of it.
@@ -374,7 +421,9 @@ class Inner:
             except OSError:             # as in send_out()
                 pass
         else:
-            self.turn = min(2 * self.turn, TURN)
+            moved, self.turn = self.turn, min(2 * self.turn, TURN)
+        if moved > errors:
+            self.heard_at = now
         self.association.session.up += up
 
     def slow(self, octets: memoryview) -> int:
@@ -390,18 +439,22 @@ class Inner:
         """
         The next datagram's length; 0 if a stranger sent it.
 
-        The first good one locks the client's port: the socket is connected to it, and from
-        then on the kernel keeps all others out.  Those that have been queued before are still
+        The first good one locks the client's port.  Those that have been queued before are still
         checked here, until the queue is empty.
         """
         n, sockaddr = self.socket.recvfrom_into(chunk)
         source = (Address.of(sockaddr).host, sockaddr[1])
-        if self.client is None and source[0] == self.association.client_host:
+        if not self.locked and source[0] == self.association.client_host:
             if not 0 < header_length(chunk[:n]) <= n:
                 return 0
-            self.client = source
-            self.socket.connect(sockaddr)
-        return n if source == self.client else 0
+            self.lock(source, sockaddr)
+        return n if self.locked and source == self.client else 0
+
+    def send_unlocked(self, octets: memoryview) -> int:
+        """To where the client was last; it may still listen there although it is silent."""
+        if self.client is None:
+            raise OSError(errno.EDESTADDRREQ, os.strerror(errno.EDESTADDRREQ))
+        return self.socket.sendto(octets, self.there)
 
 
 class Outer:
@@ -419,7 +472,7 @@ class Outer:
         association = self.association
         chunk = association.relay.chunk
         room = chunk[SPACE:]
-        headers, receive, answer = association.headers, self.socket.recvfrom_into, association.inner.socket.send
+        headers, receive, answer = association.headers, self.socket.recvfrom_into, association.inner.send
         down = 0
         for moved in range(self.turn):
             try:
@@ -482,21 +535,3 @@ class Fragments:
         whole = Datagram(self.parts[0].address, b"".join(part.data for part in self.parts))
         self.parts = []
         return whole
-
-
-def udp_socket(host: str) -> socket.socket:
-    """A non-blocking UDP socket on a free port of this address of ours, which has its zone with it if it has one."""
-    sock = outbound.non_blocking_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-    try:
-        sock.bind(outbound.with_scope((host, 0)))
-        enlarge(sock)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def enlarge(sock: socket.socket) -> None:
-    """Ask for room to queue bursts; the system gives what it likes."""
-    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)

@@ -30,6 +30,7 @@ from .names import ascii_form
 from .protocol import Address, AddressType, ReplyCode, RequestFailed
 from .relay import READ, RESET, WRITE, tune
 
+BUFFER = 1024 * 1024    # octets of datagrams that the kernel may queue for us; its default loses bursts
 STAGGER = 0.25      # seconds that an address has before the next one starts; RFC 8305 section 8
 
 
@@ -42,6 +43,17 @@ class Route(NamedTuple):
 
     family: int = socket.AF_UNSPEC                      # or AF_INET, or AF_INET6, for that one only
     source: Union[str, Tuple[str, ...], None] = None    # an address of this computer, or one of each family
+
+    def udp(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
+        """A non-blocking UDP socket at this address of ours, with room to queue bursts."""
+        sock = non_blocking_socket(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            sock.bind(with_scope(sockaddr))
+            enlarge(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """A non-blocking socket that can reach `address`; RequestFailed 08, or 01 and 03, if none can."""
@@ -92,6 +104,12 @@ def bind_source(sock: socket.socket, host: str) -> None:
         except OSError:             # Linux before 4.2
             pass
     sock.bind((host, 0))
+
+
+def enlarge(sock: socket.socket) -> None:
+    """Ask for room to queue bursts; the system gives what it likes."""
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
 
 
 def family_of(address: Address) -> socket.AddressFamily:

@@ -35,6 +35,7 @@ import struct
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import Callable, Deque, Dict, Iterable, List, Optional, Protocol, Sequence, Set, Tuple
 
 from .descriptors import PIPE_ENDS, descriptors
@@ -162,6 +163,15 @@ class Watched(Protocol):
         """Give up now."""
 
 
+class Impatient(Protocol):
+    """What has to do something when nothing has moved for some time: `patience`, in seconds."""
+
+    patience: float
+
+    def look(self, now: float) -> None:
+        """See whether it is time, and take itself off the list when it is over.  In the relay thread; `now` is time.monotonic()."""
+
+
 class Relay:
     """
     The thread that waits for all sockets at once, and calls whoever watches one.
@@ -176,7 +186,7 @@ class Relay:
         self.watched: Dict[int, Watched] = {}
         self.bulky: Dict[Flow, None] = {}       # flows that have a lot to move: after the others, in this order
         self.adding = threading.Lock()          # held while some of these are known to the kernel only
-        self.impatient: Set[Tunnel] = set()     # those with an idle timeout
+        self.impatient: Set[Impatient] = set()
         self.next_look = float("inf")           # at them; by time.monotonic()
         self.calls: Deque[Callable[[], None]] = deque()
         self.chunk = memoryview(bytearray(CHUNK))       # one for all: whatever stays is copied out
@@ -304,10 +314,10 @@ class Relay:
         self.watched.pop(fd, None)
         self.waiter.remove(fd)
 
-    def watch_idleness(self, tunnel: Tunnel) -> None:
-        """Look four times in each idle timeout whether anything has moved."""
-        self.impatient.add(tunnel)
-        self.next_look = min(self.next_look, time.monotonic() + tunnel.patience / 4)
+    def watch_idleness(self, impatient: Impatient) -> None:
+        """Have it look whether anything has moved, four times in each of its `patience`, or more often."""
+        self.impatient.add(impatient)
+        self.next_look = min(self.next_look, time.monotonic() + impatient.patience / 4)
 
     def end_the_idle(self) -> float:
         """Do so if it is time; the seconds until the next look, or -1 for never."""
@@ -316,9 +326,9 @@ class Relay:
             return -1
         now = time.monotonic()
         if now >= self.next_look:
-            for tunnel in list(self.impatient):
-                tunnel.look(now)
-            self.next_look = now + min((tunnel.patience for tunnel in self.impatient), default=0.0) / 4
+            for impatient in list(self.impatient):
+                self.attempt(partial(impatient.look, now))
+            self.next_look = now + min((impatient.patience for impatient in self.impatient), default=0.0) / 4
         return max(0.0, self.next_look - now)
 
     def close(self) -> None:

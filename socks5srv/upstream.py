@@ -31,7 +31,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union, cast
 
 from . import outbound, resolver
 from .client import Conversation, Proxy
-from .datagrams import TURN, Association, Outer, Target, header_length, udp_socket
+from .datagrams import TURN, Association, Outer, Target, header_length
 from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
@@ -343,7 +343,7 @@ class Answers(Outer):
                 octets = chunk[:self.socket.recv_into(chunk)]
                 length = header_length(octets)
                 if 0 < length <= len(octets) and not octets[2]:        # nor a fragment
-                    down += association.inner.socket.send(octets) - length
+                    down += association.inner.send(octets) - length
             except BlockingIOError:
                 break
             except OSError:             # an ICMP error of an earlier one; or the client has sent nothing yet
@@ -367,7 +367,7 @@ class Lifeline(Outer):
 def udp_towards(relay: Address, here: Address, route: outbound.Route) -> socket.socket:
     """A UDP socket connected to `relay`, from the address that it expects us at, if we can; RequestFailed 08 if we may not."""
     wildcard = "::" if relay.address_type is AddressType.IPV6 else "0.0.0.0"
-    sock = udp_socket(here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or wildcard)
+    sock = route.udp((here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or wildcard, 0))
     try:
         sock.connect(relay.sockaddr)
     except BaseException:

@@ -34,7 +34,7 @@ from socks5srv.users import REMEMBERED, Guessing
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange, handler_with, name, needs_ipv6
 from .containers import PACKAGE, containers, openings
-from .test_datagrams import Named, UdpSocket, associate, new_socket
+from .test_datagrams import UdpSocket, associate, new_socket
 
 __all__ = ["associate", "new_socket"]       # fixtures
 
@@ -170,8 +170,10 @@ def hosts_and_headers(filling: Filling) -> Filled:
 
 @fills("datagrams.py:Association.looking_up")
 def names_for_datagrams(filling: Filling) -> Filled:
+    release = threading.Event()
+
     def slow(_self: Any, _host: str) -> List[str]:
-        Named.release.wait(TIMEOUT)
+        release.wait(TIMEOUT)
         return []
 
     server = filling.get("start_server")(handler=handler_with(resolve=slow))
@@ -184,7 +186,7 @@ def names_for_datagrams(filling: Filling) -> Filled:
     found = filling.association(server)
     assert sum(map(len, found.looking_up.values())) <= datagrams.QUEUED
     size = len(found.looking_up)
-    Named.release.set()
+    release.set()
     return {"datagrams.py:Association.looking_up": (size, datagrams.LOOK_UPS)}
 
 

@@ -15,10 +15,10 @@ from typing import Any, Callable, ClassVar, Dict, Iterator, List, Sequence, Tupl
 import pytest
 
 from socks5srv import datagrams, relay
+from socks5srv.outbound import Route
 from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode
 from socks5srv.rules import Rules
 from socks5srv.handler import Socks5Handler
-from socks5srv.outbound import Route
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, needs_neighbour
 
@@ -267,6 +267,99 @@ def test_another_port_of_the_clients_host_is_not_heard_after_the_first_datagram(
     client.echo(target)
     neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
     client.echo(target)
+
+
+def is_heard(sender: UdpSocket, client: UdpClient, target: UdpSocket) -> bool:
+    """Whether what this socket sends to the client's relay arrives."""
+    target.socket.settimeout(0.02)
+    sender.send(bytes(Datagram(target.address, b"moved")), client.relay)
+    try:
+        return target.receive()[0] == b"moved"
+    except socket.timeout:
+        return False
+    finally:
+        target.socket.settimeout(TIMEOUT)
+
+
+@pytest.mark.usefixtures("waiter")
+def test_a_client_that_was_silent_for_a_while_may_go_on_from_another_port(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """A NAT that forgets gives it another."""
+    assert datagrams.SILENT == 30
+    monkeypatch.setattr(datagrams, "SILENT", 0.05)
+    client, target, moved = associate(start_server()), new_socket(), new_socket()
+    client.echo(target)
+    eventually(lambda: is_heard(moved, client, target))
+    target.send(b"answer", Address.of((LOCALHOST, target_port(client, target, moved))))
+    assert Datagram.read(BytesIO(moved.receive()[0])) == Datagram(target.address, b"answer")
+    assert is_heard(moved, client, target)
+
+
+def target_port(client: UdpClient, target: UdpSocket, sender: UdpSocket) -> int:
+    """The port that the proxy sends to targets from."""
+    sender.send(bytes(Datagram(target.address, b"which port?")), client.relay)
+    while True:
+        octets, proxy = target.receive()
+        if octets == b"which port?":
+            return proxy.port
+
+
+def test_a_client_that_only_listens_gets_its_answers_for_as_long_as_it_likes(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "SILENT", 0.02)
+    server = start_server()
+    client, target = associate(server), new_socket()
+    client.send_to(target.address, b"question")
+    _octets, proxy = target.receive()
+    [inner] = [watched for watched in server.relays[0].watched.values() if isinstance(watched, datagrams.Inner)]
+    eventually(lambda: not inner.locked)
+    for number in range(3):
+        target.send(b"%d" % number, proxy)
+        assert client.answer().data == b"%d" % number
+    client.echo(target)
+    assert server.sessions[0].down >= 3
+
+
+def test_answers_that_do_not_arrive_do_not_keep_a_silent_client_locked(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """The client's computer says that there is no such port any more, which is not the client's word."""
+    monkeypatch.setattr(datagrams, "SILENT", 0.1)
+    client, target, moved = associate(start_server()), new_socket(), new_socket()
+    client.send_to(target.address, b"question")
+    _octets, proxy = target.receive()
+    client.socket.close()
+
+    def goes_on() -> bool:
+        target.send(b"into the void", proxy)
+        return is_heard(moved, client, target)
+
+    eventually(goes_on)
+
+
+@pytest.mark.usefixtures("waiter")
+def test_a_client_that_speaks_keeps_its_port(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "SILENT", 0.4)
+    client, target, neighbour = associate(start_server()), new_socket(), new_socket()
+    until = time.monotonic() + 1.2
+    while time.monotonic() < until:
+        client.echo(target)
+        neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.echo(target)
+
+
+def test_a_port_that_is_lost_while_the_client_is_silent_ends_its_association(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "SILENT", 0.2)
+    server = start_server()
+    client, target = associate(server), new_socket()
+    client.echo(target)
+
+    def taken(_association: datagrams.Association, _sockaddr: Any) -> socket.socket:
+        raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(datagrams.Association, "inner_socket", taken)
+    assert server.next_ended().reason == "its UDP port is lost: Address already in use"
+    assert client.control.rest() == b""
 
 
 @needs_neighbour
@@ -667,10 +760,10 @@ def test_it_is_refused_where_udp_is_switched_off(start_server: Any, new_client: 
 
 
 def test_without_a_socket_to_be_had_the_reply_is_a_failure(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
-    def none_left(_host: str) -> socket.socket:
+    def none_left(_route: Route, _sockaddr: Any) -> socket.socket:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(datagrams, "udp_socket", none_left)
+    monkeypatch.setattr(Route, "udp", none_left)
     assert new_client(start_server()).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code is ReplyCode.GENERAL_FAILURE
 
 

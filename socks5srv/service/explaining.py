@@ -319,6 +319,9 @@ class WatchedRoute(Route):
         watched.route, watched.tries = route, tries
         return watched
 
+    def udp(self, sockaddr: Any) -> socket.socket:
+        return self.route.udp(sockaddr)
+
     def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
         if kind != socket.SOCK_STREAM:
             return self.route.socket(address, kind)

@@ -18,7 +18,7 @@ import time
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Type, TypeVar, cast
 
-from ..datagrams import REMEMBERED, Association, header_length
+from ..datagrams import REMEMBERED, Association, SockAddr, header_length
 from ..explain import Exhibit, broken, exhibit
 from ..meanings import brief, counted, plain_sentence
 from ..protocol import Address, Datagram, Socks5Error
@@ -47,6 +47,14 @@ class OverheardAssociation(Association):
         self.handler.note("RELAY OPEN", f"for datagrams from {self.client_host}, at {self.bound}")
         super().start(connection)
 
+    def inner_socket(self, sockaddr: SockAddr) -> socket.socket:
+        return self.with_an_ear(super().inner_socket(sockaddr))
+
+    def with_an_ear(self, sock: socket.socket) -> Ear:
+        ear = turned_into(Ear, sock)
+        ear.association = self
+        return ear
+
     def told(self) -> None:
         """Wait until all has been shown, but not for ever."""
         self.teller.end()
@@ -71,7 +79,7 @@ class OverheardAssociation(Association):
             host = Address.of(source).host
             if host != self.client_host:
                 return f"Dropped: it comes from {host}, and the client is {self.client_host}."
-            if self.inner.client not in (None, (host, source[1])):
+            if self.inner.locked and self.inner.client != (host, source[1]):
                 return f"Dropped: it comes from port {source[1]}, and the first one came from another."
         length = header_length(memoryview(octets))
         if not 0 < length <= len(octets):
@@ -260,9 +268,7 @@ def overhear(association: Association, handler: Explaining) -> Association:
     overheard = cast(OverheardAssociation, association)
     overheard.refused = {}
     overheard.handler, overheard.teller = handler, Teller(handler.show_now)
-    ear = turned_into(Ear, association.inner.socket)
-    ear.association = overheard
-    association.inner.socket = ear
+    association.inner.listen_on(overheard.with_an_ear(association.inner.socket))
     return overheard
 
 

@@ -1,8 +1,8 @@
 """
 What the recording of ``--pcap`` overhears: every socket of the server, on both sides of it.
 
-The one idea: the server does not know.  Its sockets come from four places (the listener, the route, BIND's listener
-and the association); there each is replaced by one that does the same and notes what has passed through it.  So
+The one idea: the server does not know.  Its sockets come from three places (the listener, the route and BIND's
+listener); there each is replaced by one that does the same and notes what has passed through it.  So
 whatever is in the recording has been sent or received, and what the server has not looked at is not in it.
 
 Octets that the kernel moves by itself (splice) could not be overheard, so a server that is recorded copies
@@ -15,9 +15,8 @@ import contextlib
 import errno
 import socket
 from io import FileIO
-from typing import Any, Iterator, List, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Iterator, List, Optional, Tuple, Type, TypeVar
 
-from ..datagrams import Association, Inner, Outer
 from ..outbound import UNDER_WAY, Route
 from ..protocol import Address
 from ..relay import RESET, Relay
@@ -251,6 +250,9 @@ class OverheardRoute(Route):
 
     recording: Recording
 
+    def udp(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
+        return Datagrams(self.recording, super().udp(sockaddr))
+
     def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
         sock = super().socket(address, kind)
         return (Stream if kind == socket.SOCK_STREAM else Datagrams)(self.recording, sock)
@@ -283,7 +285,7 @@ class OverheardServer(Socks5Server):
 
 
 class OverheardHandler(Socks5Handler):
-    """Mixed into a handler, for the sockets that it makes itself."""
+    """Mixed into a handler, for the socket that it makes itself: BIND's listener."""
 
     server: OverheardServer
 
@@ -292,15 +294,6 @@ class OverheardHandler(Socks5Handler):
             return super().await_peer(listener, expected, until)
         with Caught(self.server.recording, listener) as caught:
             return super().await_peer(caught, expected, until)
-
-    def association(self) -> Association:
-        association = super().association()
-        if self.server.recording is not None:
-            owners: List[Union[Inner, Outer]] = [association.inner, *association.outer.values()]
-            for owner in owners:
-                if not isinstance(owner.socket, (Stream, Datagrams)):
-                    owner.socket = Datagrams(self.server.recording, owner.socket)
-        return association
 
 
 H = TypeVar("H", bound=Socks5Handler)
