@@ -11,7 +11,6 @@ shell that has sent us to the background) ends or pauses this, and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from ..relay import Tunnel
 from ..handler import Socks5Handler
 from ..session import COMMAND_WORDS, amount, shown
 from .banner import counted
+from .options import show
 from .run import ServiceServer
 
 logger = logging.getLogger("socks5srv")
@@ -80,12 +80,6 @@ KEYS: Dict[str, Tuple[str, Callable[[Keys], None]]] = {
     "q": ("stop, as Ctrl-C does", Keys.do_quit),
     "h": ("show this", Keys.do_help),
 }
-
-
-def show(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):      # the terminal has gone
-        sys.stderr.write(text + "\n")       # at once, or a log line could come in between
-        sys.stderr.flush()
 
 
 # --- who is being served ---

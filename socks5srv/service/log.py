@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+from logging.handlers import WatchedFileHandler
 from typing import Any, Dict, TextIO
 
 from ..session import Session, rfc3339
@@ -71,13 +72,56 @@ class Screen(logging.StreamHandler):  # type: ignore[type-arg]
     told = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self.told and self.stream is not sys.stderr:
+        if self.stream is not sys.stderr:
+            self.tell(f"the log cannot be written: {sys.exc_info()[1]}", "serving goes on without it")
+
+    def tell(self, trouble: str, consequence: str) -> None:
+        """Complain, but once: there is such a trouble with every line."""
+        if not self.told:
             self.told = True
-            complain(f"the log cannot be written: {sys.exc_info()[1]}", "serving goes on without it")
+            complain(trouble, consequence)
 
 
-class File(Screen, logging.FileHandler):
-    """The same in a file."""
+class File(Screen, WatchedFileHandler):
+    """
+    The same in a file.  When that has been put aside (logrotate), the lines go on in a new one.
+
+    The base class looks before every line, so that each process does by itself.  But what then goes wrong
+    comes out of its call, and it closes the old file before it has the new one.
+    """
+
+    def reopenIfNeeded(self) -> None:
+        try:
+            if self.is_elsewhere():
+                self.open_afresh()
+        except OSError as error:
+            self.tell(f"the log file {self.baseFilename} cannot be opened afresh: {error.strerror}", "it goes on in the old file")
+
+    def is_elsewhere(self) -> bool:
+        """Whether the file that is written is not, or no longer, the one of this name."""
+        try:
+            found = os.stat(self.baseFilename)
+        except FileNotFoundError:
+            return True
+        return (found.st_dev, found.st_ino) != (self.dev, self.ino)
+
+    def open_afresh(self) -> None:
+        old, self.stream = self.stream, self._open()
+        self._statstream()
+        self.told = False
+        if old is not None:
+            old.close()
+
+
+def look_again() -> None:
+    """Open the log file afresh if it has been put aside; else that happens with the next line."""
+    for handler in logging.getLogger("socks5srv").handlers:
+        if isinstance(handler, File):
+            handler.acquire()
+            try:
+                handler.reopenIfNeeded()
+            finally:
+                handler.release()
 
 
 def set_up(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ code 2.  Nothing is opened, bound or started.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import ipaddress
 import itertools
@@ -72,7 +73,14 @@ class Parser(argparse.ArgumentParser):
 
 def complain(message: str, *ways_out: str) -> None:
     """An error as every error looks: what is wrong, then what to do."""
-    print(f"socks5srv: error: {message}", *(f"  {way}" for way in ways_out), sep="\n", file=sys.stderr)
+    show("\n".join([f"socks5srv: error: {message}", *(f"  {way}" for way in ways_out)]))
+
+
+def show(text: str) -> None:
+    """Write it to stderr.  Where the terminal or the reader of a pipe has gone it is lost, and that is no reason to end."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text + "\n")       # at once, or a log line could come in between
+        sys.stderr.flush()
 
 
 def build_parser() -> Parser:

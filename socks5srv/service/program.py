@@ -12,7 +12,6 @@ import argparse
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -22,6 +21,7 @@ from ..protocol import Address
 from ..server import Socks5Server
 from ..session import Session, amount
 from .banner import Tally, counted, in_url, reachable_address
+from .options import show
 
 LAST_OCTETS = 5.0       # seconds that connections have to end by themselves when the program has
 PLACES = 1000           # of which the rest is summed up
@@ -74,7 +74,7 @@ def run_program(server: Socks5Server, contacts: Contacts, options: argparse.Name
     server.server_close()
     thread.join()
     if options.summary:
-        print(contacts.told(os.path.basename(options.run[0])), file=sys.stderr)
+        show(contacts.told(os.path.basename(options.run[0])))
     return 128 - code if code < 0 else code
 
 

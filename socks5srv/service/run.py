@@ -30,7 +30,7 @@ from ..upstream import UpstreamHandler
 from . import log
 from .banner import Tally, banner, is_loopback, listening, with_zone
 from .cores import OneCore
-from .options import DEFAULT_ADDRESS, complain, parse, print_hash, settings
+from .options import DEFAULT_ADDRESS, complain, parse, print_hash, settings, show
 from .program import Contacts, run_program
 from .selftest import self_test
 
@@ -84,6 +84,15 @@ class ServiceServer(Socks5Server):
         self.options.explain = on
         if self.options.status is None:         # with it, the handler looks at the option
             self.RequestHandlerClass = handler_class(self.options)
+
+    def look_again(self) -> None:
+        """See soon what has become of the users file and of the log file, changed or not; signal handlers may call it."""
+        self.read_users_again()
+        self.call(self.follow_log)
+
+    def follow_log(self) -> None:
+        """Open the log file afresh if it has been put aside."""
+        log.look_again()
 
     def get_ready(self) -> bool:
         """Before serve_forever(), whatever it takes to serve; False if a signal says to stop meanwhile."""
@@ -342,7 +351,7 @@ def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     """Serve until a signal says to stop."""
     addresses = [listener.address for listener in server.listeners]
     stop_on_signals(server)
-    read_users_on_hangup(server)
+    look_again_on_hangup(server)
     if server.get_ready():
         greet(server, options, addresses)
         if options.upstream is not None:
@@ -379,7 +388,7 @@ def greet(server: ServiceServer, options: argparse.Namespace, addresses: List[Ad
     if page is not None:
         facts["status"] = page
     if sys.stderr.isatty() and options.log_format == "text" and not options.quiet:
-        print(banner(addresses, server.users, at_keyboard(), page), file=sys.stderr, flush=True)
+        show(banner(addresses, server.users, at_keyboard(), page))
         if not options.log_file:
             return
     logger.info(
@@ -415,13 +424,13 @@ def stop_on_signals(server: ServiceServer) -> None:
             signal.signal(getattr(signal, name), stop)
 
 
-def read_users_on_hangup(server: Socks5Server) -> None:
-    """SIGHUP: look at the users file, changed or not."""
-    def read_again(_number: int, _frame: Any) -> None:
-        server.read_users_again()
+def look_again_on_hangup(server: ServiceServer) -> None:
+    """SIGHUP: look at the users file and the log file."""
+    def look_again(_number: int, _frame: Any) -> None:
+        server.look_again()
 
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, read_again)
+        signal.signal(signal.SIGHUP, look_again)
 
 
 @contextlib.contextmanager

@@ -327,6 +327,9 @@ class WorkerServer(ServiceServer):
         """Another worker has died."""
         self.relays_of_all.elsewhere.pop(number, None)
 
+    def on_follow_log(self) -> None:
+        self.follow_log()
+
     def on_explain(self, on: bool) -> None:
         self.explain(on)
 

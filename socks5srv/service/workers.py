@@ -173,6 +173,10 @@ class Workers(ServiceServer):
             self.hashes_handed = self.users.hashes
             self.tell_all("users", self.hashes_handed)
 
+    def follow_log(self) -> None:
+        super().follow_log()
+        self.tell_all("follow_log")
+
     def explain(self, on: bool) -> None:
         super().explain(on)
         self.tell_all("explain", on)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -351,6 +352,167 @@ def test_a_stderr_that_cannot_be_written_does_not_keep_it_from_serving(
     service = start("-v", command=("sh", "-c", 'exec "$@" 2>/dev/full', "sh", sys.executable, "-m", "socks5srv"))
     new_client(service).connect(echo)
     assert service.stop() in (0, 120)       # 120: Python could not write the rest when it ended
+
+
+# --- a file that is put aside, as logrotate does ---
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="not on this platform: a file that is open cannot be renamed, and there is one process")
+processes_too = pytest.mark.parametrize("words", [(), ("--workers", "2")], ids=["one process", "two workers"])
+
+# Becomes the command that it is told, with a stderr that is a pipe nobody reads.
+WITHOUT_READER = """
+import os, sys
+reader, writer = os.pipe()
+os.dup2(writer, 2)
+os.close(reader)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def ids(file: Path) -> List[int]:
+    """The numbers of the sessions that a log file tells of."""
+    return [int(number) for number in re.findall(r" #(\d+) ", file.read_text())] if file.exists() else []
+
+
+@needs_posix
+@processes_too
+def test_a_log_file_that_is_put_aside_goes_on_in_a_new_one_without_loss(
+    words: Tuple[str, ...], start: Callable[..., Any], visit: Callable[..., None], tmp_path: Path,
+) -> None:
+    file, aside = tmp_path / "proxy.log", [tmp_path / f"proxy.log.{number}" for number in range(3)]
+    service = start(*words, "--log-file", str(file))
+    for number, old in enumerate(aside):
+        for _ in range(10):
+            visit(service)
+        service.wait_until(lambda number=number: max(ids(file), default=0) == 10 * (number + 1) and len(ids(file)) == 10, "ten lines")
+        file.rename(old)
+    visit(service)
+    service.wait_until(lambda: ids(file) == [31], "the line in the new file")
+    assert service.stop() == 0
+    assert [sorted(ids(old)) for old in aside] == [list(range(1, 11)), list(range(11, 21)), list(range(21, 31))]
+    assert "stopped after" in file.read_text()
+    assert service.stderr == ""
+
+
+@needs_posix
+def test_no_line_is_lost_or_doubled_while_files_are_put_aside(start: Callable[..., Any], visit: Callable[..., None], tmp_path: Path) -> None:
+    file, aside = tmp_path / "proxy.log", []
+    service = start("--log-file", str(file))
+    for number in range(40):
+        visit(service)
+        if file.exists():
+            aside.append(tmp_path / f"proxy.log.{number}")
+            file.rename(aside[-1])
+    assert service.stop() == 0
+    assert sorted(id for old in [*aside, file] for id in ids(old)) == list(range(1, 41))
+
+
+@needs_posix
+@processes_too
+def test_sighup_opens_the_log_file_afresh_at_once(words: Tuple[str, ...], start: Callable[..., Any], tmp_path: Path) -> None:
+    file, old = tmp_path / "proxy.log", tmp_path / "proxy.log.1"
+    service = start(*words, "--log-file", str(file))
+    file.rename(old)
+    service.process.send_signal(signal.SIGHUP)
+    service.wait_until(file.exists, "the new file")
+    if os.path.isdir("/proc/self/fd"):
+        service.wait_until(lambda: str(old) not in open_files(service.process.pid), "the end of the old file, in all processes")
+        assert str(file) in open_files(service.process.pid)
+    assert service.stop() == 0
+    assert "stopped after" in file.read_text()
+
+
+def open_files(pid: int) -> List[str]:
+    """What the descriptors of a process, and of those that it has started, lead to."""
+    found = []
+    for each in [pid, *children(pid)]:
+        for fd in os.listdir(f"/proc/{each}/fd"):
+            try:
+                found.append(os.readlink(f"/proc/{each}/fd/{fd}"))
+            except OSError:         # closed meanwhile
+                pass
+    return found
+
+
+def children(pid: int) -> List[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@needs_posix
+def test_a_log_file_that_is_copied_and_emptied_is_written_from_its_beginning(
+    start: Callable[..., Any], visit: Callable[..., None], tmp_path: Path,
+) -> None:
+    file = tmp_path / "proxy.log"
+    service = start("--log-file", str(file))
+    visit(service)
+    service.wait_until(lambda: ids(file) == [1], "the first line")
+    os.truncate(str(file), 0)
+    visit(service)
+    service.wait_until(lambda: ids(file) == [2], "the second line")
+    assert re.match(r"\d{4}-", file.read_text())
+
+
+@needs_posix
+def test_a_log_file_that_cannot_be_opened_afresh_goes_on_in_the_old_one_and_is_told_once(
+    start: Callable[..., Any], visit: Callable[..., None], tmp_path: Path, processes: int,
+) -> None:
+    folder, aside = tmp_path / "log", tmp_path / "aside"
+    folder.mkdir()
+    service = start("--log-file", str(folder / "proxy.log"))
+    folder.rename(aside)
+    for _ in range(3):
+        visit(service)
+    service.wait_until(lambda: sorted(ids(aside / "proxy.log")) == [1, 2, 3], "the lines in the old file")
+    service.wait_for("goes on in the old file")
+    assert service.stderr.count("cannot be opened afresh: ") <= processes
+    folder.mkdir()
+    visit(service)
+    service.wait_until(lambda: ids(folder / "proxy.log") == [4], "the line in the new file")
+    assert service.stop() == 0
+    assert "Traceback" not in service.stderr
+
+
+@needs_posix
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="not on this platform: /dev/full"))])
+def test_with_neither_a_log_nor_a_stderr_it_serves_on(
+    full: bool, start: Callable[..., Any], visit: Callable[..., None], tmp_path: Path,
+) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    file = "/dev/full" if full else str(folder / "proxy.log")
+    service = start("--log-file", file, command=(sys.executable, "-c", WITHOUT_READER, sys.executable, "-m", "socks5srv"))
+    folder.rename(tmp_path / "aside")
+    service.process.send_signal(signal.SIGHUP)
+    for _ in range(3):
+        visit(service)
+    assert service.stop() == 0
+
+
+@pytest.mark.usefixtures("_logger_as_before")
+def test_nothing_that_goes_wrong_with_the_file_comes_out_of_the_call_that_logs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    def fail(*_arguments: Any, **_keywords: Any) -> Any:
+        raise PermissionError("not yours")
+
+    log.set_up(Namespace(log_file=str(tmp_path / "log"), color="auto", log_format="text", quiet=False, verbose=0))
+    logger = logging.getLogger("socks5srv")
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with monkeypatch.context() as patch:
+        patch.setattr(log.os, "stat", fail)
+        logger.info("first")
+        log.look_again()
+    (tmp_path / "log").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(log.File, "_open", fail)
+        logger.info("second")
+    assert not (tmp_path / "log").exists()
+    logger.info("third")
+    assert (tmp_path / "log").read_text().endswith("third\n")
 
 
 # --- color ---
