@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 from urllib.parse import quote
 
 from ..protocol import Address
@@ -22,6 +22,10 @@ from ..server import Socks5Server
 from ..session import Session, amount
 from .banner import Tally, counted, in_url, reachable_address
 from .options import show
+from .signals import answer_hangup
+
+if TYPE_CHECKING:
+    from .run import ServiceServer
 
 LAST_OCTETS = 5.0       # seconds that connections have to end by themselves when the program has
 PLACES = 1000           # of which the rest is summed up
@@ -59,14 +63,14 @@ def outcome(session: Session) -> str:
     return session.event.replace("_", "-") + (f"({session.reply:02x})" if session.reply else "")
 
 
-def run_program(server: Socks5Server, contacts: Contacts, options: argparse.Namespace) -> int:
+def run_program(server: ServiceServer, contacts: Contacts, options: argparse.Namespace) -> int:
     """
     Run it while `server`, which counts with `contacts`, serves.
 
     Its exit code, or 128 and the number of the signal that has ended it.  OSError if it cannot be started.
     """
     with subprocess.Popen(options.run, env=environment(server, options)) as program:
-        pass_signals_to(program)
+        pass_signals_to(program, server, options)
         thread = threading.Thread(target=server.serve_forever, name="socks5srv-serving", daemon=True)
         thread.start()
         code = program.wait()
@@ -78,14 +82,18 @@ def run_program(server: Socks5Server, contacts: Contacts, options: argparse.Name
     return 128 - code if code < 0 else code
 
 
-def pass_signals_to(program: subprocess.Popen[bytes]) -> None:
-    """SIGTERM is for the program.  Ctrl-C reaches it by itself, as it does all that runs in this terminal."""
+def pass_signals_to(program: subprocess.Popen[bytes], server: ServiceServer, options: argparse.Namespace) -> None:
+    """
+    SIGTERM is for the program, and it is told by it when the terminal has been closed, too: till we end, that is
+    told to us alone.  Ctrl-C reaches it by itself, as it does all that runs in this terminal.
+    """
     def terminate(_number: int, _frame: Any) -> None:
         program.terminate()
 
     def leave_it(_number: int, _frame: Any) -> None:
         """The program decides what to do, and we go when it goes."""
 
+    answer_hangup(server, options, terminate)
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, leave_it)
 

@@ -1,7 +1,7 @@
 """
 ``python -m socks5srv`` from its options to its exit code.
 
-What the server does on a signal is decided here.  (program.py decides for a program that is run, and keys.py what
+(signals.py decides what the server does on a signal, program.py for a program that is run, and keys.py what
 becomes of reading the keyboard in the background.)
 """
 
@@ -13,7 +13,6 @@ import errno
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from .cores import OneCore
 from .options import DEFAULT_ADDRESS, complain, parse, print_hash, settings, show
 from .program import Contacts, run_program
 from .selftest import self_test
+from .signals import stop_on_signals
 
 logger = logging.getLogger("socks5srv")
 
@@ -350,8 +350,7 @@ def explanation(error: OSError, address: str, port: int) -> Tuple[str, ...]:
 def serve(server: ServiceServer, options: argparse.Namespace) -> int:
     """Serve until a signal says to stop."""
     addresses = [listener.address for listener in server.listeners]
-    stop_on_signals(server)
-    look_again_on_hangup(server)
+    stop_on_signals(server, options)
     if server.get_ready():
         greet(server, options, addresses)
         if options.upstream is not None:
@@ -402,35 +401,6 @@ def farewell(server: ServiceServer) -> str:
     """The summary; where nobody sits and reads, its first line."""
     text = str(server.tally)
     return text if sys.stderr.isatty() else " ".join(text.split("\n")[:2])
-
-
-def stop_on_signals(server: ServiceServer) -> None:
-    """
-    Ctrl-C and SIGTERM end serve_forever(); the second Ctrl-C ends the process.
-
-    Set even where SIGINT is ignored: a shell script ignores it for what it starts with &.
-    """
-    asked: List[int] = []
-
-    def stop(number: int, _frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            server.kill()
-            os._exit(130)
-        asked.append(number)
-        server.shutdown()
-
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
-
-
-def look_again_on_hangup(server: ServiceServer) -> None:
-    """SIGHUP: look at the users file and the log file."""
-    def look_again(_number: int, _frame: Any) -> None:
-        server.look_again()
-
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, look_again)
 
 
 @contextlib.contextmanager

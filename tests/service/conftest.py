@@ -214,11 +214,17 @@ class Terminal:
             pass
         return self.process.wait(TIMEOUT), self.text
 
+    def hang_up(self) -> None:
+        """Close the terminal, as somebody does who closes its window."""
+        os.close(self.screen)
+        self.screen = -1
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(TIMEOUT)
-        os.close(self.screen)
+        if self.screen >= 0:
+            os.close(self.screen)
 
 
 @pytest.fixture

@@ -311,15 +311,6 @@ def test_sighup_tells_of_a_file_that_is_still_missing(users_file: Path, start: C
 
 
 @needs_hangup
-def test_sighup_ends_no_server_that_has_no_file(start: Callable[..., Any], new_client: Callable[..., Client], echo: Place) -> None:
-    service = start()
-    for _ in range(5):
-        service.process.send_signal(signal.SIGHUP)
-    new_client(service).connect(echo)
-    assert service.stop() == 0
-
-
-@needs_hangup
 def test_a_login_that_was_being_computed_when_its_user_was_removed_is_refused(
     users_file: Path, start: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
 ) -> None:
