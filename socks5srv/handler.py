@@ -486,10 +486,13 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         The client has been served, or has not: `self.session` is complete.
 
-        The default logs its line, but a stranger's only once a minute.  Called once for every client, in the thread that runs
-        serve_forever(): no tunnel waits for it, but the other sessions' log lines do.
+        The default logs its line; a stranger's only once a minute, and the next one says how many were left out.  Called
+        once for every client, in the thread that runs serve_forever(): no tunnel waits for it, but the other sessions'
+        log lines do.
         """
-        if self.session.event != "bad_protocol" or self.server.is_news(f"{self.session.client.host} {self.session.reason}"):
+        if self.session.event == "bad_protocol":
+            self.server.tell_of_stranger(self.session)
+        else:
             logger.info("%s", self.session, extra={"session": self.session})
 
     # --- plumbing: the two choke points, and the end ---

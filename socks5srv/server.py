@@ -22,7 +22,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -50,6 +50,7 @@ RELAY_THREADS = os.cpu_count() or 1 if get_config_var("Py_GIL_DISABLED") else 1
 MOST_ENDED = 10_000 # sessions to be told of, after which no more clients are accepted until that is done
 BATCH = 0.05        # seconds between two looks at the sessions that have ended
 TELL_AGAIN = 60.0   # seconds until the same trouble is told again
+KINDS = 1000        # of trouble that are remembered; who makes up new ones gets each told once
 
 
 class Bell:
@@ -73,6 +74,47 @@ class Bell:
 
     def wait(self, timeout: float) -> None:
         self.silence.acquire(timeout=timeout)
+
+
+class News:
+    """
+    Which kinds of trouble have been told of lately: each once a minute, so that nobody fills the log with one.
+
+    What is left out is counted, and told with the next line of its kind.  Any thread may call it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # When each was told last, and how many have been left out since; the one told longest ago comes first.
+        self.kinds: OrderedDict[str, Tuple[float, int]] = OrderedDict()
+
+    def left_out(self, kind: str) -> Optional[int]:
+        """One more of this kind is to be told: how many have been left out before it; None if it is left out, too."""
+        now = time.monotonic()
+        with self.lock:
+            told, count = self.kinds.get(kind, (float("-inf"), 0))
+            if now - told < TELL_AGAIN:
+                self.kinds[kind] = told, count + 1
+                return None
+            self.note(kind, now, 0)
+            return count
+
+    def told(self, kind: str) -> None:
+        """Another process has told of this kind; what is left out here is still told here."""
+        with self.lock:
+            _told, count = self.kinds.get(kind, (0.0, 0))
+            self.note(kind, time.monotonic(), count)
+
+    def note(self, kind: str, told: float, count: int) -> None:
+        self.kinds[kind] = told, count
+        self.kinds.move_to_end(kind)
+        if len(self.kinds) > KINDS:
+            self.kinds.popitem(last=False)
+
+
+def and_more(left_out: int) -> str:
+    """The end of a line before which so many of its kind have been left out."""
+    return f" (and {left_out} more since the last line like this)" if left_out else ""
 
 
 class Socks5Server(socketserver.ThreadingTCPServer):
@@ -117,7 +159,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.rules = Rules.parse(rules)
         self.guessing = Guessing()
         descriptors.measure()                               # the program may have changed its limit
-        self.news: Dict[str, float] = {}                    # when what kind of trouble was told last
+        self.news = News()
         self.ids = itertools.count(1)
         self.lock = threading.Lock()
         self.live: Dict[int, Socks5Handler] = {}            # by session id, until the session ends
@@ -213,8 +255,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         """Log an error that no client can be told of, once a minute.  To be out of something is no bug."""
         if isinstance(error, OSError) and error.errno in OUT_OF:
             self.warn("short", "%s: new clients have to wait; fewer at a time (--max-clients) or ulimit -n help", error.strerror)
-        elif self.is_news(f"bug {error!r}"):
-            logger.error("a bug, met while keeping the books", exc_info=error)
+        else:
+            self.tell(logging.ERROR, f"bug {error!r}", "a bug, met while keeping the books", error=error)
 
     def keep_books(self, timeout: float) -> None:
         """Tell of all sessions that have ended; wait so many seconds for the first."""
@@ -360,19 +402,24 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def warn(self, kind: str, message: str, *details: object) -> None:
         """Log it, once a minute for each kind of trouble."""
-        if self.is_news(kind):
-            logger.warning(message, *details)
+        self.tell(logging.WARNING, kind, message, *details)
 
-    def is_news(self, kind: str) -> bool:
-        """Whether this has not been asked in the last minute."""
-        now = time.monotonic()
-        with self.lock:
-            if now - self.news.get(kind, -TELL_AGAIN) < TELL_AGAIN:
-                return False
-            if len(self.news) > 1000:
-                self.news.clear()
-            self.news[kind] = now
-            return True
+    def tell(self, level: int, kind: str, message: str, *details: object, error: Optional[Exception] = None) -> None:
+        """The same on any level, with a traceback if there is an `error`."""
+        left_out = self.left_out(kind)
+        if left_out is not None:
+            extra = {"facts": {"left_out": left_out}} if left_out else None
+            logger.log(level, message + "%s", *details, and_more(left_out), exc_info=error, extra=extra)
+
+    def left_out(self, kind: str) -> Optional[int]:
+        """Of this kind of trouble, how many have been left out before the line that is due; None if none is due."""
+        return self.news.left_out(kind)
+
+    def tell_of_stranger(self, session: Session) -> None:
+        """Log a client that did not speak SOCKS5: the same mistake of the same host once a minute."""
+        left_out = self.left_out(f"{session.client.host} {session.reason}")
+        if left_out is not None:
+            logger.info("%s%s", session, and_more(left_out), extra={"session": session, "left_out": left_out})
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """As the base does it, but a socket that the relay thread has by now is not closed."""

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from socks5srv import strangers
+from socks5srv import server as server_module, strangers
 from socks5srv.protocol import Address, Command, Method, MethodSelection, ReplyCode
 from socks5srv.handler import Socks5Handler
+from socks5srv.server import News
 
 from .conftest import LOCALHOST, eventually, exchange, handler_with, needs_neighbour, within
 
@@ -213,6 +214,70 @@ def test_the_same_mistake_of_the_same_client_is_logged_once(start_server: Any, n
         ask(new_client(server), b"GET / HTTP/1.1\r\n\r\n")
         server.next_ended()
     assert caplog.text.count("this is HTTP") == 1
+
+
+def test_the_next_line_of_a_mistake_says_how_many_were_left_out(
+        start_server: Any, new_client: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level("INFO", "socks5srv")
+    server = start_server()
+
+    def come() -> None:
+        ask(new_client(server), b"GET / HTTP/1.1\r\n\r\n")
+        server.next_ended()
+
+    for _ in range(5):
+        come()
+    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    come()
+    come()
+    first, second, third = [record for record in caplog.records if "this is HTTP" in record.getMessage()]
+    assert second.getMessage().endswith(" (and 4 more since the last line like this)")
+    assert [record.left_out for record in (first, second, third)] == [0, 4, 0]
+    for record in (first, third):
+        assert "more" not in record.getMessage()
+
+
+def test_trouble_with_clients_that_are_turned_away_is_counted_as_well(
+        start_server: Any, new_client: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start_server(max_clients=1)
+    assert new_client(server).greet() == NONE
+    for _ in range(4):
+        assert new_client(server).rest() == b""
+    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    assert new_client(server).rest() == b""
+    first, second = eventually(lambda: [record for record in caplog.records if "more do not fit" in record.getMessage()][1:] and caplog.records[-2:])
+    assert "since" not in first.getMessage()
+    assert second.getMessage().endswith(" (and 3 more since the last line like this)")
+    assert second.facts == {"left_out": 3}
+
+
+def test_of_too_many_kinds_of_trouble_the_one_that_was_told_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "KINDS", 3)
+    told = News()
+    for kind in "abc":
+        assert told.left_out(kind) == 0
+        assert told.left_out(kind) is None
+    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    assert told.left_out("a") == 1      # which is the newest now
+    monkeypatch.undo()
+    monkeypatch.setattr(server_module, "KINDS", 3)
+    assert told.left_out("d") == 0      # and b goes
+    assert set(told.kinds) == {"c", "a", "d"}
+    assert told.left_out("c") is None
+    assert told.left_out("b") == 0
+    for number in range(1000):
+        told.left_out(str(number))
+    assert len(told.kinds) == 3
+
+
+def test_what_another_process_has_told_is_no_news_and_changes_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = News()
+    told.told("a")
+    assert told.left_out("a") is None
+    told.told("a")
+    assert told.left_out("a") is None
+    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    assert told.left_out("a") == 2
 
 
 TRUSTED = {"users": {"anna": "sesame"}, "allow_from": LOOPBACK}

@@ -14,7 +14,7 @@ from typing import Any, List
 
 import pytest
 
-from socks5srv import users
+from socks5srv import server as server_module, users
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Method, ReplyCode, Request
 from socks5srv.handler import Socks5Handler
 from socks5srv.server import Socks5Server
@@ -236,6 +236,27 @@ def test_names_from_the_wire_cannot_forge_a_log_line(text: str) -> None:
     session.end(text)
     assert str(session).isprintable()
     assert str(session).split(" ")[3] == "connect"
+
+
+def test_a_stranger_cannot_fill_the_log_and_what_is_left_out_is_counted(
+        start_server: Any, new_client: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level("INFO", "socks5srv")
+    server = start_server()
+
+    def come(times: int) -> None:
+        for _ in range(times):
+            with new_client(server) as client:
+                client.send(b"\x16\x03\x01\x02\x00")
+                client.end()
+                assert client.rest() == b""
+            server.next_ended()
+
+    come(30)
+    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    come(1)
+    first, second = [record.getMessage() for record in caplog.records if "this is TLS" in record.getMessage()]
+    assert second.endswith(" (and 29 more since the last line like this)")
+    assert "since" not in first
 
 
 def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer() -> None:

@@ -53,7 +53,8 @@ class JsonFormatter(logging.Formatter):
     def facts(self, record: logging.LogRecord) -> Dict[str, Any]:
         session = getattr(record, "session", None)
         if isinstance(session, Session):
-            return session.as_dict()
+            left_out = getattr(record, "left_out", 0)
+            return {**session.as_dict(), **({"left_out": left_out} if left_out else {})}
         if hasattr(record, "exhibit"):
             return {"time": rfc3339(record.created), "event": "message", **record.exhibit.as_dict()}
         facts = {

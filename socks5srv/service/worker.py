@@ -315,7 +315,7 @@ class WorkerServer(ServiceServer):
 
     def on_news(self, kind: str) -> None:
         """Another one has told of it."""
-        super().is_news(kind)
+        self.news.told(kind)
 
     def on_opened(self, number: int, address: Address) -> None:
         self.relays_of_all.elsewhere.setdefault(number, set()).add(address)
@@ -352,12 +352,12 @@ class WorkerServer(ServiceServer):
             tally.most = self.most_told = self.most
             self.line.send("tally", tally)
 
-    def is_news(self, kind: str) -> bool:
-        """Once a minute over all workers."""
-        news = super().is_news(kind)
-        if news:
+    def left_out(self, kind: str) -> Optional[int]:
+        """A line once a minute over all workers, which tells what this one has left out."""
+        left_out = super().left_out(kind)
+        if left_out is not None:
             self.line.hint("news", kind)
-        return news
+        return left_out
 
     # --- what is counted over all workers ---
 

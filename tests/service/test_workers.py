@@ -406,6 +406,43 @@ def test_the_clients_of_a_dead_worker_do_not_count(
     eventually(lambda: comes_in(service))
 
 
+# For the workers that are started: how long the same trouble is not told again.
+SOON_AGAIN = """
+command = workers.command
+def with_less_patience(descriptor):
+    words = command(descriptor)
+    return [*words[:2], "import socks5srv.server; socks5srv.server.TELL_AGAIN = 0.5; " + words[2], *words[3:]]
+workers.command = with_less_patience
+"""
+
+
+@needs_linux
+def test_each_worker_tells_how_many_lines_it_has_left_out_itself(start: Callable[..., Any], client_at: Callable[..., Client]) -> None:
+    service = start("--log-format", "json", command=changed(SOON_AGAIN))
+    visits: Dict[int, List[str]] = {pid: [] for pid in workers_of(service)}
+
+    def told(pid: int) -> Dict[str, int]:
+        """The lines of its strangers, by their addresses, and how many each says were left out before it."""
+        lines = [json.loads(line) for line in service.stderr.splitlines() if "this is HTTP" in line]
+        return {line["client"]: line.get("left_out", 0) for line in lines if line["client"] in visits[pid]}
+
+    def come_to_each() -> bool:
+        for pid, clients in visits.items():
+            with client_at(service, pid) as client:
+                clients.append("{}:{}".format(*client.socket.getsockname()))
+                client.send(b"GET / HTTP/1.1\r\n\r\n")
+                client.rest()
+        return all(any(told(pid).values()) for pid in visits)
+
+    eventually(come_to_each)
+    for pid, clients in visits.items():
+        left_out = 0
+        for client in clients:
+            left_out = left_out + 1 if client not in told(pid) else left_out - told(pid)[client]
+            assert left_out >= 0
+            assert client not in told(pid) or left_out == 0
+
+
 @needs_linux
 def test_who_guesses_at_one_worker_waits_at_all_others_and_at_their_successors(
     start: Callable[..., Any], client_at: Callable[..., Client],
