@@ -116,6 +116,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     handed_over = False             # the sockets are the relay thread's, in what is
     carried: Union[Tunnel, Association, None] = None
     reserved = 0                    # descriptors beyond those of every client
+    reported = False                # session_ended() has been called, or will soon be
 
     def setup(self) -> None:
         # Not the base's rfile and wfile: a buffered file would swallow early data, and
@@ -143,6 +144,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def finish(self) -> None:
         if not self.handed_over:
             self.session.end()
+            self.server.shutdown_request(self.request)      # before its place is given to another
             self.finished()
 
     # --- method negotiation: RFC 1928 section 3 ---
@@ -479,7 +481,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.carried.start()
 
     def finished(self) -> None:
-        """The session is over; called by whoever had the client last."""
+        """The client is gone, its sockets are closed; called by whoever had it last."""
         self.server.finished(self)
 
     def session_ended(self) -> None:
@@ -517,7 +519,11 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         logger.debug("%s", self.session, extra={"session": self.session})
 
     def refuse(self, error: Socks5Error) -> None:
-        """Answer what went wrong, unless it is too late for that, and hang up so that the answer arrives."""
+        """
+        Answer what went wrong, unless it is too late for that, and hang up so that the answer arrives.
+
+        The session is over then, and told of; the client may linger, and keeps its place until its socket is closed.
+        """
         if self.in_tunnel:
             self.session.end(str(error))
             return
@@ -533,6 +539,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         try:
             if error.answer is not None:
                 self.send(error.answer)
+                self.server.session_over(self)
                 self.linger()
         except OSError:             # the client has not waited for it
             pass
@@ -556,7 +563,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if self.carried is not None:
             self.carried.abort_soon(reason)
             return
-        self.session.reason = self.session.reason or reason
+        if self.session.seconds is None:
+            self.session.reason = self.session.reason or reason
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
             if os.name == "nt":     # where it takes this to wake a recv()

@@ -162,7 +162,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.news = News()
         self.ids = itertools.count(1)
         self.lock = threading.Lock()
-        self.live: Dict[int, Socks5Handler] = {}            # by session id, until the session ends
+        self.live: Dict[int, Socks5Handler] = {}            # by session id, until the client is gone
         self.handshakes: Dict[int, Socks5Handler] = {}      # of those, whose request is to come; oldest first
         self.clients = 0                                    # let in, and not gone yet
         self.hosts: Counter[str] = Counter()                # of those: how many from which host, if that is limited
@@ -286,10 +286,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         """Called twice a second: look whether the users have changed, and end the sessions of those that are gone."""
         gone = self.users.refresh() if self.users is not None else set()
         if gone:
-            with self.lock:
-                live = [handler for handler in self.live.values() if handler.session.user in gone]
-            for handler in live:
-                handler.hang_up("the user has been removed")
+            for handler in self.being_served():
+                if handler.session.user in gone:
+                    handler.hang_up("the user has been removed")
 
     def read_users_again(self) -> None:
         """Have the users file read soon; signal handlers may call it."""
@@ -422,14 +421,14 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             logger.info("%s%s", session, and_more(left_out), extra={"session": session, "left_out": left_out})
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """As the base does it, but a socket that the relay thread has by now is not closed."""
+        """As the base does it, but the handler closes the socket itself, unless the relay thread has it by now."""
         handler = None
         try:
             handler = self.RequestHandlerClass(request, client_address, cast(Any, self))
         except Exception:
             self.handle_error(request, client_address)
         finally:
-            if not (isinstance(handler, Socks5Handler) and handler.handed_over):
+            if not isinstance(handler, Socks5Handler):      # it has not come to that, or has raised
                 self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -454,7 +453,15 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.handshakes.pop(handler.session.id, None)
 
+    def session_over(self, handler: Socks5Handler) -> None:
+        """Its session is over: tell of it soon, and once.  Its place it has until finished()."""
+        if not handler.reported:
+            handler.reported = True
+            self.ended.append(handler)
+            self.bell.ring()
+
     def finished(self, handler: Socks5Handler) -> None:
+        """The client is gone, and there is room for another."""
         with self.lock:
             self.one_less(handler.session.client.host)
             self.live.pop(handler.session.id, None)
@@ -462,14 +469,17 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             if isinstance(handler.carried, Association):
                 self.udp_relays.discard(handler.carried.bound)
         descriptors.give_back(handler.reserved)
-        self.ended.append(handler)
-        self.bell.ring()
+        self.session_over(handler)
 
     @property
     def sessions(self) -> List[Session]:
         """The clients being served now, oldest first."""
+        return [handler.session for handler in self.being_served()]
+
+    def being_served(self) -> List[Socks5Handler]:
+        """Of the clients that are there those whose session is not over; who has been refused may still linger."""
         with self.lock:
-            return [handler.session for handler in self.live.values()]
+            return [handler for handler in self.live.values() if handler.session.seconds is None]
 
     # --- what the handlers ask ---
 

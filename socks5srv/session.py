@@ -48,9 +48,10 @@ class Session:
         self.clock = time.monotonic()       # seconds, for the length: it never jumps
 
     def end(self, reason: str = "") -> None:
-        """It is over; the first reason given is the one that counts."""
-        self.reason = self.reason or reason
-        self.seconds = time.monotonic() - self.clock
+        """It is over, unless it is so already: the first time counts, and the first reason given."""
+        if self.seconds is None:
+            self.reason = self.reason or reason
+            self.seconds = time.monotonic() - self.clock
 
     @property
     def event(self) -> str:

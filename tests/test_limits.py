@@ -55,7 +55,7 @@ def test_more_clients_than_fit_are_hung_up_on_until_one_leaves(start_server: Any
         assert new_client(server).rest() == b""
     assert caplog.text.count("more do not fit") == 1
     clients[0].close()
-    eventually(lambda: len(server.sessions) == 2)
+    eventually(lambda: server.clients == 2)
     assert new_client(server).greet() == NONE
 
 

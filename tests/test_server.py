@@ -18,6 +18,7 @@ import time
 
 import pytest
 
+from socks5srv import handler as handler_module
 from socks5srv.datagrams import Association
 from socks5srv.listener import Listener
 from socks5srv.protocol import Command, Credentials, Method, MethodSelection, Reply, ReplyCode
@@ -64,6 +65,74 @@ def test_every_client_is_told_of_once_and_when_all_of_it_is_known(start_server, 
     told = [record for record in caplog.records if record.name == "socks5srv" and record.levelno == logging.INFO]
     assert [record.session.id for record in told] == [1, 2, 3, 4, 5, 6]
     assert [record.getMessage() for record in told] == [str(record.session) for record in told]
+
+
+# --- a client that has been refused, and does not hang up ---
+
+@pytest.fixture
+def lingering(start_server, new_client, refusing, monkeypatch):
+    """Start a server with one client that has its refusal, and may linger long: ``lingering(max_clients=1)``."""
+    monkeypatch.setattr(handler_module, "LINGER", TIMEOUT)
+
+    def start(**attributes):
+        server = start_server(**attributes)
+        client = new_client(server)
+        assert client.ask(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
+        assert client.rest() == b""
+        return server, client
+
+    return start
+
+
+def test_a_client_that_has_been_refused_is_told_of_before_it_hangs_up(lingering):
+    server, client = lingering()
+    session = server.next_ended()
+    assert server.sessions == []
+    assert server.clients == 1
+    before = session.as_dict()
+    client.close()
+    eventually(lambda: server.clients == 0)
+    assert server.told.empty(), "it is told of twice"
+    assert session.as_dict() == before
+    assert session.seconds < TIMEOUT / 2
+
+
+def test_a_client_that_has_been_refused_has_its_place_until_it_hangs_up(lingering, new_client, echo):
+    server, client = lingering(max_clients=1)
+    assert new_client(server).rest() == b""
+    client.close()
+    eventually(lambda: server.clients == 0)
+    new_client(server).connect(echo)
+
+
+def test_a_client_that_has_been_refused_does_not_keep_the_server_from_stopping(lingering):
+    server, client = lingering()
+    began = time.monotonic()
+    server.server_close()
+    assert time.monotonic() - began < within(0.5)
+    assert client.rest() == b""
+    assert server.next_ended().reply is ReplyCode.CONNECTION_REFUSED
+    assert server.told.empty()
+
+
+def test_the_place_of_a_client_is_free_only_when_its_socket_is_closed(start_server, new_client, refusing, echo):
+    open_sockets = []
+
+    class Watching(Socks5Server):
+        def finished(self, handler):
+            open_sockets.append(handler.connection.fileno() >= 0)
+            super().finished(handler)
+
+    server = start_server(server_class=Watching)
+    for place in (refusing(), echo):
+        with new_client(server) as client:
+            client.ask(Command.CONNECT, place)
+        server.next_ended()
+    with new_client(server) as client:
+        client.send(b"GET")
+    server.next_ended()
+    eventually(lambda: server.clients == 0)
+    assert open_sockets == [False, False, False]
 
 
 def test_session_ended_is_called_in_the_thread_that_serves(start_server, new_client, echo):
@@ -461,7 +530,7 @@ def test_a_server_stops_at_once_whatever_its_clients_are_at(slow_server, new_cli
         begin(client, places)
     if begin in EXPECTED_COMMANDS:
         eventually(lambda: all(session.command for session in server.sessions))
-    eventually(lambda: len(server.sessions) == 5)
+    eventually(lambda: len(server.live) == 5)
     assert_stops_at_once(server, clients)
 
 
@@ -472,7 +541,7 @@ def test_a_server_stops_within_a_tenth_of_a_second_with_all_of_this_going_on(sta
         for begin in BEGINNINGS * 3:
             clients.append(new_client(server))
             begin(clients[-1], places)
-        eventually(lambda: len(server.sessions) == len(clients))
+        eventually(lambda: len(server.live) == len(clients))
         return assert_stops_at_once(server, clients)
 
     # The computer may be busy with something else once, or twice.

@@ -100,12 +100,19 @@ def test_the_record_of_a_client_of_whom_nothing_is_known_has_the_same_keys():
 
 
 def test_the_first_reason_is_the_one_that_counts():
-    made = session()
+    made = session(seconds=None)
     made.end("first")
     made.end("second")
     assert made.reason == "first"
     assert made.seconds is not None
     assert made.seconds >= 0
+
+
+def test_a_session_that_is_over_does_not_change_when_it_is_ended_again():
+    made = session(seconds=2.5)
+    before = made.as_dict()
+    made.end("another reason")
+    assert made.as_dict() == before
 
 
 @pytest.mark.parametrize(("octets", "text"), [

@@ -19,7 +19,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from typing import Any, Counter as CounterType, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Counter as CounterType, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, cast
 
 from ..outbound import is_own_address
 from ..protocol import Address, Command, LoginFailed, NoAcceptableMethod, Request, RequestFailed, Socks5Error
@@ -112,7 +112,7 @@ class Book:
         self.lock = threading.Lock()
         self.figures = Figures()
         self.conversations = Conversations()
-        self.live: Dict[int, Socks5Handler] = {}        # until their octets have joined the sum
+        self.live: Dict[int, Counting] = {}             # until their octets have joined the sum
         self.news = threading.Event()                   # a session has begun or ended
         self.looked_at = time.monotonic()
         self.seen: Octets = (0, 0)                      # octets of all, then
@@ -128,34 +128,39 @@ class Book:
         with self.lock:
             histogram.add(time.monotonic() - since)
 
-    def begin(self, handler: Socks5Handler) -> None:
+    def begin(self, handler: Counting) -> None:
         with self.lock:
             self.live[handler.session.id] = handler
             self.figures.counts["clients", "taken"] += 1
         self.news.set()
 
-    def end(self, handler: Socks5Handler, *failure: str) -> None:
+    def end(self, handler: Counting) -> None:
         session = handler.session
         with self.lock:
             self.live.pop(session.id, None)
             self.figures.up += session.up
             self.figures.down += session.down
-            self.figures.counts["sessions", session.event] += 1
-            if failure:
-                self.figures.counts[("handshake_failures", *failure)] += 1
+            self.figures.counts.update(handler.ending())
         self.news.set()
 
     def report(self, sessions: bool = True) -> Report:
-        """As things are now.  A rate is that of the last second or so, however often somebody asks."""
+        """
+        As things are now.  A rate is that of the last second or so, however often somebody asks.
+
+        A session that is over counts as that at once, though the log may tell of it a moment later: each is either
+        alive or has ended.
+        """
         with self.lock:
             handlers = list(self.live.values())
+            alive = [handler for handler in handlers if handler.session.seconds is None]
             figures = self.figures.copy()
+            for handler in set(handlers).difference(alive):
+                figures.counts.update(handler.ending())
             each = {handler.session.id: octets_moved(handler) for handler in handlers}
             figures.up += sum(up for up, _down in each.values())
             figures.down += sum(down for _up, down in each.values())
             self.look(each, (figures.up, figures.down))
             rates, rates_each = self.rates, self.rates_each
-        alive = [handler for handler in handlers if handler.session.seconds is None]
         shown = select(alive, rates_each) if sessions else []
         rows = [row(handler, each[handler.session.id], rates_each.get(handler.session.id, (0.0, 0.0))) for handler in shown]
         return Report(figures, Counter(map(command_word, alive)), rows, rates, threading.active_count())
@@ -175,7 +180,7 @@ def rate(before: Octets, now: Octets, seconds: float) -> Tuple[float, float]:
     return max(0, now[0] - before[0]) / seconds, max(0, now[1] - before[1]) / seconds
 
 
-def select(handlers: List[Socks5Handler], rates: Dict[int, Tuple[float, float]]) -> List[Socks5Handler]:
+def select(handlers: List[Counting], rates: Dict[int, Tuple[float, float]]) -> List[Counting]:
     """All, or of too many those that move most, in their order."""
     if len(handlers) <= SHOWN:
         return handlers
@@ -205,9 +210,15 @@ class Counting(Socks5Handler):
     failure = ""            # why it never came to a request
 
     def session_ended(self) -> None:
-        failed = self.session.event in ("bad_protocol", "no_acceptable_method") and self.failure != "pac"
-        self.server.book.end(self, *[self.failure or HANG_UPS.get(self.session.reason, "closed")] * failed)
+        self.server.book.end(self)
         super().session_ended()
+
+    def ending(self) -> List[Tuple[str, ...]]:
+        """What is counted when its session is over."""
+        event = self.session.event
+        if event not in ("bad_protocol", "no_acceptable_method") or self.failure == "pac":
+            return [("sessions", event)]
+        return [("sessions", event), ("handshake_failures", self.failure or HANG_UPS.get(self.session.reason, "closed"))]
 
     def auth_NO_AUTHENTICATION_REQUIRED(self) -> str:
         user = super().auth_NO_AUTHENTICATION_REQUIRED()
@@ -303,7 +314,7 @@ class WatchedServer(ServiceServer):
         self.handler = handler_class
 
     def begin(self, handler: Socks5Handler) -> None:
-        self.book.begin(handler)
+        self.book.begin(cast(Counting, handler))
         super().begin(handler)
 
     def accept(self, sock: Any) -> Tuple[Any, Any]:

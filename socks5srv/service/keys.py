@@ -54,9 +54,7 @@ class Keys:
         if self.server.options.workers > 1:
             show("The workers know their clients, this process does not: s counts those that have been served.")
             return
-        with self.server.lock:
-            handlers = list(self.server.live.values())
-        show(listing(handlers))
+        show(listing(self.server.being_served()))
 
     def do_summary(self) -> None:
         show(self.server.tally.summary("serving for"))

@@ -12,6 +12,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from typing import Any, Callable, List, Tuple
@@ -22,6 +23,7 @@ from tests.networks import LinkLocal
 from tests.service.conftest import Outcome, Service
 from tests.service.watched import Events, Watched
 
+from socks5srv import handler as handler_module
 from socks5srv.explain import exhibit
 from socks5srv.protocol import Address, AddressType, Command, Credentials, Datagram, Greeting, Method, ReplyCode, Request
 from socks5srv.handler import Socks5Handler
@@ -292,6 +294,51 @@ def test_who_is_too_slow_or_crowded_out_is_counted_as_that(watch: Start, new_cli
     first.rest()
     second.close()
     eventually(lambda: page.status()["counters"]["handshake_failures"] == {"timeout": 1, "crowded_out": 1, "closed": 1})
+
+
+def test_a_client_that_has_been_refused_has_ended_at_once_although_it_lingers(
+    watch: Start, new_client: Any, refusing: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handler_module, "LINGER", TIMEOUT)
+    page = watch()
+    client = new_client(page.server)
+    assert client.ask(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
+    status = page.status()
+    assert (status["live"], status["sessions"], status["counters"]["sessions"]) == (0, [], {"failed": 1})
+    seconds = status["recent"][0]["seconds"]
+    client.close()
+    eventually(lambda: page.server.clients == 0)
+    assert page.status()["recent"][0]["seconds"] == seconds
+
+
+def test_each_session_is_either_alive_or_has_ended_whether_it_has_been_told_of_or_not(
+    watch: Start, new_client: Any, refusing: Any, echo: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on = threading.Event()
+    report = ServiceServer.report
+
+    def report_later(server: ServiceServer, handler: Any) -> None:
+        assert go_on.wait(TIMEOUT)
+        report(server, handler)
+
+    monkeypatch.setattr(ServiceServer, "report", report_later)
+    page = watch()
+    for place in (refusing(), echo):
+        with new_client(page.server) as client:
+            client.ask(Command.CONNECT, place)
+    with new_client(page.server) as client:
+        client.send(b"GET / HTTP/1.0\r\n\r\n")
+        client.rest()
+    new_client(page.server).connect(echo)
+
+    def figures() -> Tuple[int, Any, Any]:
+        counters = page.status()["counters"]
+        return page.status()["live"], counters["sessions"], counters["handshake_failures"]
+
+    assert eventually(lambda: figures()[0] == 1 and figures()) == (1, {"bad_protocol": 1, "close": 1, "failed": 1}, {"http": 1})
+    go_on.set()
+    eventually(lambda: len(page.server.book.live) == 1)
+    assert figures() == (1, {"bad_protocol": 1, "close": 1, "failed": 1}, {"http": 1})
 
 
 # --- events ---
