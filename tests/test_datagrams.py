@@ -139,6 +139,46 @@ def test_bnd_is_concrete_and_where_the_control_connection_came_in(start_server: 
 
 
 @needs_ipv6
+def test_every_association_has_a_port_of_its_own_that_cannot_be_guessed(start_server: Any, new_client: Any) -> None:
+    server = start_server()
+    ports = []
+    for _ in range(8):
+        with new_client(server) as one, new_client(server) as other:
+            for client in (one, other):
+                ports.append(client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound.port)
+        assert ports[-1] != ports[-2]
+        eventually(lambda: not server.udp_relays)
+    assert len(set(ports)) > 8
+
+
+@needs_neighbour
+def test_datagrams_leave_from_the_source_address_and_their_answers_come_back(
+        start_server: Any, associate: Any, new_socket: Any) -> None:
+    client, target = associate(start_server(route=Route(source="127.0.0.2"))), new_socket("127.0.0.2")
+    client.send_to(target.address, b"hello")
+    octets, proxy = target.receive()
+    assert (octets, proxy.host) == (b"hello", "127.0.0.2")
+    target.send(b"and back", proxy)
+    assert client.answer() == Datagram(target.address, b"and back")
+
+
+@pytest.mark.parametrize("route", [Route(), pytest.param(Route(source="127.0.0.2"), marks=needs_neighbour)], ids=["any", "a source"])
+def test_an_outer_socket_has_its_port_before_anything_waits_for_it(
+        route: Route, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """Where select() is all there is, it does not take others."""
+    watch, ports = relay.Relay.watch, []
+
+    def watch_and_note(self: Any, *newcomers: Any) -> None:
+        ports.extend(sock.getsockname()[1] for sock, watched, _interest in newcomers if isinstance(watched, datagrams.Outer))
+        watch(self, *newcomers)
+
+    monkeypatch.setattr(relay.Relay, "watch", watch_and_note)
+    target = new_socket("127.0.0.1" if route.source is None else route.source)
+    associate(start_server(route=route)).echo(target)
+    [port] = ports
+    assert port
+
+
 def test_ipv4_ipv6_and_names_go_through_one_association(start_server: Any, associate: Any, new_socket: Any) -> None:
     client = associate(start_server(handler=Named))
     four, six = new_socket(), new_socket("::1")

@@ -69,6 +69,18 @@ def test_one_address_cannot_take_all_places(start_server: Any, new_client: Any) 
     assert dict(server.hosts) == {"127.0.0.1": 2, "127.0.0.2": 1}
 
 
+def test_each_client_that_leaves_makes_room_for_one(start_server: Any, new_client: Any) -> None:
+    server = start_server(max_per_client=3)
+    clients = [new_client(server) for _ in range(3)]
+    for client in clients:
+        assert client.greet() == NONE
+    clients[0].close()
+    eventually(lambda: server.hosts[LOCALHOST] == 2)
+    assert new_client(server).greet() == NONE
+    assert new_client(server).rest() == b""
+    assert dict(server.hosts) == {LOCALHOST: 3}
+
+
 def test_nobody_is_counted_who_has_left(start_server: Any, new_client: Any) -> None:
     server = start_server(max_per_client=2)
     for _ in range(5):
@@ -177,6 +189,16 @@ def test_other_computers_get_no_pac_file_from_a_server_for_this_one(start_server
         is_here = False
 
     assert ask(new_client(start_server(handler=Elsewhere)), b"GET /proxy.pac HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 501 ")
+
+
+@pytest.mark.parametrize("more", [[], [("0.0.0.0", 0)]], ids=["the only address", "one of two"])
+def test_other_computers_get_the_pac_file_from_a_server_for_them(more: List[Any], start_server: Any, new_client: Any) -> None:
+    class Elsewhere(Socks5Handler):
+        is_here = False
+
+    server = start_server(Elsewhere, (LOCALHOST if more else "0.0.0.0", 0), *more)
+    client = new_client((LOCALHOST, server.addresses[-1][1]))
+    assert ask(client, b"GET /proxy.pac HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 def test_an_http_request_that_never_ends_its_line_is_answered_all_the_same(start_server: Any, new_client: Any) -> None:
