@@ -123,6 +123,17 @@ def test_the_session_knows_both_ends(start_server, new_client, call):
     assert session.bound == first.bound, "the proxy's end is still the same"
 
 
+def test_the_connection_of_the_peer_has_no_nagle_and_is_kept_alive(start_server, new_client, call):
+    server = start_server()
+    client = new_client(server)
+    with call(bind(client)):
+        Reply.read(client)
+        [handler] = server.live.values()
+        target = eventually(lambda: handler.carried).up.sink
+        assert target.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert target.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 # --- who may call ---
 
 @pytest.mark.parametrize("place", [

@@ -457,10 +457,12 @@ def test_a_datagram_to_a_relay_does_not_loop(start_server: Any, associate: Any, 
     """E55: neither to one's own nor to another's."""
     server = start_server()
     client, other = associate(server), associate(server)
+    assert server.udp_relays == {client.relay, other.relay}
     for victim in (client.relay, other.relay):
         client.send_to(victim, bytes(Datagram(client.address, b"round and round")))
     other.echo(new_socket())            # whose port was not taken
     client.echo(new_socket())
+    assert [session.up for session in server.sessions] == [5, 5]        # the echoes: nothing went to a relay
 
 
 # --- what is dropped ---

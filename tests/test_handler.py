@@ -705,6 +705,14 @@ def test_all_zeros_are_judged_as_the_loopback_that_they_lead_to(start_server, ne
     assert nobody_called(target)
 
 
+@pytest.mark.parametrize("asked", [Address("0.0.0.0", 0, AddressType.IPV4), name("0", 0), name("0.0.0.0", 0)], ids=str)
+def test_all_zeros_are_dialled_as_the_loopback_that_they_are_judged_as(start_server, new_client, echo, asked):
+    server = start_server(handler_with(resolve=lambda _self, _host: ["0.0.0.0"]))
+    client = new_client(server)
+    client.connect(asked._replace(port=echo[1]))
+    assert str(server.sessions[0].peer) == f"{LOCALHOST}:{echo[1]}"
+
+
 def test_a_look_up_that_hangs_costs_its_own_client_and_nobody_else(start_server, new_client, echo):
     release = threading.Event()
     server = start_server(handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [LOCALHOST]), connect_timeout=0.6)

@@ -208,6 +208,12 @@ def test_an_http_request_that_never_ends_its_line_is_answered_all_the_same(start
     assert client.rest().startswith(b"HTTP/1.1 501 ")
 
 
+def test_of_an_http_request_only_so_much_is_waited_for(start_server: Any, new_client: Any) -> None:
+    client = new_client(start_server())
+    client.send(b"GET /" + b"x" * strangers.MOST)
+    assert client.exactly(12) == b"HTTP/1.1 501"
+
+
 def test_socks4_gets_its_own_refusal(start_server: Any, new_client: Any) -> None:
     server = start_server()
     assert ask(new_client(server), b"\x04\x01\x00\x50\x7f\x00\x00\x01me\x00") == bytes((0, 91, 0, 0, 0, 0, 0, 0))

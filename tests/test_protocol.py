@@ -165,7 +165,7 @@ def test_reading_exactly_asks_only_for_what_is_missing():
     Request(Command.CONNECT, name("ä" * 128, 1)), Greeting(bytes(256)),
 ], ids=["UNAME", "PASSWD", "DST.ADDR", "DST.ADDR in UTF-8", "METHODS"])
 def test_what_is_too_long_to_be_counted_in_one_octet_is_not_written(message):
-    with pytest.raises(ValueError, match=r"25[56]"):
+    with pytest.raises(ValueError, match="256" if isinstance(message, Greeting) else "and 255 are the most"):
         bytes(message)
 
 

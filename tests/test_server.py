@@ -5,6 +5,7 @@ what it makes of garbage.  (The conversation with one client is in test_handler.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import logging
@@ -113,6 +114,24 @@ def test_a_client_that_has_been_refused_does_not_keep_the_server_from_stopping(l
     assert client.rest() == b""
     assert server.next_ended().reply is ReplyCode.CONNECTION_REFUSED
     assert server.told.empty()
+
+
+@pytest.mark.parametrize("sends", [False, True], ids=["says nothing", "goes on talking"])
+def test_a_client_that_has_been_refused_and_does_not_hang_up_is_hung_up_on(start_server, new_client, refusing, monkeypatch, sends):
+    monkeypatch.setattr(handler_module, "LINGER", 0.1)
+    server = start_server()
+    client = new_client(server)
+    assert client.ask(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
+
+    def is_gone():
+        if sends and server.clients:
+            with contextlib.suppress(OSError):      # when it is
+                client.send(b"x")
+        return server.clients == 0
+
+    began = time.monotonic()
+    eventually(is_gone)
+    assert time.monotonic() - began < within(1)
 
 
 def test_the_place_of_a_client_is_free_only_when_its_socket_is_closed(start_server, new_client, refusing, echo):
