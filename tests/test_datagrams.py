@@ -542,6 +542,18 @@ def test_a_slow_name_holds_up_no_other_datagram(start_server: Any, associate: An
     assert [target.receive()[0] for _ in range(3)] == [b"0", b"1", b"2"]
 
 
+def test_only_so_many_datagrams_wait_for_their_name(start_server: Any, associate: Any, new_socket: Any) -> None:
+    client, target, other = associate(start_server(handler=Named)), new_socket(), new_socket()
+    slow = name("slow.invalid", target.address.port)
+    for number in range(datagrams.QUEUED + 10):
+        client.send_to(slow, b"%d" % number)
+    client.echo(other)
+    Named.release.set()
+    assert [target.receive()[0] for _ in range(datagrams.QUEUED)] == [b"%d" % number for number in range(datagrams.QUEUED)]
+    client.send_to(slow, b"the next one")
+    assert target.receive()[0] == b"the next one"
+
+
 def test_a_name_that_does_not_exist_is_dropped_and_remembered(start_server: Any, associate: Any, new_socket: Any) -> None:
     client, target = associate(start_server(handler=Named)), new_socket()
     client.send_to(name("nowhere.invalid", 7), b"x")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import queue
 import random
 import select
 import socket
@@ -20,7 +21,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from socks5srv import users
+from socks5srv import outbound, users
 from socks5srv.outbound import Route
 from socks5srv.protocol import (
     UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Method, MethodSelection, Reply,
@@ -208,6 +209,14 @@ WRONG = [
 ]
 
 
+def name_in_log(username, password):
+    """As text, if all of the login is text."""
+    try:
+        return (username.decode(), password.decode())[0]
+    except UnicodeDecodeError:
+        return repr(username)
+
+
 @pytest.mark.parametrize(("username", "password"), WRONG, ids=lambda octets: repr(octets[:12]))
 def test_who_does_not_may_not_whatever_follows(start_server, new_client, listen, username, password):
     """R45, E57, E60, E61: and the request that is there already is not carried out."""
@@ -216,7 +225,9 @@ def test_who_does_not_may_not_whatever_follows(start_server, new_client, listen,
     with new_client(server) as client:
         client.send(HELLO_LOGIN, Credentials(username, password), to(target.getsockname()), b"data")
         assert client.rest() == bytes(WITH_LOGIN) + bytes(GO_AWAY)
-    assert server.next_ended().event == "login_failed"
+    session = server.next_ended()
+    assert session.event == "login_failed"
+    assert session.user == name_in_log(username, password)
     assert nobody_called(target)
 
 
@@ -711,6 +722,26 @@ def test_all_zeros_are_dialled_as_the_loopback_that_they_are_judged_as(start_ser
     client = new_client(server)
     client.connect(asked._replace(port=echo[1]))
     assert str(server.sessions[0].peer) == f"{LOCALHOST}:{echo[1]}"
+
+
+@pytest.mark.parametrize(("command", "setting"), [(Command.CONNECT, "connect_timeout"), (Command.BIND, "bind_timeout")])
+def test_the_time_that_a_look_up_takes_is_not_given_again(start_server, new_client, monkeypatch, command, setting):
+    """One deadline covers it all."""
+    release, deadlines = threading.Event(), queue.SimpleQueue()
+
+    def note(*arguments):
+        deadlines.put(arguments[-1])
+        raise RequestFailed(ReplyCode.TTL_EXPIRED)
+
+    monkeypatch.setattr(outbound, "connect", note)
+    handler = handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [LOCALHOST], await_peer=note)
+    server = start_server(handler, **{setting: 20})
+    client = new_client(server)
+    client.send(HELLO, to(name("slow.invalid", 80), command))
+    eventually(lambda: server.sessions and server.sessions[0].command)
+    before = time.monotonic()
+    release.set()
+    assert deadlines.get(timeout=TIMEOUT) <= before + 20
 
 
 def test_a_look_up_that_hangs_costs_its_own_client_and_nobody_else(start_server, new_client, echo):

@@ -226,6 +226,29 @@ def test_the_connection_is_one_to_an_address_that_answers(listen, refusing, conn
     assert caught.value.code is ReplyCode.CONNECTION_REFUSED
 
 
+@pytest.mark.usefixtures("waiter")
+def test_where_the_system_does_not_tell_at_once_a_refusal_is_found_out_later(monkeypatch, listen, refusing, connection):
+    """On Linux a connection on the same computer stands, or does not, when it has been asked for twice."""
+    monkeypatch.setattr(outbound, "begin_connecting", socket.socket.connect_ex)
+    target = listen()
+    sock, address = connect([refusing(), target.getsockname()], connection)
+    with sock:
+        assert address == address_of(target.getsockname())
+        assert sock.getpeername() == target.getsockname()
+    with pytest.raises(RequestFailed) as caught:
+        connect([refusing(), refusing()], connection)
+    assert caught.value.code is ReplyCode.CONNECTION_REFUSED
+
+
+@pytest.mark.usefixtures("waiter")
+def test_waiting_for_the_last_of_the_addresses_is_waiting_and_no_spinning(monkeypatch, silent, connection):
+    waits, wait = [], outbound.wait
+    monkeypatch.setattr(outbound, "wait", lambda *arguments: waits.append(arguments) or wait(*arguments))
+    with pytest.raises(RequestFailed):
+        connect([silent()], connection, soon(2 * STAGGER))
+    assert len(waits) <= 3
+
+
 @needs_neighbour
 @pytest.mark.usefixtures("waiter")
 def test_an_address_that_refuses_costs_the_next_one_no_time(listen, refusing, connection):

@@ -16,6 +16,8 @@ import selectors
 import socket
 import stat
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
@@ -359,6 +361,41 @@ def test_a_silent_tunnel_is_closed_after_the_idle_timeout(tunnel: Any) -> None:
     assert 0.2 <= session.seconds < within(2)
 
 
+def test_the_idle_timeout_is_as_long_as_it_says(tunnel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, target, server = tunnel(idle_timeout=100)
+    exchange_both_ways(client, target)
+    eventually(lambda: server.relays[0].next_look - time.monotonic() <= 25)     # it is looked at four times in that time
+    reasons: List[str] = []
+    monkeypatch.setattr(relay.Tunnel, "abort", lambda _tunnel, reason: reasons.append(reason))
+    [idle] = server.relays[0].impatient
+    for now in (1000.0, 1099.9):
+        idle.look(now)
+    assert reasons == []
+    idle.look(1100.0)
+    assert reasons == ["idle"]
+    monkeypatch.undo()
+
+
+def test_every_idle_tunnel_is_looked_at_each_time() -> None:
+    looked_at: List[Any] = []
+    tunnels = {Looked(looked_at), Looked(looked_at), Looked(looked_at)}
+    thread: Any = SimpleNamespace(impatient=tunnels, next_look=0.0)
+    assert relay.Relay.end_the_idle(thread) == pytest.approx(1)
+    assert set(looked_at) == tunnels
+
+
+class Looked:
+    """As much of a tunnel as is asked for when it may be idle."""
+
+    patience = 4.0
+
+    def __init__(self, looked_at: List[Any]) -> None:
+        self.looked_at = looked_at
+
+    def look(self, _now: float) -> None:
+        self.looked_at.append(self)
+
+
 def test_tunnels_that_have_ended_are_not_kept_for_their_idle_timeout(tunnel: Any) -> None:
     client, target, server = tunnel(idle_timeout=3600)
     exchange_both_ways(client, target)
@@ -508,6 +545,50 @@ def test_a_bug_in_a_call_does_not_end_the_thread(tunnel: Any, bugs: List[Any]) -
     bugs.clear()
 
 
+needs_splice = pytest.mark.skipif(not relay.Relay.splices, reason="not on this platform: no os.splice")
+
+
+@needs_splice
+def test_there_are_only_so_many_pipes_and_whoever_gets_none_copies() -> None:
+    pipes = relay.Pipes()
+    try:
+        pipes.limit = 2
+        one, other = pipes.take(), pipes.take()
+        assert one is not None
+        assert other is not None
+        assert pipes.take() is None
+        pipes.give_back(one)
+        assert pipes.take() is one
+    finally:
+        pipes.close()
+
+
+@needs_splice
+def test_a_system_that_has_no_long_pipes_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: List[relay.Pipe] = []
+    monkeypatch.setattr(relay.Pipe, "enlarge", lambda pipe: asked.append(pipe) is not None)
+    pipes = relay.Pipes()
+    assert [pipes.take() for _ in range(3)] == [None] * 3
+    assert len(asked) == 1
+    assert not pipes.all
+
+
+@pytest.mark.usefixtures("mode")
+def test_a_flow_that_was_bulk_is_none_when_it_has_but_few_octets_to_move(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    [handler] = server.live.values()
+    receiving = in_thread(client.exactly, 8 * MIB)
+    target.sendall(bytes(8 * MIB))
+    receiving()
+
+    def is_small_again() -> bool:
+        target.sendall(b"x")
+        assert client.exactly(1) == b"x"
+        return not handler.carried.down.bulk
+
+    eventually(is_small_again)
+
+
 def test_pipes_go_back_to_the_pool_when_they_are_empty(tunnel: Any) -> None:
     if not relay.Relay.splices:
         pytest.skip("not on this platform: no os.splice")
@@ -526,9 +607,24 @@ def test_a_tunnel_that_breaks_off_leaves_no_octets_in_the_pipes(tunnel: Any, new
     fill(target)                        # a pipe is full now
     client.reset()
     server.next_ended()
+    pipes = server.relays[0].pipes
+    assert len(pipes.all) == len(pipes.free), "a pipe has not come back"
     again, target = tunnel_through(server, new_client, listen)
     sent = in_thread(send_pattern, target, 5 * MIB, 6)
     assert receive_all(again.socket) == sent()
+
+
+def test_whoever_wakes_the_thread_again_and_again_does_not_fail(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    exchange_both_ways(client, target)
+    go_on = threading.Event()
+    server.relays[0].call(lambda: go_on.wait(TIMEOUT))
+    try:
+        for _ in range(20_000):
+            server.relays[0].wake()
+    finally:
+        go_on.set()
+    exchange_both_ways(client, target)
 
 
 @pytest.mark.usefixtures("mode")

@@ -68,6 +68,19 @@ def test_every_client_is_told_of_once_and_when_all_of_it_is_known(start_server, 
     assert [record.getMessage() for record in told] == [str(record.session) for record in told]
 
 
+def test_of_several_reasons_to_hang_up_the_first_is_told(start_server, new_client):
+    release = threading.Event()
+    server = start_server(handler_with(authenticate=lambda _self, _username, _password: release.wait(TIMEOUT)), users=USERS)
+    client = new_client(server)
+    client.send(HELLO_LOGIN, Credentials(b"alice", b"secret"))
+    eventually(lambda: server.sessions[0].user if server.sessions else None)
+    [conversation] = server.live.values()
+    conversation.hang_up("the first reason")
+    conversation.hang_up("another reason")
+    release.set()
+    assert server.next_ended().reason == "the first reason"
+
+
 # --- a client that has been refused, and does not hang up ---
 
 @pytest.fixture
