@@ -16,7 +16,7 @@ import pytest
 
 from socks5srv import datagrams, relay
 from socks5srv.outbound import Route
-from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode
+from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request
 from socks5srv.rules import Rules
 from socks5srv.handler import Socks5Handler
 
@@ -465,6 +465,59 @@ def test_a_datagram_to_a_relay_does_not_loop(start_server: Any, associate: Any, 
     assert [session.up for session in server.sessions] == [5, 5]        # the echoes: nothing went to a relay
 
 
+def test_a_flood_is_moved_a_few_datagrams_at_a_time(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+    ready, moved = datagrams.Inner.ready, []
+
+    def ready_and_count(self: Any, events: int) -> None:
+        before = self.association.session.up
+        ready(self, events)
+        moved.append(self.association.session.up - before)
+
+    monkeypatch.setattr(datagrams.Inner, "ready", ready_and_count)
+    server = start_server()
+    client, target = associate(server), new_socket()
+    go_on = threading.Event()
+    client.echo(target, b"1")
+    server.relays[0].call(lambda: go_on.wait(TIMEOUT))
+    for _ in range(3 * datagrams.TURN):
+        client.send_to(target.address, b"1")
+    go_on.set()
+    for _ in range(3 * datagrams.TURN):
+        assert target.receive()[0] == b"1"
+    assert max(moved) <= datagrams.TURN
+
+
+def test_both_sockets_ask_for_room_for_bursts(start_server: Any, associate: Any, new_socket: Any) -> None:
+    server = start_server()
+    associate(server).echo(new_socket())
+    [handler] = server.live.values()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as usual:
+        for sock in (handler.carried.inner.socket, handler.carried.outer[socket.AF_INET].socket):
+            for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                assert sock.getsockopt(socket.SOL_SOCKET, option) > usual.getsockopt(socket.SOL_SOCKET, option)
+
+
+def test_a_client_that_is_gone_before_its_reply_leaves_no_socket(start_server: Any, new_client: Any) -> None:
+    made: List[Any] = []
+
+    class Failing(Socks5Handler):
+        def association(self) -> Any:
+            made.append(super().association())
+            return made[-1]
+
+        def succeed(self, bound: Address) -> None:
+            raise BrokenPipeError
+
+    server = start_server(handler=Failing)
+    with new_client(server) as client:
+        client.greet()
+        client.send(Request(Command.UDP_ASSOCIATE, UNSPECIFIED))
+        assert client.rest() == b""
+    server.next_ended()
+    assert made[0].inner.socket.fileno() == -1
+
+
 # --- what is dropped ---
 
 @pytest.mark.parametrize("octets", [
@@ -859,6 +912,15 @@ def test_fragments_are_put_together_when_that_is_switched_on(
     if arrives is not None:
         assert targets[0].receive()[0] == arrives
     client.echo(targets[0])             # and nothing else has come
+
+
+def test_fragments_of_more_than_a_datagram_has_room_for_are_dropped() -> None:
+    address, queue = Address.numeric(LOCALHOST, 7), datagrams.Fragments()
+    for position in (1, 2, 3):
+        queue.add(Datagram(address, b"", position), bytes(40_000))
+    queue.add(Datagram(address, b"", 4 | Datagram.LAST_FRAGMENT), b"")
+    assert queue.take_whole() is None
+    assert queue.parts == []
 
 
 def test_fragments_wait_five_seconds_for_the_rest(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from socks5srv import server as server_module, strangers
 from socks5srv.protocol import Address, Command, Method, MethodSelection, ReplyCode
 from socks5srv.handler import Socks5Handler
-from socks5srv.server import News
+from socks5srv.server import News, Socks5Server
 
 from .conftest import LOCALHOST, eventually, exchange, handler_with, needs_neighbour, within
 
@@ -87,6 +87,48 @@ def test_nobody_is_counted_who_has_left(start_server: Any, new_client: Any) -> N
         new_client(server).close()
         server.next_ended()
     eventually(lambda: not server.hosts)
+
+
+def test_as_many_may_be_slow_to_ask_as_the_setting_says(start_server: Any, new_client: Any) -> None:
+    server = start_server(max_handshakes=2)
+    slow = [new_client(server) for _ in range(2)]
+    eventually(lambda: len(server.handshakes) == 2)
+    for client in slow:
+        assert client.greet() == NONE
+
+
+def test_a_handshake_has_the_time_that_the_setting_says(start_server: Any, new_client: Any) -> None:
+    server = start_server(handshake_timeout=100)
+    client = new_client(server)
+    assert client.greet() == NONE
+    [handler] = server.live.values()
+    handler.session.clock -= 99
+    server.end_slow_handshakes()
+    assert handler.session.reason == ""
+    handler.session.clock -= 1
+    server.end_slow_handshakes()
+    assert client.rest() == b""
+    assert server.next_ended().reason == "the handshake took too long"
+
+
+def test_clients_are_counted_by_one_thread_at_a_time(start_server: Any, new_client: Any, echo: Any) -> None:
+    locked: List[bool] = []
+
+    class Watching(Socks5Server):
+        def one_more(self, client_address: Any) -> Any:
+            locked.append(self.lock.locked())
+            return super().one_more(client_address)
+
+        def one_less(self, host: str) -> None:
+            locked.append(self.lock.locked())
+            super().one_less(host)
+
+    server = start_server(server_class=Watching)
+    for _ in range(3):
+        with new_client(server) as client:
+            client.connect(echo)
+        server.next_ended()
+    assert locked == [True] * 6
 
 
 def test_half_open_handshakes_make_room_for_those_who_speak(start_server: Any, new_client: Any, echo: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from socks5srv import outbound
 from socks5srv.protocol import Address, Command, ReplyCode
 from socks5srv.rules import ALL_PORTS, BadRule, Rule, Rules, is_local
 from socks5srv.handler import Socks5Handler
@@ -268,6 +269,14 @@ def test_other_computers_do_not_reach_this_ones_own_addresses(asked: str, start_
     server = start_server(handler=Elsewhere)
     assert refused(new_client(server), name(asked, echo[1])) is ReplyCode.NOT_ALLOWED
     assert "for this computer only" in server.next_ended().reason
+
+
+def test_an_address_of_this_computer_is_its_own_although_it_is_none_of_loopback(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
+    monkeypatch.setattr(outbound, "is_own_address", lambda host: host == "192.0.2.7")
+    server = start_server(handler=Elsewhere)
+    assert refused(new_client(server), name("192.0.2.7", 9)) is ReplyCode.NOT_ALLOWED
+    assert server.next_ended().reason == "192.0.2.7:9 is for this computer only"
 
 
 def test_other_computers_reach_them_where_that_is_switched_on(start_server: Any, new_client: Any, echo: Any) -> None:

@@ -81,6 +81,12 @@ def test_of_several_reasons_to_hang_up_the_first_is_told(start_server, new_clien
     assert server.next_ended().reason == "the first reason"
 
 
+def test_a_hundred_clients_that_come_at_once_have_room_to_wait():
+    with Socks5Server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:      # which does not accept yet
+        for _ in range(100):
+            stack.enter_context(Client(server.server_address))
+
+
 # --- a client that has been refused, and does not hang up ---
 
 @pytest.fixture
@@ -246,13 +252,16 @@ def test_a_listener_that_cannot_be_had_leaves_nothing_behind(start_server, liste
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives ports away without being asked")
 def test_a_port_that_was_in_use_can_be_had_again_at_once(start_server, new_client):
     """Connections that the server ended first linger on, in the state TIME_WAIT."""
-    server = start_server()
-    with new_client(server) as client:
-        assert client.greet(Method.GSSAPI).method == Method.NO_ACCEPTABLE_METHODS
-        assert client.rest() == b""
-    server.next_ended()
+    server = start_server(Socks5Handler, (LOCALHOST, 0), (LOCALHOST, 0))
+    for address in server.addresses:
+        with new_client(address) as client:
+            assert client.greet(Method.GSSAPI).method == Method.NO_ACCEPTABLE_METHODS
+            assert client.rest() == b""
+        server.next_ended()
     server.server_close()
-    assert new_client(start_server(address=server.server_address)).greet() == NO_LOGIN
+    start_server(Socks5Handler, *server.addresses)
+    for address in server.addresses:
+        assert new_client(address).greet() == NO_LOGIN
 
 
 def test_a_crowd_is_served_at_the_same_time_and_few_threads_stay(start_server, new_client, echo, monkeypatch):

@@ -81,7 +81,7 @@ def test_where_there_is_no_scrypt_pbkdf2_is_used(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("text", [
     "", "sesame", "scrypt$2$1$1$c2FsdA==", "md5$1$c2FsdA==$c2FsdA==", "scrypt$2$1$1$?$?", "scrypt$x$1$1$c2FsdA==$" + "A" * 44,
     "scrypt$3$1$1$c2FsdA==$" + "A" * 44, "scrypt$1073741824$8$1$c2FsdA==$" + "A" * 44, "pbkdf2_sha256$1$c2FsdA==$" + "A" * 44,
-    "scrypt$2$1$1$$" + "A" * 44, "scrypt$2$1$1$c2FsdA==$AAAA", "scrypt$-2$1$1$c2FsdA==$" + "A" * 44,
+    "scrypt$524288$8$1$c2FsdA==$" + "A" * 44, "scrypt$2$1$1$$" + "A" * 44, "scrypt$2$1$1$c2FsdA==$AAAA", "scrypt$-2$1$1$c2FsdA==$" + "A" * 44,
 ])
 def test_what_is_no_hash_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--hash-password"):
@@ -139,7 +139,7 @@ def test_an_unknown_name_costs_as_much_as_a_wrong_password(write: Write, monkeyp
 
 @pytest.mark.parametrize(("line", "says"), [
     ("anna", r":2: expected NAME:HASH"), (":scrypt", r":2: expected NAME:HASH"), ("anna:sesame", r":2: expected a HASH"),
-    ("x" * 256 + ":scrypt$", r":2: expected NAME:HASH"), ("anna:scrypt$2$1$1$?$?", r":2: this HASH is damaged"),
+    ("x" * 256 + ":scrypt$", r":2: expected NAME:HASH"), ("ä" * 128 + ":scrypt$", r":2: expected NAME:HASH"), ("anna:scrypt$2$1$1$?$?", r":2: this HASH is damaged"),
 ])
 def test_a_bad_line_is_reported_with_its_number_and_what_was_expected(write: Write, line: str, says: str) -> None:
     with pytest.raises(BadUsersFile, match=says):
@@ -185,6 +185,27 @@ def test_a_changed_file_is_read_again_and_tells_who_is_gone(write: Write) -> Non
     assert file.check("anna", "new")
     assert file.check("carl", "c")
     assert file.refresh() == set()
+
+
+def test_a_file_that_is_another_one_is_read_again_although_its_time_is_the_same(write: Write) -> None:
+    path = write(login("anna", "a"))
+    before = os.stat(path)
+    file = UsersFile(path)
+    write(login("ben", "b"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.refresh() == {"anna"}
+
+
+def test_a_login_that_is_right_for_a_user_who_is_removed_meanwhile_is_wrong(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = UsersFile(write(login("anna", "a")))
+
+    def slow(_password: str, _hash: str) -> bool:
+        file.replace({})
+        return True
+
+    monkeypatch.setattr(users, "verify", slow)
+    assert not file.check("anna", "a")
+    assert file.verified == {}
 
 
 def test_a_broken_new_file_keeps_the_old_users_and_says_so(write: Write, caplog: pytest.LogCaptureFixture) -> None:
@@ -295,6 +316,21 @@ def test_only_so_many_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) 
     for number in range(10):
         guessing.failed(f"192.0.2.{number}")
     assert list(guessing.failures) == ["192.0.2.7", "192.0.2.8", "192.0.2.9"]
+
+
+def test_of_too_many_addresses_the_one_that_has_failed_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users, "REMEMBERED", 3)
+    guessing = Guessing()
+    for host in ("192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.1", "192.0.2.4"):
+        guessing.failed(host)
+    assert list(guessing.failures) == ["192.0.2.3", "192.0.2.1", "192.0.2.4"]
+
+
+def test_an_address_may_fail_as_often_as_it_likes() -> None:
+    guessing = Guessing()
+    for _ in range(2000):
+        guessing.failed("192.0.2.1")
+    assert guessing.wait("192.0.2.1") == users.LONGEST_WAIT
 
 
 def test_only_so_many_hashes_are_computed_at_a_time(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
