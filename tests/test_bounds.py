@@ -74,7 +74,7 @@ PLACES: Dict[str, str] = {
     "resolver.py:LookUp.waiting": CLIENTS, "resolver.py:LookUps.named": FILLED, "resolver.py:LookUps.queue": CLIENTS,
     "resolver.py:LookUps.running": FILLED, "resolver.py:NO_SUCH_NAME": FIXED,
     "server.py:Socks5Server.ended": FILLED, "server.py:Socks5Server.handshakes": CLIENTS, "server.py:Socks5Server.hosts": CLIENTS,
-    "server.py:Socks5Server.listeners": FIXED, "server.py:Socks5Server.live": CLIENTS, "server.py:Socks5Server.news": FILLED,
+    "server.py:Socks5Server.listeners": FIXED, "server.py:Socks5Server.live": CLIENTS, "server.py:News.kinds": FILLED,
     "server.py:Socks5Server.relays": FIXED, "server.py:Socks5Server.udp_relays": CLIENTS, "server.py:is_loopback": FILLED,
     "service/banner.py:Tally.clients": FILLED, "service/banner.py:Tally.events": FIXED, "service/banner.py:Tally.failures": FILLED,
     "service/banner.py:Tally.octets": FILLED, "service/banner.py:WITH_A_LOGIN": FIXED,
@@ -300,12 +300,12 @@ def sessions_to_be_told_of(filling: Filling) -> Filled:
     return {"server.py:Socks5Server.ended": (size, 5 + 1 + 5)}      # and those that were at accept() by then
 
 
-@fills("server.py:Socks5Server.news")
+@fills("server.py:News.kinds")
 def kinds_of_trouble(filling: Filling) -> Filled:
     server = filling.get("start_server")()
     for number in range(3000):
-        server.is_news(f"kind {number}")
-    return {"server.py:Socks5Server.news": (len(server.news), 1001)}
+        server.left_out(f"kind {number}")
+    return {"server.py:News.kinds": (len(server.news.kinds), server_module.KINDS)}
 
 
 @fills("service/banner.py:Tally.clients", "service/banner.py:Tally.octets", "service/banner.py:Tally.failures")
@@ -452,6 +452,7 @@ OPENINGS: Dict[str, str] = {
     "service/remembering.py:Remembering.setup": "no descriptor: a conversation", "service/run.py:main": NOT_SERVING,
     "service/run.py:port_file": NOT_SERVING, "service/run.py:write_whole": NOT_SERVING,
     "service/selftest.py:test_bind": NOT_SERVING, "service/selftest.py:test_connect": NOT_SERVING, "service/selftest.py:test_udp_associate": NOT_SERVING,
+    "service/signals.py:has_terminal": NOT_SERVING,
     "service/wiretap.py:Caught.accept": FOR_COMMAND, "service/wiretap.py:OverheardRoute.socket": "the socket of another Route",
     "service/worker.py:SharedListener.call_until_all_have_gone": NOT_SERVING, "service/worker.py:WorkerServer.__init__": FOR_SERVER,
     "service/worker.py:WorkerServer.obey": FOR_SERVER, "service/worker.py:main": FOR_SERVER,
