@@ -26,7 +26,7 @@ import os
 import socket
 import socketserver
 import time
-from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Tuple, Type, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 from . import outbound, resolver, strangers
 from .datagrams import Association
@@ -118,12 +118,21 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     reserved = 0                    # descriptors beyond those of every client
     reported = False                # session_ended() has been called, or will soon be
 
+    def __init__(self, request: Any, client_address: Any, server: Any) -> None:
+        """As the base has it, but finish() follows a setup() that has failed, too: the client has a place to give back."""
+        self.request, self.client_address, self.server = request, client_address, server
+        self.session = Session(server.next_id(), Address.of(client_address))
+        try:
+            self.setup()
+            self.handle()
+        finally:
+            self.finish()
+
     def setup(self) -> None:
         # Not the base's rfile and wfile: a buffered file would swallow early data, and
         # after one timeout never be readable again.
         self.connection = self.request
         self.stream = ClientStream(self.connection)
-        self.session = Session(self.server.next_id(), Address.of(self.client_address))
         self.server.begin(self)
 
     def handle(self) -> None:

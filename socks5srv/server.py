@@ -421,15 +421,21 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             logger.info("%s%s", session, and_more(left_out), extra={"session": session, "left_out": left_out})
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """As the base does it, but the handler closes the socket itself, unless the relay thread has it by now."""
-        handler = None
+        """As the base does it, but a handler of ours closes the socket itself, unless the relay thread has it by now."""
         try:
             handler = self.RequestHandlerClass(request, client_address, cast(Any, self))
         except Exception:
             self.handle_error(request, client_address)
-        finally:
-            if not isinstance(handler, Socks5Handler):      # it has not come to that, or has raised
+            if not self.is_live(request):
                 self.shutdown_request(request)
+        else:
+            if not isinstance(handler, Socks5Handler):
+                self.shutdown_request(request)
+
+    def is_live(self, request: Any) -> bool:
+        """Whether there is a handler that has not finished with this connection."""
+        with self.lock:
+            return any(handler.request is request for handler in self.live.values())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """An exception that is nobody's answer is a bug: ours, or of an overridden method."""

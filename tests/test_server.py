@@ -715,3 +715,47 @@ def test_no_garbage_upsets_the_server(start_server, new_client, echo, users):
         client.greet()
     assert client.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
     exchange(client)
+
+
+# --- handlers that fail ---
+
+@pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
+def test_a_setup_that_fails_costs_its_client_and_no_place(early, start_server, new_client, echo, bugs):
+    """Of the three places each would keep one for ever."""
+    class Fragile(Socks5Handler):
+        failures = 0
+
+        def setup(self):
+            if not early:
+                super().setup()
+            if Fragile.failures < 10:
+                Fragile.failures += 1
+                raise ZeroDivisionError("a bug")
+            super().setup() if early else None
+
+    server = start_server(handler=Fragile, max_clients=3, max_per_client=3)
+    for _ in range(10):
+        assert new_client(server).rest() == b""
+        server.next_ended()
+    client = new_client(server)
+    client.connect(echo)
+    exchange(client)
+    assert (server.clients, dict(server.hosts), len(server.live)) == (1, {"127.0.0.1": 1}, 1)
+    assert len(bugs) == 10
+    bugs.clear()
+
+
+def test_a_handler_that_fails_when_its_tunnel_is_handed_over_does_not_take_it_along(start_server, new_client, echo, bugs):
+    class Careless(Socks5Handler):
+        def relay(self, target):
+            super().relay(target)
+            raise ZeroDivisionError("a bug")
+
+    server = start_server(handler=Careless)
+    client = new_client(server)
+    client.connect(echo)
+    eventually(lambda: bugs)
+    bugs.clear()
+    exchange(client)
+    client.close()
+    assert server.next_ended().event == "close"
