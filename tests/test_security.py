@@ -9,13 +9,15 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, List
 
 import pytest
 
-from socks5srv import server as server_module, users
-from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Method, ReplyCode, Request
+from socks5srv import descriptors, resolver, users
+from socks5srv import server as server_module
+from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request
 from socks5srv.handler import Socks5Handler
 from socks5srv.server import Socks5Server
 from socks5srv.service import options, run
@@ -227,6 +229,48 @@ def test_half_open_handshakes_do_not_keep_out_a_client_that_speaks(start_server:
     client = new_client(server)
     client.connect(echo)
     exchange(client)
+
+
+def test_no_client_uses_up_the_descriptors_of_the_server(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+    """With associations, which hold most; test_bounds.py has all there is to hold."""
+    monkeypatch.setattr(descriptors, "descriptor_limit", lambda: 100)
+    server = start_server()
+    first = new_client(server)
+    first.connect(echo)
+    replies = []
+    for _ in range(40):
+        client = new_client(server)
+        try:
+            replies.append(client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code)
+        except (ProtocolError, ConnectionError):
+            replies.append(None)            # turned away
+    assert ReplyCode.SUCCEEDED in replies
+    assert replies[-1] is not ReplyCode.SUCCEEDED
+    assert descriptors.descriptors.taken <= 100 - descriptors.RESERVED
+    exchange(first)
+
+
+@needs_neighbour
+def test_names_that_the_resolver_does_not_answer_leave_other_clients_theirs(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+    monkeypatch.setattr(resolver.look_ups, "most", 8)
+    monkeypatch.setattr(resolver.look_ups, "share", 2)
+    release = threading.Event()
+
+    class Silent(Socks5Handler):
+        def resolve(self, host: str) -> List[str]:
+            return [LOCALHOST] if host == "known.invalid" else list(map(str, [release.wait(30)][1:]))
+
+    server = start_server(handler=Silent)
+    for number in range(20):
+        client = new_client(server, source="127.0.0.2")
+        client.send(Greeting(b"\0"), Request(Command.CONNECT, name(f"{number}.dead.invalid", 80)))
+    eventually(lambda: len(resolver.look_ups.queue) == 18)
+    client = new_client(server)
+    client.connect(name("known.invalid", echo[1]))
+    exchange(client)
+    release.set()
+
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\x1b[2Jb", "a\u2028b", "a\u202eb", "x - - login-failed"])

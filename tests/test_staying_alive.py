@@ -33,7 +33,7 @@ from socks5srv.service.worker import Line, Orders, WorkerServer
 from socks5srv.service.workers import Workers, shared_memory
 from socks5srv.users import UsersFile, hash_password
 
-from .conftest import LOCALHOST, TIMEOUT, Client, eventually
+from .conftest import LOCALHOST, TIMEOUT, Client, eventually, server_threads
 from .failing import ERRORS, FailingCalls
 
 QUIET = 20          # turns in a row in which nothing new has been called: then all has failed
@@ -98,6 +98,9 @@ class Turns:
         except BaseException as error:
             self.error.append(error)
 
+    def close(self) -> None:
+        self.server.server_close()
+
     def turn(self, *arguments: Any) -> None:
         self.number += 1
         if self.number % 4 == 0:        # there is another users file to read
@@ -160,9 +163,10 @@ def survives(turns: Turns, log: ToNull, *functions: str) -> None:
     """It goes on, tells what has failed, and has really been asked to."""
     turns.go_on_until_all_has_failed(set(functions))
     assert any("bug" in message for message in log.records)
-    turns.server.server_close()
+    turns.close()
     turns.thread.join(TIMEOUT)
     assert not turns.error
+    eventually(lambda: not [thread for thread in server_threads() if thread.name == "socks5srv-conversation"])
 
 
 BOOKS = ("server.py:keep_books", "server.py:end_slow_handshakes", "users.py:refresh", "users.py:read_users", "handler.py:session_ended")
@@ -245,6 +249,10 @@ def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: ToNull, cl
             super().turn(*arguments)
             for message in messages:
                 server.attempt(server.do, message)
+
+        def close(self) -> None:
+            server.told_to_stop.set()
+            super().close()
 
     survives(
         Obeying(server, calls, Path(users.path)), log,
