@@ -407,5 +407,9 @@ def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
     host, port = sockaddr[:2]
     if "%" not in host:
         return sockaddr
+    try:
+        return Address.numeric(host, port).sockaddr     # as our own addresses have it while we serve
+    except ValueError:              # a name, for which the resolver opens a socket
+        pass
     rows = socket.getaddrinfo(ascii_form(host), port, socket.AF_INET6, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     return rows[0][4]

@@ -70,6 +70,14 @@ def test_it_listens_on_a_zone_by_name_and_by_number(link_local: LinkLocal, start
     assert Address.of(first.server_address).zoned == Address.of(more.addresses[1]).zoned == link_local.zoned
 
 
+def test_the_number_of_a_zone_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver would open a socket for that, which nobody has counted."""
+    monkeypatch.delattr(socket, "getaddrinfo")
+    assert outbound.with_scope(("fe80::1%7", 1080)) == ("fe80::1", 1080, 0, 7)
+    assert outbound.with_scope(("2001:db8::1", 1080)) == ("2001:db8::1", 1080)
+    assert outbound.with_scope(("fe80::1", 1080, 0, 7)) == ("fe80::1", 1080, 0, 7)
+
+
 def test_a_zone_that_there_is_not_cannot_be_listened_on(start_server: Any) -> None:
     with pytest.raises(OSError, match=r"not known|No such"):
         start_server(address=("fe80::1%no-such-if", 0))
