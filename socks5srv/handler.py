@@ -423,8 +423,9 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 failures.append(outbound.failure(error, address))
         if failures:
             raise outbound.most_telling(failures)
-        here = Address.of(self.connection.getsockname())
-        return self.server.route.source_towards(here) or here.zoned
+        here = Address.of(self.connection.getsockname()).zoned
+        sources = sorted(self.server.route.sources, key=lambda source: (":" in source) != (":" in here))
+        return sources[0] if sources else here      # of the family by which the client has come, if there is one
 
     def await_peer(self, listener: socket.socket, expected: List[Address], until: float) -> Tuple[socket.socket, Address]:
         """The first connection from an expected host.  Only the host is compared: the RFC's clients cannot know the port."""

@@ -80,11 +80,16 @@ class Route(NamedTuple):
         if self.source is None:
             return None
         is_ipv6 = address.address_type is AddressType.IPV6
-        for source in (self.source,) if isinstance(self.source, str) else self.source:
+        for source in self.sources:
             if (":" in source) == is_ipv6:
                 return source
         own, other = ("IPv6", "IPv4") if is_ipv6 else ("IPv4", "IPv6")
         raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is {own}, and --source has only an {other} address")
+
+    @property
+    def sources(self) -> Tuple[str, ...]:
+        """Our addresses to go out from, as far as they are given."""
+        return () if self.source is None else (self.source,) if isinstance(self.source, str) else self.source
 
 
 # Linux only, and the module socket has the name since Python 3.11.
