@@ -244,7 +244,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         do = getattr(self, DO[request.command], None)
         if do is None or request.command not in self.server.commands:
             raise RequestFailed(ReplyCode.COMMAND_NOT_SUPPORTED, f"{request.command.name} is switched off")
-        self.reserve(COMMANDS.get(request.command, 0))
+        if request.command in COMMANDS:
+            self.reserve(COMMANDS[request.command])
         do(request)
 
     def reserve(self, number: int) -> None:

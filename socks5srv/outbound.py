@@ -343,7 +343,8 @@ class Race:
     def close(self) -> None:
         for sock, _address in self.running.values():
             sock.close()
-        descriptors.give_back(self.beside)
+        if self.beside:
+            descriptors.give_back(self.beside)
 
 
 def is_its_own_peer(sock: socket.socket, address: Address) -> bool:

@@ -474,7 +474,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.handshakes.pop(handler.session.id, None)
             if isinstance(handler.carried, Association):
                 self.udp_relays.discard(handler.carried.bound)
-        descriptors.give_back(handler.reserved)
+        if handler.reserved:
+            descriptors.give_back(handler.reserved)
         self.session_over(handler)
 
     @property
