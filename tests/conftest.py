@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Type, TypeVar, Union
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from socks5srv.descriptors import descriptors as descriptors_of_servers
 from socks5srv.protocol import (
@@ -40,7 +40,7 @@ TIMEOUT = 10.0              # seconds after which something that was waited for 
 LOCALHOST = "127.0.0.1"
 
 # No database: its files have no place in the checkout.
-settings.register_profile("socks5srv", deadline=None, database=None, print_blob=True)
+settings.register_profile("socks5srv", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("socks5srv")
 
 T = TypeVar("T")

@@ -118,7 +118,6 @@ class Turns:
             assert time.monotonic() < until, f"there is no end: {self.calls.failed[-5:]}, {functions - set(self.calls.functions())}"
             assert self.thread.is_alive(), f"{self.calls.failed[-1]} has ended it: {self.error}"
             visit(self.server)
-        self.calls.stop()
 
 
 def visit(server: Any) -> None:
@@ -161,10 +160,13 @@ def options(*words: str) -> Any:
 
 def survives(turns: Turns, log: ToNull, *functions: str) -> None:
     """It goes on, tells what has failed, and has really been asked to."""
-    turns.go_on_until_all_has_failed(set(functions))
+    try:
+        turns.go_on_until_all_has_failed(set(functions))
+    finally:
+        turns.calls.stop()
+        turns.close()
+        turns.thread.join(TIMEOUT)
     assert any("bug" in message for message in log.records)
-    turns.close()
-    turns.thread.join(TIMEOUT)
     assert not turns.error
     eventually(lambda: not [thread for thread in server_threads() if thread.name == "socks5srv-conversation"])
 
