@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import queue
+import select
 import socket
 import socketserver
 import threading
@@ -447,6 +448,14 @@ def silent() -> Iterator[Callable[..., Tuple[str, int]]]:
             return listener.getsockname()[:2]
 
         yield make
+
+
+@pytest.fixture(params=["poll", "select"])
+def poll_or_select(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways in which a conversation waits: the second is that of Windows."""
+    if request.param == "select":
+        monkeypatch.delattr(select, "poll")
+    return str(request.param)
 
 
 @pytest.fixture

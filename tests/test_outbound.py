@@ -30,14 +30,6 @@ def soon(seconds=0.3):
     return time.monotonic() + seconds
 
 
-@pytest.fixture(params=["poll", "select"])
-def waiter(request, monkeypatch):
-    """Both ways of waiting: the second is that of Windows."""
-    if request.param == "select":
-        monkeypatch.delattr(select, "poll")
-    return request.param
-
-
 # --- M: errors to codes ---
 
 TABLE_M = {
@@ -113,7 +105,7 @@ def test_of_two_like_failures_the_first_is_reported():
 
 # --- waiting ---
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_waiting_tells_what_is_ready(connection):
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -125,7 +117,7 @@ def test_waiting_tells_what_is_ready(connection):
         assert list(outbound.wait({fd: READ}, connection, time.monotonic() - 1)) == [fd], "a deadline passed is a look"
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_waiting_ends_at_the_deadline(connection):
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -134,7 +126,7 @@ def test_waiting_ends_at_the_deadline(connection):
         assert 0.24 < time.monotonic() - began < within(1)
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_a_client_that_has_sent_ahead_or_ended_its_half_is_waited_with(pair):
     client, connection = pair
     client.sendall(b"early data")
@@ -145,7 +137,7 @@ def test_a_client_that_has_sent_ahead_or_ended_its_half_is_waited_with(pair):
     assert connection.recv(100) == b"early data"
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_the_client_itself_can_be_waited_for(pair):
     client, connection = pair
     assert outbound.wait({connection.fileno(): READ}, connection, soon(0.05)) == {}
@@ -211,7 +203,7 @@ def connect(addresses, connection, until=None, route=None):
     return outbound.connect([address_of(place) for place in addresses], route or Route(), connection, until or soon(TIMEOUT))
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_the_connection_is_one_to_an_address_that_answers(listen, refusing, connection):
     target = listen()
     sock, address = connect([target.getsockname()], connection)
@@ -226,7 +218,7 @@ def test_the_connection_is_one_to_an_address_that_answers(listen, refusing, conn
     assert caught.value.code is ReplyCode.CONNECTION_REFUSED
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_where_the_system_does_not_tell_at_once_a_refusal_is_found_out_later(monkeypatch, listen, refusing, connection):
     """On Linux a connection on the same computer stands, or does not, when it has been asked for twice."""
     monkeypatch.setattr(outbound, "begin_connecting", socket.socket.connect_ex)
@@ -240,7 +232,7 @@ def test_where_the_system_does_not_tell_at_once_a_refusal_is_found_out_later(mon
     assert caught.value.code is ReplyCode.CONNECTION_REFUSED
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_waiting_for_the_last_of_the_addresses_is_waiting_and_no_spinning(monkeypatch, silent, connection):
     waits, wait = [], outbound.wait
     monkeypatch.setattr(outbound, "wait", lambda *arguments: waits.append(arguments) or wait(*arguments))
@@ -250,7 +242,7 @@ def test_waiting_for_the_last_of_the_addresses_is_waiting_and_no_spinning(monkey
 
 
 @needs_neighbour
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_an_address_that_refuses_costs_the_next_one_no_time(listen, refusing, connection):
     target, dead = on_one_port(partial(listen, LOCALHOST), partial(refusing, "127.0.0.2"))
     began = time.monotonic()
@@ -261,7 +253,7 @@ def test_an_address_that_refuses_costs_the_next_one_no_time(listen, refusing, co
 
 
 @needs_neighbour
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 @pytest.mark.parametrize("dead", ["127.0.0.2", pytest.param("::1", marks=needs_ipv6)])
 def test_an_address_that_is_dead_costs_the_next_one_less_than_half_a_second(listen, silent, connection, dead):
     """RFC 8305: it goes on beside it after 250 ms."""
@@ -294,7 +286,7 @@ def test_an_address_has_its_time_before_the_next_one_starts(monkeypatch, silent,
 
 
 @needs_neighbour
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 @pytest.mark.parametrize(("places", "code"), [
     (["silent"], ReplyCode.TTL_EXPIRED),
     (["silent", "silent"], ReplyCode.TTL_EXPIRED),
@@ -528,7 +520,7 @@ def test_listening_is_on_a_free_port_of_this_address_and_never_blocks(host):
 
 # --- without poll(), from end to end ---
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_connect_and_bind_work_with_either_way_of_waiting(start_server, new_client, echo, refusing, silent):
     server = start_server(connect_timeout=1, bind_timeout=TIMEOUT)
     client = new_client(server)

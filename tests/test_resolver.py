@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import select
 import socket
 import threading
 import time
@@ -20,14 +19,6 @@ from .conftest import LOCALHOST, TIMEOUT, eventually, in_thread, set_reset, with
 
 def soon(seconds=0.3):
     return time.monotonic() + seconds
-
-
-@pytest.fixture(params=["poll", "select"])
-def waiter(request, monkeypatch):
-    """Both ways of waiting: the second is that of Windows."""
-    if request.param == "select":
-        monkeypatch.delattr(select, "poll")
-    return request.param
 
 
 @pytest.mark.parametrize(("host", "asked"), [
@@ -56,7 +47,7 @@ def test_the_resolver_reads_numbers_as_the_c_library_does(host):
     assert resolver.look_up(host, socket.AF_INET) == [LOCALHOST]
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_a_look_up_in_time_has_its_answer_or_its_error(connection):
     assert in_time(LookUp(lambda host: [host], "127.0.0.1"), connection, soon(TIMEOUT)) == ["127.0.0.1"]
 
@@ -86,7 +77,7 @@ def hanging():
     eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "socks5srv-lookup"])
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_a_look_up_that_takes_too_long_is_given_up(connection, hanging):
     """E5, and the deadline of CONNECT: nothing can cancel getaddrinfo()."""
     began = time.monotonic()
@@ -223,7 +214,7 @@ def test_an_impatient_look_up_without_a_place_is_an_error(look_ups, hanging, ans
     assert not look_ups.queue
 
 
-@pytest.mark.usefixtures("waiter")
+@pytest.mark.usefixtures("poll_or_select")
 def test_waiting_for_a_place_ends_at_the_deadline_and_leaves_the_queue(look_ups, hanging, answers, connection):
     for number in range(2):
         look_ups.begin(LookUp(hanging, f"{number}.invalid", "192.0.2.1"), answers.put)
