@@ -289,7 +289,7 @@ class Association:
                 self.conversation.look_up_of(address.host),
                 lambda answer: self.relay.call(lambda: self.resolved(header, address, answer, began)), patient=False,
             )
-        except OSError:
+        except (OSError, RequestFailed):
             del self.looking_up[header]
 
     def resolved(self, header: bytes, address: Address, answer: LookUp, began: float) -> None:

@@ -30,6 +30,8 @@ PIPE_ENDS = 2
 LOOK_UP = 2             # what the system's resolver may open: a file, or sockets to its servers
 WAIT = 1                # by which waiting for a look-up exceeds CLIENT: a socket pair, while there is no target yet
 
+USED_UP = "the descriptors of the proxy are used up (ulimit -n)"
+
 
 class Descriptors:
     """

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 from . import outbound, resolver, strangers
 from .datagrams import Association
-from .descriptors import COMMANDS, descriptors
+from .descriptors import COMMANDS, USED_UP, descriptors
 from .listener import OUT_OF, RETRY
 from .outbound import ClientGone
 from .protocol import (
@@ -52,7 +52,6 @@ M = TypeVar("M", Greeting, Credentials, Request)
 AUTH = {method: f"auth_{method.name}" for method in Method}
 DO = {command: f"do_{command.name}" for command in Command}
 
-NO_DESCRIPTORS = "the descriptors of the proxy are used up (ulimit -n)"
 LINGER = 1.0        # seconds that a refused client has to take its reply and hang up
 EARLY = 64 * 1024   # octets that a client may send ahead while BIND waits for its peer
 
@@ -251,7 +250,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def reserve(self, number: int) -> None:
         """Have so many more descriptors until the session ends; RequestFailed 01 if they are used up."""
         if not descriptors.take(number):
-            raise RequestFailed(ReplyCode.GENERAL_FAILURE, NO_DESCRIPTORS)
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, USED_UP)
         self.reserved += number
 
     def do_CONNECT(self, request: Request) -> None:

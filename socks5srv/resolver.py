@@ -16,13 +16,12 @@ Not here: how a name is spelled (names.py), and which of its addresses may be re
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import threading
 from collections import Counter
 from typing import Any, Callable, Counter as CounterType, Dict, List, Optional, Sequence
 
-from .descriptors import LOOK_UP, WAIT, descriptors
+from .descriptors import LOOK_UP, USED_UP, WAIT, descriptors
 from .names import ascii_form
 from .outbound import wait
 from .protocol import Address, ReplyCode, RequestFailed
@@ -95,7 +94,7 @@ class LookUps:
         """
         Have `answer` called, in another thread; the look-up that will do it, perhaps one that runs already.
 
-        OSError if there is no place and `patient` is false, or if the system lacks what it takes.
+        OSError if there is no place and `patient` is false, or no thread; RequestFailed 01 if there are no descriptors.
         """
         if look_up.name is not None and is_number(look_up.host):       # the resolver answers that at once
             look_up.ask()
@@ -135,9 +134,9 @@ class LookUps:
         return self.total < self.most and self.running[look_up.client] < self.share
 
     def start(self, look_up: LookUp) -> None:
-        """OSError if there is no thread, or no descriptor for what it opens."""
+        """OSError if there is no thread; RequestFailed 01 if there is no descriptor for what it opens."""
         if not descriptors.take(LOOK_UP):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, USED_UP)
         try:
             threading.Thread(target=self.run, args=(look_up,), name="socks5srv-lookup", daemon=True).start()
         except RuntimeError as error:
@@ -162,7 +161,7 @@ class LookUps:
     def start_late(self, look_up: LookUp) -> None:
         try:
             self.start(look_up)
-        except OSError as error:
+        except (OSError, RequestFailed) as error:
             look_up.error = error
             self.tell(look_up)
 
@@ -205,7 +204,7 @@ def in_time(look_up: LookUp, client: socket.socket, until: float) -> Sequence[st
     the look-up itself raises.
     """
     if not descriptors.take(WAIT):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise RequestFailed(ReplyCode.GENERAL_FAILURE, USED_UP)
     try:
         ours, theirs = socket.socketpair()
         with ours, theirs:

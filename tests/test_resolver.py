@@ -244,12 +244,12 @@ def test_a_look_up_that_cannot_start_when_its_turn_comes_is_a_failure(look_ups, 
     eventually(lambda: look_ups.queue)
     monkeypatch.setattr(resolver.descriptors, "room", 0)
     hanging.release.set()
-    with pytest.raises(OSError, match="open files"):
+    with pytest.raises(RequestFailed, match="used up"):
         waiting()
 
 
 def test_without_descriptors_to_be_had_a_look_up_is_a_failure(monkeypatch, connection):
     monkeypatch.setattr(resolver.descriptors, "room", 0)
-    with pytest.raises(OSError, match="open files") as caught:
+    with pytest.raises(RequestFailed, match="used up") as caught:
         in_time(LookUp(resolver.look_up, "localhost"), connection, soon(TIMEOUT))
-    assert failure(caught.value, "it").code is ReplyCode.GENERAL_FAILURE
+    assert caught.value.code is ReplyCode.GENERAL_FAILURE
