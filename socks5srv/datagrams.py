@@ -14,9 +14,9 @@ The one idea: a header already seen is not parsed again.  As octets it is the ke
 target, and a source's address is the key to the header of what it sends, so that a datagram
 costs two system calls and a look-up in a dict.
 
-The inner socket accepts datagrams from the client's host only; after the first good one from
-the client's port only, or a neighbour behind the same address could take the answers.  A client that
-has been silent for `SILENT` seconds may go on from another port.  On the outer side, only hosts that the client has written to are heard (on any
+The inner socket accepts datagrams from the client's host only: from the port that the client has
+named in its request, or else from that of the first good one, or a neighbour behind the same address could
+take the association, and its answers.  A client that has been silent for `SILENT` seconds may go on from another port.  On the outer side, only hosts that the client has written to are heard (on any
 port: a TFTP server answers from a new one).  A datagram that is wrong in any way is dropped
 in silence, as RFC 1928 section 7 asks, and costs nothing but itself.
 
@@ -133,12 +133,25 @@ class Association:
         connection.setblocking(False)
         self.control = Control(self, connection)
         try:
+            if self.named_port:
+                self.inner.expect(self.session.client._replace(port=self.named_port))
             self.relay.watch((connection, self.control, READ), (self.inner.socket, self.inner, READ))
             self.relay.call(lambda: self.relay.watch_idleness(self))
         except ValueError:              # it has been aborted already, and did not know this one
             connection.close()
         except OSError as error:        # so it is being, just now, or the system will not watch any more
             self.abort_soon(str(error))
+
+    @property
+    def named_port(self) -> int:
+        """
+        DST.PORT, where the client says that it sends from; 0 if it leaves that open, or is wrong about its own host.
+
+        A wrong host is behind a NAT, which gives it another port as well, or has written its target there.
+        """
+        destination = self.session.destination
+        named = destination.literal if destination is not None else None
+        return named.port if named is not None and named.host == self.client_host else 0
 
     def abort_soon(self, reason: str) -> None:
         """abort(), called in any thread."""
@@ -385,6 +398,11 @@ class Inner:
         self.locked = False
         self.receive: Callable[[memoryview], int] = self.receive_from_anyone
         self.send: Callable[[memoryview], int] = self.send_unlocked
+
+    def expect(self, client: Address) -> None:
+        """Hear this port only, from now on; if it is silent for long, any."""
+        self.heard_at = time.monotonic()
+        self.lock((client.host, client.port), client.sockaddr)
 
     def lock(self, source: SockAddr, sockaddr: SockAddr) -> None:
         """From now on the kernel keeps all others out."""

@@ -272,8 +272,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def do_UDP_ASSOCIATE(self, request: Request) -> None:
         """A relay for datagrams, which lives as long as this connection.  RFC 1928 section 7."""
-        # DST.ADDR, where the client will send from, is not looked at: behind NAT it is wrong,
-        # and many write zeros or nonsense.  The connection's own peer is the better witness.
+        # DST, where the client will send from, is taken at its word if it names the client's own host and a port.
+        # Behind NAT it is wrong, and many write zeros or nonsense: the connection's own peer is the better witness then.
         with outbound.reporting("UDP relay"):
             association = self.association()
         with association:       # closes it, unless it has been handed over

@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import ExitStack
 from io import BytesIO
-from typing import Any, Callable, ClassVar, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
 
@@ -307,6 +307,63 @@ def test_another_port_of_the_clients_host_is_not_heard_after_the_first_datagram(
     client.echo(target)
     neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
     client.echo(target)
+
+
+class Naming:
+    """A client that names the port it will send from; it has taken it before it asks."""
+
+    def __init__(self, server: Any, new_client: Any, sock: UdpSocket, host: str = "", kind: Optional[AddressType] = None) -> None:
+        asked = Address.numeric(host or sock.address.host, sock.address.port)
+        reply = new_client(server).ask(Command.UDP_ASSOCIATE, asked if kind is None else asked._replace(address_type=kind))
+        assert reply.code is ReplyCode.SUCCEEDED
+        self.socket, self.relay = sock, reply.bound
+
+    def echo(self, target: UdpSocket) -> None:
+        self.socket.send(bytes(Datagram(target.address, b"mine")), self.relay)
+        octets, proxy = target.receive()
+        assert octets == b"mine"
+        target.send(b"answer", proxy)
+        assert self.socket.receive()[0] == bytes(Datagram(target.address, b"answer"))
+
+
+@pytest.mark.usefixtures("waiter")
+@pytest.mark.parametrize("kind", [None, AddressType.DOMAINNAME])
+@pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
+def test_if_the_client_has_named_its_port_only_that_one_is_heard_from_the_beginning(
+        host: str, kind: Optional[AddressType], start_server: Any, new_client: Any, new_socket: Any) -> None:
+    mine, neighbour, target = new_socket(host), new_socket(host), new_socket(host)
+    client = Naming(start_server(address=(host, 0)), new_client, mine, kind=kind)
+    neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.echo(target)
+
+
+def test_what_a_neighbour_has_sent_before_the_named_port_was_locked_is_not_heard(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, new_socket: Any) -> None:
+    mine, neighbour, target = new_socket(), new_socket(), new_socket()
+    expect = datagrams.Inner.expect
+
+    def late(inner: datagrams.Inner, client: Address) -> None:
+        neighbour.send(bytes(Datagram(target.address, b"forged")), inner.association.bound)
+        expect(inner, client)
+
+    monkeypatch.setattr(datagrams.Inner, "expect", late)
+    Naming(start_server(), new_client, mine).echo(target)
+
+
+@needs_neighbour
+def test_a_port_that_is_named_with_another_host_locks_nothing(start_server: Any, new_client: Any, new_socket: Any) -> None:
+    named, sends, target = new_socket(), new_socket(), new_socket()
+    client = Naming(start_server(), new_client, named, host="127.0.0.2")
+    client.socket = sends
+    client.echo(target)
+
+
+def test_a_client_that_does_not_use_the_port_it_has_named_is_heard_after_a_while(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams, "SILENT", 0.05)
+    mine, moved, target = new_socket(), new_socket(), new_socket()
+    client: Any = Naming(start_server(), new_client, mine)
+    eventually(lambda: is_heard(moved, client, target))
 
 
 def is_heard(sender: UdpSocket, client: UdpClient, target: UdpSocket) -> bool:

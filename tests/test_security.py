@@ -202,6 +202,32 @@ def test_a_stranger_cannot_use_or_answer_a_clients_udp_association(start_server:
             sock.close()
 
 
+def test_an_association_belongs_to_the_port_that_its_client_has_named(start_server: Any, new_client: Any) -> None:
+    """With a login, another program of the same computer is a stranger as well."""
+    import socket
+
+    server = start_server(users={"anna": "sesame"})
+    made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
+    client, target, stranger = made
+    try:
+        for sock in made:
+            sock.bind((LOCALHOST, 0))
+            sock.settimeout(10)
+        control = new_client(server)
+        control.greet(Method.USERNAME_PASSWORD)
+        control.login("anna", "sesame")
+        relay = control.request(Command.UDP_ASSOCIATE, client.getsockname()).bound
+        stranger.sendto(bytes(Datagram(Address.of(target.getsockname()), b"stolen")), relay[:2])
+        client.sendto(bytes(Datagram(Address.of(target.getsockname()), b"mine")), relay[:2])
+        octets, proxy = target.recvfrom(100)
+        assert octets == b"mine"
+        target.sendto(b"answer", proxy)
+        assert client.recv(100).endswith(b"answer")
+    finally:
+        for sock in made:
+            sock.close()
+
+
 def test_no_input_makes_a_thread_raise(start_server: Any, new_client: Any) -> None:
     """A storm of garbage; the fixture fails on anything that handle_error() has been called for."""
     dice = random.Random(1928)

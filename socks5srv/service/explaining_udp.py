@@ -80,7 +80,7 @@ class OverheardAssociation(Association):
             if host != self.client_host:
                 return f"Dropped: it comes from {host}, and the client is {self.client_host}."
             if self.inner.locked and self.inner.client != (host, source[1]):
-                return f"Dropped: it comes from port {source[1]}, and the first one came from another."
+                return f"Dropped: it comes from port {source[1]}, and the client sends from another."
         length = header_length(memoryview(octets))
         if not 0 < length <= len(octets):
             return "Dropped: its header cannot be read."

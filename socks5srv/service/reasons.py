@@ -60,7 +60,7 @@ WRONG = "wrong name or password"
 def about_request(request: Request, by_name: bool) -> List[str]:
     """Who looks the name up; `by_name` if it is left to an upstream."""
     if request.command is Command.UDP_ASSOCIATE:
-        return ["DST.ADDR and DST.PORT are where the client will send from, as far as it knows. This proxy does not rely on them."]
+        return ["DST.ADDR and DST.PORT are where the client will send from, as far as it knows. This proxy relies on them only where they name the client's own address and a port."]
     if request.destination.literal is not None:
         if request.destination.address_type is AddressType.DOMAINNAME:
             return []
