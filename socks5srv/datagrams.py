@@ -38,7 +38,7 @@ from . import outbound
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
 from .relay import READ, Relay, broken
 from .resolver import NO_SUCH_NAME, LookUp, look_ups
-from .session import Session
+from .session import Session, word
 
 logger = logging.getLogger("socks5srv")
 
@@ -341,7 +341,7 @@ class Association:
         """A name that does not exist any more leads nowhere; other failures change nothing for an address in use."""
         missing = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
         if not isinstance(error, (OSError, ValueError, RequestFailed)):
-            logger.error("a bug, met while looking up %s", address, exc_info=error)
+            logger.error("a bug, met while looking up %s", word(str(address)), exc_info=error)
         if missing:
             self.targets.pop(header, None)
         if header not in self.targets:

@@ -17,7 +17,7 @@ from .protocol import (
     COMMANDS, CREDENTIALS_VER, REPLY_CODES, VER, Address, AddressType, Command, Credentials, CredentialsReply,
     Datagram, Greeting, Message, Method, MethodSelection, Reply, ReplyCode, Request, Socks5Error, read_name,
 )
-from .session import shown
+from .session import shown, word
 
 Meaning = Tuple[bytes, str]
 
@@ -110,7 +110,7 @@ def spaced(octets: bytes) -> str:
 
 def plain(text: str) -> str:
     """In ASCII, and with whatever could forge a line escaped; blanks too, which wrapping would change."""
-    return shown(text).encode("ascii", "backslashreplace").decode().replace(" ", "\\x20")
+    return word(text).encode("ascii", "backslashreplace").decode()
 
 
 def name_text(octets: bytes) -> str:
@@ -132,8 +132,8 @@ def brief(text: object) -> str:
 
 
 def plain_sentence(text: str) -> str:
-    """A sentence that somebody else has made: like plain(), but with its blanks."""
-    return trimmed(plain(text).replace("\\x20", " "), 240)
+    """A sentence that somebody else has made: like plain(), but with its blanks, though not those of what it quotes."""
+    return trimmed(shown(text).encode("ascii", "backslashreplace").decode(), 240)
 
 
 # --- what the octets of a box mean ---

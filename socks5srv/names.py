@@ -29,6 +29,11 @@ ASCII = re.compile(r"[a-z0-9._\-]*")    # that a name may have; a colon or a % w
 LABEL_MAX, NAME_MAX = 63, 253       # octets, without the dot at the end; RFC 1035 section 2.3.4
 
 
+def quoted(text: object) -> str:
+    """Text or octets from the wire, for a sentence: as Python writes them, but without blanks, which would forge columns of a log line."""
+    return repr(text).replace(" ", "\\x20")
+
+
 @lru_cache(maxsize=256)     # a long list asks for the same name again and again
 def normal(name: str) -> str:
     """A name as it is compared: in ASCII and lower case, without the dot at its end."""
@@ -73,18 +78,18 @@ def spelled(name: str) -> str:
     dot = "." if name.endswith(".") else ""
     octets = ".".join(map(spelled_label, name[:len(name) - len(dot)].split(".")))
     if len(octets) > NAME_MAX:
-        raise UnicodeError(f"{name!r} has more than {NAME_MAX} octets in ASCII")
+        raise UnicodeError(f"{quoted(name)} has more than {NAME_MAX} octets in ASCII")
     return octets + dot
 
 
 def spelled_label(label: str) -> str:
     octets = "".join(letter for letter in label if letter.isascii())
     if not ASCII.fullmatch(octets) or not label.translate(JOINERS).isprintable():
-        raise UnicodeError(f"{label!r} has what no name has")
+        raise UnicodeError(f"{quoted(label)} has what no name has")
     if not label.isascii():
         if label.startswith("xn--"):
-            raise UnicodeError(f"{label!r} is half spelled already")
+            raise UnicodeError(f"{quoted(label)} is half spelled already")
         label = "xn--" + label.encode("punycode").decode("ascii")
     if not 0 < len(label) <= LABEL_MAX:
-        raise UnicodeError(f"{label!r} is no label: it has 1 to {LABEL_MAX} octets")
+        raise UnicodeError(f"{quoted(label)} is no label: it has 1 to {LABEL_MAX} octets")
     return label

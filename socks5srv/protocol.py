@@ -34,7 +34,7 @@ from ipaddress import IPv6Address, ip_address
 from operator import attrgetter
 from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple
 
-from .names import JOINERS
+from .names import JOINERS, quoted
 
 VER = 5                     # of every message but the two of RFC 1929
 CREDENTIALS_VER = 1         # of those two: the version of the sub-negotiation, not of SOCKS
@@ -398,10 +398,10 @@ def read_name(octets: bytes) -> str:
     try:
         name = octets.decode()
     except UnicodeDecodeError as error:
-        raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that is no text: {octets!r}") from error
+        raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that is no text: {quoted(octets)}") from error
     if (NAME.fullmatch(name) and (name.isprintable() or name.translate(JOINERS).isprintable())) or is_ipv6(without_brackets(name)):
         return name
-    raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that cannot exist: {name!r}")
+    raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that cannot exist: {quoted(name)}")
 
 
 def is_ipv6(text: str) -> bool:
@@ -510,7 +510,7 @@ class Credentials(Message):
         return [
             Field("VER", octet(CREDENTIALS_VER), CREDENTIALS_VER),
             Field("ULEN", uname[:1], uname[0]),
-            Field("UNAME", self.username, repr(self.username)[2:-1]),
+            Field("UNAME", self.username, quoted(self.username)[2:-1]),
             Field("PLEN", passwd[:1], passwd[0], secret=True),
             Field("PASSWD", self.password, "", secret=True),
         ]

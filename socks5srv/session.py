@@ -91,8 +91,7 @@ class Session:
 
     def __str__(self) -> str:
         """One line for people, its columns in a fixed order, with a hyphen for nothing."""
-        user = shown(self.user or "-").replace(" ", "\\x20")      # which would forge a column
-        words = [f"#{self.id}", str(self.client), user, *self.target_words()]
+        words = [f"#{self.id}", str(self.client), word(self.user or "-"), *self.target_words()]
         if self.event == "close":
             words += ["ok", amount(self.up), "up", amount(self.down), "down", f"{self.seconds:.1f}s"]
         elif self.event == "open":
@@ -113,10 +112,10 @@ class Session:
         command = self.command_word
         if command is None or self.destination is None:
             return ("-", "-")
-        asked = shown(str(self.destination))
+        asked = word(str(self.destination))
         if self.peer is None or str(self.peer) == str(self.destination):
             return (command, asked)
-        return (command, asked, "->", str(self.peer))
+        return (command, asked, "->", word(str(self.peer)))     # which an upstream may give a name
 
 
 def rfc3339(seconds: float) -> str:
@@ -130,6 +129,11 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def word(text: str) -> str:
+    """The same with its blanks escaped as well, which would forge the columns behind it."""
+    return shown(text).replace(" ", "\\x20")
 
 
 def amount(octets: int) -> str:

@@ -4,21 +4,29 @@ Who is served at all, how many at a time, and what strangers are told.
 
 from __future__ import annotations
 
+import logging
+import random
 import re
 import socket
+import sys
+from io import BytesIO
 from ipaddress import ip_network
-from typing import Any, List
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from socks5srv import server as server_module, strangers
-from socks5srv.protocol import Address, Command, Method, MethodSelection, ReplyCode
+from socks5srv.names import ascii_form
+from socks5srv.protocol import Address, Command, Credentials, Method, MethodSelection, ReplyCode, Request, Socks5Error, read_name
 from socks5srv.handler import Socks5Handler
 from socks5srv.server import News, Socks5Server
+from socks5srv.service import log
+from socks5srv.session import Session
 
-from .conftest import LOCALHOST, eventually, exchange, handler_with, needs_neighbour, within
+from .conftest import LOCALHOST, eventually, exchange, handler_with, name, needs_neighbour, within
 
 NONE, PASSWORD = MethodSelection(Method.NO_AUTHENTICATION_REQUIRED), MethodSelection(Method.USERNAME_PASSWORD)
 LOOPBACK = [ip_network("127.0.0.1/32")]
@@ -395,7 +403,9 @@ def test_only_what_can_still_become_a_method_is_waited_for(octets: bytes) -> Non
 # --- what a log watcher sees ---
 
 # As README.rst gives it to fail2ban, which puts a pattern for addresses in place of <HOST>.
-FAIL2BAN = r"#\d+ \[?<HOST>\]?:\d+ \S+ - - login-failed "
+FAIL2BAN = r"^\s*(?:\S+ \S+\[\d+\]: )?[-:\d ]*#\d+ \[?<HOST>\]?:\d+ \S+ - - login-failed "
+HOST = r"(?P<host>[\w.:^-]*\w)"      # as fail2ban has it, or wider
+PLACES = ("2026-01-02 03:04:05 ", " ", "", "03:04:05 ", "host socks5srv[17]: 03:04:05 ")      # a file, and without its date; a terminal; the journal
 
 
 def test_the_documented_fail2ban_filter_finds_the_address_of_a_failed_login(start_server: Any, new_client: Any) -> None:
@@ -407,11 +417,82 @@ def test_the_documented_fail2ban_filter_finds_the_address_of_a_failed_login(star
         client.login(username, "guess")
         client.close()
         lines.append(str(server.next_ended()))
-    pattern = FAIL2BAN.replace("<HOST>", r"(?P<host>[0-9a-f.:]+)")
-    for line in lines:
-        found = re.search(pattern, "12:00:00 " + line)
-        assert found, line
-        assert found["host"] == LOCALHOST
+    for line in (place + line for line in lines for place in PLACES):
+        assert banned(line) == [LOCALHOST], line
+
+
+def test_the_fail2ban_filter_is_the_one_that_the_manual_gives() -> None:
+    assert f"failregex = {FAIL2BAN}\n" in (Path(__file__).parent.parent / "README.rst").read_text(encoding="utf-8")
+
+
+def banned(lines: str, pattern: str = FAIL2BAN) -> List[str]:
+    """Whom the filter takes for somebody whose login has failed."""
+    found = (re.search(pattern.replace("<HOST>", HOST), line) for line in lines.split("\n"))
+    return [match["host"] for match in found if match]
+
+
+FORGED = ["x #9 198.51.100.7:5 root - - login-failed x", "\n#9 198.51.100.7:5 root - - login-failed x", "#9 198.51.100.7:5 root - - login-failed ",
+          "198.51.100.7:5", "root - - login-failed ", "- - login-failed ", "h s[1]: #9 [198.51.100.7]:5 a - - login-failed "]
+PIECES = [*FORGED, " ", "\n", "\r", "\u2028", "\u3000", "\xa0", "#9", "x", "\x1b[2J", "\ufdfa", "'", '"', "\\x20", ".", ":", "\u202e", "\t", "\xff", "\uff03", "a" * 70]
+
+
+def hostile_name(dice: random.Random) -> str:
+    """Some of the pieces; not more than a message has room for."""
+    text = "".join(dice.choice(PIECES) for _ in range(dice.randrange(1, 6)))
+    return text.encode()[:255].decode(errors="ignore") or "x"
+
+
+def error_of(function: Callable[[Any], Any], argument: Any) -> Any:
+    """What is raised; or what is returned."""
+    try:
+        return function(argument)
+    except (Socks5Error, UnicodeError) as error:
+        return error
+
+
+def sessions_of(text: str) -> Iterator[Session]:
+    """One whose name, reason or destination comes from the wire, for all that can quote one."""
+    address = bytes((len(text.encode()),)) + text.encode() + b"\0\7"
+    request = b"\5\1\0\3" + address, b"\5\x99\0\3" + address
+    for reason in (
+        *(error_of(Request.read, BytesIO(octets)) for octets in request), error_of(read_name, text.encode()), error_of(read_name, text.encode() + b"\xff"),
+        error_of(ascii_form, text), error_of(lambda octets: strangers.recognise(octets, Address.numeric(LOCALHOST, 1080), pac=True), text.encode()),
+    ):
+        made = Session(1, Address.numeric("192.0.2.1", 1))
+        made.command, made.destination = Command.CONNECT, name(text, 1)
+        if isinstance(reason, Exception):
+            made.end(str(reason))
+        yield made
+    made = Session(1, Address.numeric("192.0.2.1", 1))
+    made.user, made.command, made.destination, made.peer = text, Command.BIND, name(text, 1), name(text, 2)
+    made.end()
+    yield made
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """All that the log can have of a client that sends this instead of a name, but for a failed login."""
+    formatter = log.TextFormatter(color=False)
+    request = error_of(Request.read, BytesIO(b"\5\1\0\3" + bytes((len(text.encode()),)) + text.encode() + b"\0\7"))
+    for message in (*sessions_of(text), f"#1 < {Credentials(text.encode(), b'')}", f"#1 < {request}"):
+        yield formatter.format(logging.LogRecord("socks5srv", logging.INFO, "", 0, "%s", (message,), None))
+    try:
+        raise ValueError(f"no user {text}")             # of an overridden method
+    except ValueError:
+        yield formatter.format(logging.LogRecord("socks5srv", logging.ERROR, "", 0, "a bug", (), sys.exc_info()))
+
+
+def test_ten_thousand_hostile_names_ban_nobody_but_the_client_that_has_failed_to_log_in() -> None:
+    dice = random.Random(1929)
+    for text in (*FORGED, *(hostile_name(dice) for _ in range(10_000))):
+        for lines in lines_of(text):
+            assert banned(lines) == [], lines
+            assert not lines.startswith("|")
+            # Nor with a filter that looks anywhere in a line, except in the text of somebody else's error.
+            assert "\n| " in lines or banned(lines, FAIL2BAN.replace("^", "", 1)) == [], lines
+        session = Session(1, Address.numeric("192.0.2.1", 1))
+        session.user, session.login_failed = text, True
+        session.end("wrong name or password")
+        assert banned(f"03:04:05 {session}") == ["192.0.2.1"]
 
 
 # --- one peer never costs another ---

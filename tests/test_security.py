@@ -17,7 +17,7 @@ import pytest
 
 from socks5srv import descriptors, resolver, users
 from socks5srv import server as server_module
-from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request
+from socks5srv.protocol import UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name
 from socks5srv.handler import Socks5Handler
 from socks5srv.server import Socks5Server
 from socks5srv.service import options, run
@@ -302,10 +302,16 @@ def test_names_that_the_resolver_does_not_answer_leave_other_clients_theirs(
 @pytest.mark.parametrize("text", ["a\nb", "a\x1b[2Jb", "a\u2028b", "a\u202eb", "x - - login-failed"])
 def test_names_from_the_wire_cannot_forge_a_log_line(text: str) -> None:
     session = Session(1, Address.numeric(LOCALHOST, 1))
-    session.user, session.command, session.destination = text, Command.CONNECT, name(text.replace(" ", ""), 80)
-    session.end(text)
+    session.user, session.command, session.destination = text, Command.CONNECT, name(text, 80)
+    with pytest.raises(RequestFailed) as refused:
+        read_name(text.encode())
+    session.end(str(refused.value))
+    columns = str(session).split(" ")
     assert str(session).isprintable()
-    assert str(session).split(" ")[3] == "connect"
+    assert columns[3] == "connect"
+    assert columns[5:7] == ["failed", "a"]
+    assert columns[-1].startswith("'")
+    assert " " not in str(Credentials(text.encode(), b"")).partition("UNAME=")[2].partition(" PLEN=")[0]
 
 
 def test_a_stranger_cannot_fill_the_log_and_what_is_left_out_is_counted(

@@ -22,7 +22,7 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 from ..relay import Tunnel
 from ..handler import Socks5Handler
-from ..session import COMMAND_WORDS, amount, shown
+from ..session import COMMAND_WORDS, amount, word
 from .banner import counted
 from .options import show
 from .run import ServiceServer
@@ -102,7 +102,7 @@ def row(handler: Socks5Handler) -> Tuple[str, ...]:
     command = COMMAND_WORDS[session.command] if session.command is not None else "-"
     target = " ".join(session.target_words()[1:])
     return (
-        f"#{session.id}", str(session.client), shown(session.user or "-"), command, target, amount(up), amount(down),
+        f"#{session.id}", str(session.client), word(session.user or "-"), command, target, amount(up), amount(down),
         f"{time.monotonic() - session.clock:.1f}",
     )
 

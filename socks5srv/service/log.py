@@ -17,7 +17,7 @@ import time
 from logging.handlers import WatchedFileHandler
 from typing import Any, Dict, TextIO
 
-from ..session import Session, rfc3339
+from ..session import Session, rfc3339, shown
 from .options import complain
 
 COLORS = {"failed": "31", "login_failed": "31", "no_acceptable_method": "31", "bad_protocol": "31", "denied": "33", "open": "2"}
@@ -38,7 +38,8 @@ class TextFormatter(logging.Formatter):
         level = "" if record.levelno == logging.INFO or hasattr(record, "session") else record.levelname + " "
         line = f"{clock} {level}{record.getMessage()}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            # An error may quote the wire, line ends and all: none of its lines may begin like one of the log's own.
+            line += "".join(f"\n| {shown(each)}" for each in self.formatException(record.exc_info).splitlines())
         session = getattr(record, "session", None)
         code = COLORS.get(session.event) if isinstance(session, Session) else None
         return f"\x1b[{code}m{line}\x1b[0m" if self.color and code else line

@@ -34,7 +34,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, Optional, Set, Tuple
 from .. import __version__
 from ..descriptors import descriptors
 from ..protocol import Address, ReplyCode
-from ..session import COMMAND_WORDS, rfc3339
+from ..session import COMMAND_WORDS, rfc3339, word
 from .banner import in_url
 from .figures import Figures, Report, WatchedServer
 
@@ -350,7 +350,7 @@ class Handler(BaseHTTPRequestHandler):
         return "socks5srv"
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        logger.debug("status page: " + format, *arguments)
+        logger.debug("status page: " + format, *(word(each) if isinstance(each, str) else each for each in arguments))
 
 
 class HttpServer(HTTPServer):

@@ -284,6 +284,31 @@ def test_a_hostile_user_cannot_forge_a_line(words: str, start: Callable[..., Any
     assert not any(line.startswith("00:00:00 #7") for line in service.stderr.splitlines())
 
 
+FORGED = "x #9 198.51.100.7:5 root - - login-failed x"
+
+
+def test_blanks_from_the_wire_are_escaped_in_every_line_that_quotes_them(start: Callable[..., Any], new_client: Callable[..., Client]) -> None:
+    """A name that cannot exist, a user's before the login, and what the status page is asked for."""
+    service = start("-vv", "-u", "anna:sesame", "--status", "0")
+    page = service.wait_for("status=").split("status=")[1]
+    host, port = re.findall(r"//([0-9.]+):(\d+)/", page)[0]
+    for path in (f"/{FORGED}", f"/{FORGED}\t", "/status.json"):
+        with new_client((host, int(port))) as client:
+            client.send(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            client.rest()
+    for username, password in ((FORGED, "guess"), ("anna", "sesame")):
+        with new_client(service) as client:
+            client.greet(Method.USERNAME_PASSWORD)
+            client.login(username, password)
+            client.send(b"\x05\x01\x00\x03" + bytes([len(FORGED)]) + FORGED.encode() + b"\x00\x50")
+            client.rest()
+    service.wait_for("failed(04)")
+    service.stop()
+    assert service.stderr.count("198.51.100.7:5") >= 4
+    assert " 198.51.100.7" not in service.stderr
+    assert "GET\\x20/status.json\\x20HTTP/1.0" in service.stderr
+
+
 @pytest.mark.parametrize("name", [b"a\x1b[2J.example", b"a\n.example", b"a\xff\xfe", b"a b.example"])
 def test_a_name_that_cannot_exist_is_refused_and_escaped(
     name: bytes, start: Callable[..., Any], new_client: Callable[..., Client],
