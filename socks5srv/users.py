@@ -2,7 +2,7 @@
 Who may log in: names and passwords, and how guessing is slowed down.
 
 Three ideas.  *Right and wrong take the same time*, for known names and unknown ones, so that
-a stopwatch learns nothing.  *A hash is slow, so a login that was right is remembered*, as a
+a stopwatch learns nothing (as long as the hashes of a file cost the same).  *A hash is slow, so a login that was right is remembered*, as a
 keyed digest in memory: a SOCKS client logs in anew for every connection, and a page opens
 dozens.  And *whoever guesses has to wait*, longer each time but never for good, or anyone
 could lock out the owner of a name.
@@ -24,12 +24,15 @@ import stat
 import threading
 import time
 from collections import OrderedDict
+from operator import attrgetter
 from typing import Dict, Mapping, NamedTuple, Optional, Set, Tuple
 
 logger = logging.getLogger("socks5srv")
 
 SCRYPT = (2 ** 14, 8, 1)        # n, r, p: 16 MiB and some 50 ms, which a guesser pays for each guess
 PBKDF2 = 600_000                # rounds, where there is no scrypt; some 150 ms
+SCRYPT_SECONDS = 0.05 / (2 ** 14 * 8)   # for each n * r * p, as fast as computers are; to compare costs with
+PBKDF2_SECONDS = 0.15 / 600_000         # for each round
 SALT = 16                       # octets
 AT_ONCE = min(4, os.cpu_count() or 1)   # hashes computed at a time: 16 MiB each, and cores are few
 
@@ -77,7 +80,7 @@ class UsersFile(Users):
         self.computing = threading.BoundedSemaphore(AT_ONCE)
         self.key = os.urandom(32)
         self.seen: Optional[Tuple[int, ...]] = self.signature()     # None: read it again, whatever it is
-        self.hashes = read_users(path)
+        self.have(read_users(path))
         self.verified: Dict[str, bytes] = {}    # a keyed digest of the right password, by name
 
     def __len__(self) -> int:
@@ -89,7 +92,7 @@ class UsersFile(Users):
         if hmac.compare_digest(self.verified.get(username, b""), digest):
             return True
         with self.computing:
-            right = verify(password, known or self.nobody())
+            right = verify(password, known or self.nobody)
         if right and known is not None:
             with self.lock:
                 if self.hashes.get(username) != known:      # changed, or removed, meanwhile
@@ -98,13 +101,24 @@ class UsersFile(Users):
                 return True
         return False
 
-    def nobody(self) -> str:
-        """A hash to compare an unknown user's password with, which takes as long as the others."""
-        example = next(iter(self.hashes.values()), None) or hash_password("")
-        return str(Hash.parse(example)._replace(digest=os.urandom(32)))
+    def have(self, hashes: Dict[str, str]) -> None:
+        """Let these users in, and compare the password of any other name with a hash that takes as long as the dearest of theirs."""
+        parsed = [Hash.parse(hash) for hash in hashes.values()] or [Hash.blank()]
+        dearest = max(parsed, key=attrgetter("seconds"))
+        self.hashes = hashes
+        self.nobody = str(dearest._replace(digest=os.urandom(len(dearest.digest))))
+        self.uneven = any(hash.seconds != dearest.seconds for hash in parsed)      # and that is still to be told of
+
+    def tell_if_uneven(self) -> None:
+        """Once for each version of the file, and not before it is in use: the log may not be set up when it is read."""
+        if self.uneven:
+            self.uneven = False
+            logger.warning("the hashes in %s cost more or less, so the time that a login takes tells who is a user: make the "
+                           "cheaper ones anew with --hash-password", self.path)
 
     def refresh(self) -> Set[str]:
         """Read the file again if it has changed."""
+        self.tell_if_uneven()
         signature = self.signature()
         if signature == self.seen:
             return set()
@@ -120,13 +134,14 @@ class UsersFile(Users):
             return set()
         gone = self.replace(hashes)
         logger.info("%d users read from %s", len(hashes), self.path)
+        self.tell_if_uneven()
         return gone
 
     def replace(self, hashes: Dict[str, str]) -> Set[str]:
         """Have these users instead; those that are none any more, or have another password."""
         with self.lock:
             gone = {name for name, hash in self.hashes.items() if hashes.get(name) != hash}
-            self.hashes = hashes
+            self.have(hashes)
             for name in gone:
                 self.verified.pop(name, None)
         return gone
@@ -195,6 +210,20 @@ class Hash(NamedTuple):
             raise ValueError("this HASH takes too little or too much to compute; make it anew with --hash-password")
         return found
 
+    @classmethod
+    def blank(cls) -> Hash:
+        """A hash as new ones are, but of no password."""
+        method, cost = ("scrypt", SCRYPT) if hasattr(hashlib, "scrypt") else ("pbkdf2_sha256", (PBKDF2,))
+        return cls(method, cost, os.urandom(SALT), bytes(32))
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes to compute: the work is known, so that equal costs are equal here on any computer."""
+        if self.method == "pbkdf2_sha256":
+            return self.cost[0] * PBKDF2_SECONDS * -(-len(self.digest) // 32)      # once for every 32 octets of it
+        n, r, p = self.cost
+        return n * r * p * SCRYPT_SECONDS
+
     @property
     def affordable(self) -> bool:
         """Whether it can be computed here, and is worth it."""
@@ -223,8 +252,7 @@ class Hash(NamedTuple):
 
 def hash_password(password: str) -> str:
     """A new hash, as a users file has it."""
-    method, cost = ("scrypt", SCRYPT) if hasattr(hashlib, "scrypt") else ("pbkdf2_sha256", (PBKDF2,))
-    blank = Hash(method, cost, os.urandom(SALT), bytes(32))
+    blank = Hash.blank()
     return str(blank._replace(digest=blank.of(password)))
 
 

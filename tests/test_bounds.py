@@ -97,7 +97,7 @@ PLACES: Dict[str, str] = {
     "service/status.py:FILES": FIXED, "service/status.py:HEADERS": FIXED,
     "service/status.py:HttpServer.connections": "WATCHERS and REQUESTS; test_status.py fills it", "service/status.py:HttpServer.threads":
     "of HttpServer.connections", "service/status.py:Pulse.history": "a deque with a length",
-    "service/worker.py:HandedUsers.gone": USERS, "service/worker.py:HandedUsers.hashes": USERS, "service/worker.py:HandedUsers.verified": USERS,
+    "service/worker.py:HandedUsers.gone": USERS, "service/worker.py:HandedUsers.verified": USERS,
     "service/worker.py:Line.incoming": "one message, and what one recv() brings", "service/worker.py:Line.outgoing": FILLED,
     "service/worker.py:Orders.failures": "what Guessing.failures has", "service/worker.py:Orders.listeners": FIXED,
     "service/worker.py:Orders.relays": CLIENTS, "service/worker.py:WorkerServer.answers": CLIENTS,

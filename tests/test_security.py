@@ -20,7 +20,7 @@ from socks5srv import server as server_module
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name
 from socks5srv.handler import Socks5Handler
 from socks5srv.server import Socks5Server
-from socks5srv.service import options, run
+from socks5srv.service import options, run, worker
 from socks5srv.session import Session
 
 from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour
@@ -103,6 +103,13 @@ def test_right_and_wrong_logins_take_the_same_work(monkeypatch: pytest.MonkeyPat
     file = users.UsersFile(str(path))
     assert [file.check("anna", "wrong"), file.check("nobody", "wrong"), file.check("anna", "sesame")] == [False, False, True]
     assert costs == [(2, 1, 1)] * 3
+    monkeypatch.setattr(users, "SCRYPT", (4, 1, 1))
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(f"ben:{users.hash_password('dearer')}\n")
+    for kind in (users.UsersFile(str(path)), worker.HandedUsers(users.read_users(str(path)), 2)):
+        costs.clear()
+        assert [kind.check("nobody", "wrong"), kind.check("ben", "dearer")] == [False, True]
+        assert costs == [(4, 1, 1)] * 2
 
 
 def test_guessing_gets_slower_but_never_locks_out_the_right_login(

@@ -137,6 +137,46 @@ def test_an_unknown_name_costs_as_much_as_a_wrong_password(write: Write, monkeyp
     assert costs[0] == costs[1]
 
 
+ROUNDS = f"pbkdf2_sha256${600_000}$c2FsdA==${'A' * 43}="
+LONG_ROUNDS = f"pbkdf2_sha256${400_000}$c2FsdA==${'A' * 86}=="        # 64 octets: each round twice
+SCRYPT_OF_50_MS = f"scrypt$16384$8$1$c2FsdA==${'A' * 43}="
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+@pytest.mark.parametrize(("cheap", "dear"), [
+    (f"scrypt$2$1$1$c2FsdA==${'A' * 43}=", f"scrypt$16$8$1$c2FsdA==${'A' * 43}="), (SCRYPT_OF_50_MS, ROUNDS), (ROUNDS, LONG_ROUNDS),
+    (ROUNDS.replace("600000", "1000"), SCRYPT_OF_50_MS),
+])
+def test_an_unknown_name_costs_as_much_as_the_dearest_hash_and_a_file_of_several_costs_says_so(
+        cheap: str, dear: str, turn: int, write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    file = UsersFile(write(*[f"anna:{cheap}", f"ben:{dear}"][::turn]))
+    computed: List[Hash] = []
+    monkeypatch.setattr(users, "verify", lambda _password, hash: bool(computed.append(Hash.parse(hash))))
+    for username in ("nobody", "ben"):
+        assert not file.check(username, "guess")
+    assert [(hash.method, hash.cost, len(hash.digest)) for hash in computed] == [(computed[1].method, computed[1].cost, len(computed[1].digest))] * 2
+    assert "tells who is a user" not in caplog.text         # the log may not be set up yet
+    for _ in range(3):
+        file.refresh()
+    assert caplog.text.count("tells who is a user") == 1
+    write(f"anna:{dear}", f"ben:{dear}")
+    file.refresh()
+    write(f"anna:{cheap}", f"ben:{cheap}")
+    file.refresh()
+    assert caplog.text.count("tells who is a user") == 1
+    write(f"anna:{dear}", f"ben:{cheap}")
+    file.refresh()
+    assert caplog.text.count("tells who is a user") == 2
+
+
+def test_a_file_without_users_costs_as_much_as_a_new_hash(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = UsersFile(write("# nobody yet"))
+    computed: List[Any] = []
+    monkeypatch.setattr(users, "verify", lambda _password, hash: bool(computed.append(Hash.parse(hash).cost)))
+    assert not file.check("nobody", "guess")
+    assert computed == [CHEAP]
+
+
 @pytest.mark.parametrize(("line", "says"), [
     ("anna", r":2: expected NAME:HASH"), (":scrypt", r":2: expected NAME:HASH"), ("anna:sesame", r":2: expected a HASH"),
     ("x" * 256 + ":scrypt$", r":2: expected NAME:HASH"), ("ä" * 128 + ":scrypt$", r":2: expected NAME:HASH"), ("anna:scrypt$2$1$1$?$?", r":2: this HASH is damaged"),

@@ -152,7 +152,7 @@ class HandedUsers(UsersFile):
         self.lock = threading.Lock()
         self.computing = threading.BoundedSemaphore(max(1, AT_ONCE // workers))
         self.key = os.urandom(32)
-        self.hashes = dict(hashes)
+        self.have(dict(hashes))
         self.verified = {}
         self.gone: queue.SimpleQueue[Set[str]] = queue.SimpleQueue()
 
