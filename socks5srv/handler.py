@@ -25,6 +25,7 @@ import logging
 import os
 import socket
 import socketserver
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
@@ -52,6 +53,7 @@ M = TypeVar("M", Greeting, Credentials, Request)
 AUTH = {method: f"auth_{method.name}" for method in Method}
 DO = {command: f"do_{command.name}" for command in Command}
 
+LOOK = 1.0          # seconds between two looks whether a client still waits for its turn to log in
 LINGER = 1.0        # seconds that a refused client has to take its reply and hang up
 EARLY = 64 * 1024   # octets that a client may send ahead while BIND waits for its peer
 
@@ -114,6 +116,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     in_tunnel = False               # the last reply is sent: nothing is answered any more
     handed_over = False             # the sockets are the relay thread's, in what is
     carried: Union[Tunnel, Association, None] = None
+    turn: Optional[threading.Event] = None      # to try a login, which it waits for; set by hang_up(), too
     reserved = 0                    # descriptors beyond those of every client
     reported = False                # session_ended() has been called, or will soon be
 
@@ -226,14 +229,27 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return self.server.users is not None and self.server.users.check(username, password)
 
     def authenticate_unhurried(self, username: str, password: str) -> bool:
-        """authenticate(), for which a client that has failed too often has to wait."""
+        """authenticate(), for which a client that has failed too often has to wait; its tries take turns."""
         guessing, host = self.server.guessing, self.session.client.host
-        seconds = guessing.wait(host)
-        if seconds:
-            outbound.wait({}, self.connection, time.monotonic() + seconds)
-        right = self.authenticate(username, password)
-        (guessing.succeeded if right else guessing.failed)(host)
-        return right
+        self.turn = guessing.begin(host)
+        try:
+            self.await_turn()
+            seconds = guessing.wait(host)
+            if seconds:
+                outbound.wait({}, self.connection, time.monotonic() + seconds)
+            right = self.authenticate(username, password)
+            (guessing.succeeded if right else guessing.failed)(host)
+            return right
+        finally:
+            guessing.end(host, self.turn)
+
+    def await_turn(self) -> None:
+        """ClientGone if the client has left, or hang_up() has been called, meanwhile."""
+        while self.turn is not None:
+            over = self.turn.wait(LOOK)
+            outbound.wait({}, self.connection, time.monotonic())
+            if over:
+                return
 
     # --- commands: RFC 1928 sections 4 and 6 ---
 
@@ -581,3 +597,5 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 self.connection.close()
         except OSError:             # it has ended by itself
             pass
+        if self.turn is not None:
+            self.turn.set()

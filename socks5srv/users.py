@@ -23,9 +23,10 @@ import os
 import stat
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from operator import attrgetter
-from typing import Dict, Mapping, NamedTuple, Optional, Set, Tuple
+from random import randrange
+from typing import Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 logger = logging.getLogger("socks5srv")
 
@@ -36,7 +37,7 @@ PBKDF2_SECONDS = 0.15 / 600_000         # for each round
 SALT = 16                       # octets
 AT_ONCE = min(4, os.cpu_count() or 1)   # hashes computed at a time: 16 MiB each, and cores are few
 
-FREE_TRIES = 5                  # failures of one address before its next ones wait
+FREE_TRIES = 5                  # failures of one address before its next ones wait, and tries at a time before its first failure
 LONGEST_WAIT = 8.0              # seconds
 FORGIVEN = 15 * 60.0            # seconds without a failure after which an address is forgotten
 REMEMBERED = 10_000             # addresses
@@ -265,26 +266,66 @@ def verify(password: str, hash: str) -> bool:
 # --- guessing ---
 
 class Guessing:
-    """How often each address has failed to log in of late, and how long its next try has to wait."""
+    """
+    How often each address has failed to log in of late, and how long its next try has to wait.
+
+    A try counts from its beginning: an address that has failed has one at a time, others have as many as may fail.
+    Without that, hundreds side by side would all be judged before the first of them has failed.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.failures: OrderedDict[str, Tuple[int, float]] = OrderedDict()      # count, and when last; by address
+        self.trying: Counter[str] = Counter()                   # tries that are under way, by address
+        self.waiting: Dict[str, List[threading.Event]] = {}     # those that wait for their turn; set when it comes
+
+    def begin(self, host: str) -> Optional[threading.Event]:
+        """A try begins, or has to wait until what is returned is set.  Either way end() has to follow."""
+        with self.lock:
+            if self.trying[host] < self.at_once(host):
+                self.trying[host] += 1
+                return None
+            turn = threading.Event()
+            self.waiting.setdefault(host, []).append(turn)
+            return turn
+
+    def end(self, host: str, turn: Optional[threading.Event]) -> None:
+        """A try is over, or will never begin because it no longer waits for its `turn`."""
+        with self.lock:
+            waiting = self.waiting.get(host, [])
+            if turn in waiting:
+                waiting.remove(turn)
+            else:
+                self.trying[host] -= 1
+            while waiting and self.trying[host] < self.at_once(host):
+                self.trying[host] += 1
+                # Any of them: in the order of their coming, a flood of guesses would be before the right login for good.
+                waiting.pop(randrange(len(waiting))).set()
+            if not waiting:
+                self.waiting.pop(host, None)
+                if not self.trying[host]:
+                    del self.trying[host]
+
+    def at_once(self, host: str) -> int:
+        """How many tries of this address may be under way; to be called with the lock."""
+        return 1 if self.count(host) else FREE_TRIES
+
+    def count(self, host: str) -> int:
+        """The failures of this address that are not forgiven; to be called with the lock."""
+        count, last = self.failures.get(host, (0, 0.0))
+        return count if time.monotonic() - last <= FORGIVEN else 0
 
     def wait(self, host: str) -> float:
         """Seconds: none at first, then twice as long each time."""
         with self.lock:
-            count, last = self.failures.get(host, (0, 0.0))
-            if time.monotonic() - last > FORGIVEN:
-                return 0.0
+            count = self.count(host)
         return 0.0 if count < FREE_TRIES else min(LONGEST_WAIT, 0.25 * 2.0 ** (count - FREE_TRIES))
 
     def failed(self, host: str) -> None:
         with self.lock:
-            count, last = self.failures.pop(host, (0, 0.0))
-            if time.monotonic() - last > FORGIVEN:
-                count = 0
+            count = self.count(host)
             self.failures[host] = min(count + 1, 64), time.monotonic()
+            self.failures.move_to_end(host)
             if len(self.failures) > REMEMBERED:
                 self.failures.popitem(last=False)
 

@@ -104,7 +104,7 @@ PLACES: Dict[str, str] = {
     "service/worker.py:WorkerServer.sockets": FIXED, "service/workers.py:Worker.hosts": CLIENTS, "service/workers.py:Worker.relays": CLIENTS,
     "service/workers.py:Workers.places": WORKERS,
     "session.py:COMMAND_WORDS": FIXED, "upstream.py:ChainedAssociation.outer": "one towards the upstream, and its control connection",
-    "users.py:Guessing.failures": FILLED, "users.py:UsersFile.verified": USERS,
+    "users.py:Guessing.failures": FILLED, "users.py:Guessing.trying": CLIENTS, "users.py:Guessing.waiting": CLIENTS, "users.py:UsersFile.verified": USERS,
 }
 NOT_A_SERVER = ("testing/", "check.py", "client.py")        # what tests and clients use
 

@@ -124,6 +124,36 @@ def test_guessing_gets_slower_but_never_locks_out_the_right_login(
     assert users.Guessing().wait(LOCALHOST) == 0
 
 
+def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
+    """At first as many at a time as one after the other, too, would be judged without a wait."""
+    monkeypatch.setattr(users, "LONGEST_WAIT", 0.01)
+    lock, judged, running = threading.Lock(), [], []
+    release = threading.Event()
+
+    class Slow(Socks5Handler):
+        def authenticate(self, username: str, password: str) -> bool:
+            with lock:
+                running.append(username)
+                judged.append(len(running))
+            release.wait(10)
+            with lock:
+                running.remove(username)
+            return False
+
+    server = start_server(Slow)
+    clients = [new_client(server) for _ in range(20)]
+    for client in clients:
+        client.greet(Method.USERNAME_PASSWORD)
+        client.send(Credentials(b"anna", b"guess"))
+    eventually(lambda: len(judged) == users.FREE_TRIES)
+    eventually(lambda: all(handler.session.user for handler in server.being_served()))
+    release.set()
+    for client in clients:
+        assert client.rest()[:2] == b"\1\1"
+    assert judged == [*range(1, users.FREE_TRIES + 1), *[1] * (20 - users.FREE_TRIES)]
+
+
 def test_passwords_are_in_no_log(start_server: Any, new_client: Any, echo: Any, caplog: Any) -> None:
     caplog.set_level("DEBUG")
     server = start_server(users={"anna": "sesame"})

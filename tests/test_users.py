@@ -8,17 +8,18 @@ import hashlib
 import os
 import threading
 import time
-from typing import Any, Callable, List
+from typing import Any, Callable, ClassVar, Iterator, List, Optional, Type
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socks5srv import users
-from socks5srv.protocol import Command, Credentials, Method, MethodSelection
+from socks5srv import handler, users
+from socks5srv.handler import Socks5Handler
+from socks5srv.protocol import Command, Credentials, CredentialsReply, Method, MethodSelection
 from socks5srv.users import BadUsersFile, Guessing, Hash, Users, UsersFile, hash_password, verify
 
-from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, within
+from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, needs_neighbour, within
 
 CHEAP = (2, 1, 1)       # n, r, p of scrypt: nobody guesses here
 
@@ -334,6 +335,125 @@ def test_who_has_to_wait_may_leave(monkeypatch: pytest.MonkeyPatch, start_server
     client.send(b"\x01\x04anna\x05guess")
     client.reset()
     assert server.next_ended().user == "anna"
+
+
+class Judging(Socks5Handler):
+    """Logins that take until `release` is set, and are wrong; `running` are those that are judged, `most` at a time."""
+
+    running: ClassVar[List[str]] = []
+    judged: ClassVar[List[int]] = []        # how many were running when each of them began
+    release = threading.Event()
+    lock = threading.Lock()
+
+    def authenticate(self, username: str, password: str) -> bool:
+        with self.lock:
+            self.running.append(username)
+            self.judged.append(len(self.running))
+        assert self.release.wait(TIMEOUT)
+        with self.lock:
+            self.running.remove(username)
+        return password == "sesame"
+
+
+@pytest.fixture
+def judging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Type[Judging]]:
+    monkeypatch.setattr(Judging, "running", [])
+    monkeypatch.setattr(Judging, "judged", [])
+    monkeypatch.setattr(Judging, "release", threading.Event())
+    yield Judging
+    Judging.release.set()
+
+
+@pytest.fixture
+def try_to_log_in(new_client: Any) -> Callable[..., Any]:
+    def begin(server: Any, password: str = "guess", source: Optional[str] = None) -> Any:
+        client = new_client(server, source=source)
+        client.greet(Method.USERNAME_PASSWORD)
+        client.send(Credentials(b"anna", password.encode()))
+        return client
+
+    return begin
+
+
+def all_wait(server: Any, number: int) -> bool:
+    return sum(map(len, list(server.guessing.waiting.values()))) == number
+
+
+def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
+        monkeypatch: pytest.MonkeyPatch, judging: Any, start_server: Any, try_to_log_in: Any) -> None:
+    monkeypatch.setattr(users, "LONGEST_WAIT", 0.001)
+    server = start_server(judging)
+    clients = [try_to_log_in(server) for _ in range(30)]
+    eventually(lambda: all_wait(server, 30 - users.FREE_TRIES))
+    assert judging.judged == list(range(1, users.FREE_TRIES + 1))
+    judging.release.set()
+    assert [CredentialsReply.read(client).status for client in clients] == [1] * 30
+    # Those of the beginning may end one by one, but the first of them has failed then, and the next begins when all have ended.
+    assert judging.judged[users.FREE_TRIES:] == [1] * (30 - users.FREE_TRIES)
+    eventually(lambda: not server.guessing.trying and not server.guessing.waiting)
+
+
+def test_an_address_that_has_failed_has_one_try_at_a_time(judging: Any, start_server: Any, try_to_log_in: Any) -> None:
+    server = start_server(judging)
+    server.guessing.failed(LOCALHOST)
+    first = try_to_log_in(server)
+    eventually(lambda: judging.running)
+    second = try_to_log_in(server, "sesame")
+    eventually(lambda: all_wait(server, 1))
+    assert len(judging.running) == 1
+    judging.release.set()
+    assert CredentialsReply.read(first).status == 1
+    assert CredentialsReply.read(second).status == 0
+
+
+@needs_neighbour
+def test_tries_of_one_address_hold_up_no_other(judging: Any, start_server: Any, try_to_log_in: Any) -> None:
+    server = start_server(judging)
+    for _ in range(20):
+        try_to_log_in(server)
+    eventually(lambda: all_wait(server, 20 - users.FREE_TRIES))
+    client = try_to_log_in(server, "sesame", source="127.0.0.2")
+    eventually(lambda: len(judging.running) == users.FREE_TRIES + 1)
+    judging.release.set()
+    assert CredentialsReply.read(client).status == 0
+
+
+def test_right_logins_side_by_side_do_not_wait_for_each_other_for_long(judging: Any, start_server: Any, try_to_log_in: Any) -> None:
+    server = start_server(judging)
+    clients = [try_to_log_in(server, "sesame") for _ in range(30)]
+    eventually(lambda: all_wait(server, 30 - users.FREE_TRIES))
+    judging.release.set()
+    assert [CredentialsReply.read(client).status for client in clients] == [0] * 30
+    assert max(judging.judged) <= users.FREE_TRIES
+
+
+def test_a_client_that_waits_for_its_turn_may_leave(
+        monkeypatch: pytest.MonkeyPatch, judging: Any, start_server: Any, try_to_log_in: Any) -> None:
+    monkeypatch.setattr(handler, "LOOK", 0.01)
+    server = start_server(judging)
+    server.guessing.failed(LOCALHOST)
+    first = try_to_log_in(server)
+    eventually(lambda: judging.running)
+    second = try_to_log_in(server)
+    eventually(lambda: all_wait(server, 1))
+    second.reset()
+    assert server.next_ended().reply is None
+    assert all_wait(server, 0)
+    judging.release.set()
+    assert CredentialsReply.read(first).status == 1
+
+
+def test_closing_the_server_wakes_those_that_wait_for_their_turn(
+        monkeypatch: pytest.MonkeyPatch, judging: Any, start_server: Any, try_to_log_in: Any) -> None:
+    monkeypatch.setattr(handler, "LOOK", 60.0)
+    server = start_server(judging)
+    for _ in range(20):
+        try_to_log_in(server)
+    eventually(lambda: all_wait(server, 20 - users.FREE_TRIES))
+    for live in server.being_served():
+        live.hang_up("for a test")
+    eventually(lambda: all_wait(server, 0))
+    judging.release.set()
 
 
 def test_waits_grow_from_none_to_some_seconds_and_are_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
