@@ -20,14 +20,16 @@ import errno
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from .descriptors import descriptors
 from .names import ascii_form
-from .protocol import Address, AddressType, ReplyCode, RequestFailed
+from .protocol import LINK_LOCAL, Address, AddressType, ReplyCode, RequestFailed
 from .relay import READ, RESET, WRITE, tune
 
 BUFFER = 1024 * 1024    # octets of datagrams that the kernel may queue for us; its default loses bursts
@@ -394,16 +396,6 @@ def listen(host: str) -> socket.socket:
     return listener
 
 
-def is_own_address(host: str) -> bool:
-    """Whether this IP address, with its zone if it has one, is one of this computer's: only those can be bound."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.bind(with_scope((host, 0)))
-    except OSError:
-        return False
-    return True
-
-
 def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
     """
     ``("fe80::1%eth0", 1080)`` or ``("fe80::1%2", 1080)`` as bind() needs it; any other as it is.
@@ -419,3 +411,82 @@ def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
         pass
     rows = socket.getaddrinfo(ascii_form(host), port, socket.AF_INET6, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     return rows[0][4]
+
+
+# --- whose address this is ---
+
+# What becomes of a packet to an address, in the numbers that Linux has for it: rtnetlink(7).
+NO_ROUTE, LOCAL, ANYCAST = 0, 2, 4
+OWN = {LOCAL, ANYCAST}
+
+ROUTE, GET_ROUTE, REQUEST, TO, BY_INTERFACE = 24, 26, 1, 1, 4        # RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST, RTA_DST, RTA_OIF
+NOBODYS = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}      # no computer has these: RFC 1112 section 4, RFC 6666
+
+
+def is_own_address(host: str) -> bool:
+    """Whether this IP address, with its zone if it has one, is one of this computer's; those of IPv6 anycast are, too."""
+    return kind_of_route(host) in OWN
+
+
+def kind_of_route(host: str) -> int:
+    """
+    What becomes of a packet to this IP address, with its zone if it has one.  OSError if the system cannot be asked now.
+
+    Linux is asked for its route.  Its bind() takes any address where ip_nonlocal_bind is set, as it is beside keepalived
+    or HAProxy, and every client would seem to be on this computer.  Its connect() goes out from the first of the
+    addresses in a network, whichever of them is called.
+    """
+    try:
+        address = Address.of(with_scope((host, 0))).dialled
+    except OSError:                 # there is no such zone
+        return NO_ROUTE
+    return ask_kernel(address) if kernel_answers() else guess(address)
+
+
+@lru_cache(maxsize=None)
+def kernel_answers() -> bool:
+    """Whether there are routes to ask for: on Linux, unless a sandbox keeps that from us (AF_NETLINK) or answers nonsense."""
+    if not hasattr(socket, "AF_NETLINK"):
+        return False
+    try:
+        return ask_kernel(Address("127.0.0.1", 0, AddressType.IPV4)) == LOCAL
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            raise                   # they may be there the next moment
+        return False
+
+
+def ask_kernel(address: Address) -> int:
+    """The kind of the route to this address.  RTM_GETROUTE of rtnetlink(7): a header, a struct rtmsg, and attributes."""
+    octets = address.octets()
+    question = struct.pack("=BB10x", family_of(address), 8 * len(octets)) + struct.pack("=HH", 4 + len(octets), TO) + octets
+    if address.address_type is AddressType.IPV6 and address.host.startswith(LINK_LOCAL):
+        if not address.scope:       # without its zone it is no address of any computer
+            return NO_ROUTE
+        question += struct.pack("=HHI", 8, BY_INTERFACE, address.scope)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
+        sock.send(struct.pack("=IHHII", 16 + len(question), GET_ROUTE, REQUEST, 0, 0) + question)
+        answer = sock.recv(4096, socket.MSG_DONTWAIT)       # the kernel has answered within send()
+    return answer[16 + 7] if answer[4] == ROUTE else NO_ROUTE
+
+
+def guess(address: Address) -> int:
+    """The same where there is nothing to ask: to call an own address is to go out from it, and as a rule no other can be bound."""
+    family = family_of(address)
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(address._replace(port=9).sockaddr)         # for UDP this sends nothing
+            if Address.of(sock.getsockname()).host == address.host:
+                return LOCAL
+    except OSError:                 # there is no way to it
+        pass
+    return LOCAL if can_be_bound(address) and not can_be_bound(Address.numeric(NOBODYS[family], 0)) else NO_ROUTE
+
+
+def can_be_bound(address: Address) -> bool:
+    try:
+        with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
+            sock.bind(address.sockaddr)
+    except OSError:
+        return False
+    return True

@@ -119,3 +119,14 @@ def own_link_local_address() -> Optional[LinkLocal]:
 def leave_ports(first: int, last: int) -> None:
     """Connections go out from these ports only."""
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{first} {last}\n", encoding="ascii")
+
+
+def let_any_address_be_bound() -> None:
+    """As it is beside keepalived and HAProxy."""
+    for family in ("ipv4", "ipv6"):
+        Path(f"/proc/sys/net/{family}/ip_nonlocal_bind").write_text("1\n", encoding="ascii")
+
+
+def be_a_router() -> None:
+    """Which answers to the anycast address of each IPv6 network that it gets an address in from now on: RFC 4291 section 2.6.1."""
+    Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1\n", encoding="ascii")

@@ -24,6 +24,7 @@ from socks5srv.service import options, run, worker
 from socks5srv.session import Session
 
 from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour
+from .networks import let_any_address_be_bound
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +69,21 @@ class Elsewhere(Socks5Handler):
 def test_other_computers_do_not_reach_this_computers_own_addresses(host: str, start_server: Any, new_client: Any) -> None:
     server = start_server(handler=Elsewhere)
     assert new_client(server).ask(Command.CONNECT, name(host, 80)).code is ReplyCode.NOT_ALLOWED
+
+
+@pytest.mark.usefixtures("own_network")
+@pytest.mark.parametrize("client", ["198.51.100.7", "2001:db8::7"])
+def test_a_client_on_another_computer_is_known_as_one_whatever_addresses_can_be_bound(
+        client: str, start_server: Any, new_client: Any, echo: Any) -> None:
+    class From(Socks5Handler):
+        def setup(self) -> None:
+            self.session.client = Address.numeric(client, 4711)
+            super().setup()
+
+    let_any_address_be_bound()
+    server = start_server(handler=From)
+    assert new_client(server).ask(Command.CONNECT, echo).code is ReplyCode.NOT_ALLOWED
+    assert server.next_ended().reason.endswith("is for this computer only")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "127.1"])
