@@ -416,8 +416,9 @@ def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
 # --- whose address this is ---
 
 # What becomes of a packet to an address, in the numbers that Linux has for it: rtnetlink(7).
-NO_ROUTE, LOCAL, ANYCAST = 0, 2, 4
+NO_ROUTE, LOCAL, BROADCAST, ANYCAST, MULTICAST = 0, 2, 3, 4, 5
 OWN = {LOCAL, ANYCAST}
+HEARD_HERE = OWN | {BROADCAST, MULTICAST}
 
 ROUTE, GET_ROUTE, REQUEST, TO, BY_INTERFACE = 24, 26, 1, 1, 4        # RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST, RTA_DST, RTA_OIF
 NOBODYS = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}      # no computer has these: RFC 1112 section 4, RFC 6666
@@ -426,6 +427,11 @@ NOBODYS = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}      # no com
 def is_own_address(host: str) -> bool:
     """Whether this IP address, with its zone if it has one, is one of this computer's; those of IPv6 anycast are, too."""
     return kind_of_route(host) in OWN
+
+
+def is_heard_here(host: str) -> bool:
+    """Whether programs of this computer may hear what is sent there: an own address, or one of broadcast or multicast."""
+    return kind_of_route(host) in HEARD_HERE
 
 
 def kind_of_route(host: str) -> int:
@@ -471,13 +477,15 @@ def ask_kernel(address: Address) -> int:
 
 
 def guess(address: Address) -> int:
-    """The same where there is nothing to ask: to call an own address is to go out from it, and as a rule no other can be bound."""
+    """The same where there is nothing to ask: to call an own address is to go out from it, and as a rule no other can be bound.  Broadcast is refused."""
     family = family_of(address)
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.connect(address._replace(port=9).sockaddr)         # for UDP this sends nothing
             if Address.of(sock.getsockname()).host == address.host:
                 return LOCAL
+    except PermissionError:         # which a socket has to ask for first (SO_BROADCAST)
+        return BROADCAST
     except OSError:                 # there is no way to it
         pass
     return LOCAL if can_be_bound(address) and not can_be_bound(Address.numeric(NOBODYS[family], 0)) else NO_ROUTE

@@ -33,6 +33,7 @@ Network = Union[IPv4Network, IPv6Network]
 ALL_PORTS = range(65536)
 NUMERIC = re.compile(r"[0-9.]+|0[xX][0-9a-fA-F]+")      # what resolvers take for an address, too: 127.1
 METADATA = IPv6Address("fd00:ec2::254")                 # of clouds; the IPv4 one is link-local
+LIMITED_BROADCAST = IPv4Address("255.255.255.255")
 NAT64 = ip_network("64:ff9b::/96")
 
 
@@ -195,5 +196,11 @@ def embedded(ip: IPAddress) -> Optional[IPv4Address]:
 
 
 def is_local(address: Address) -> bool:
-    """Loopback, link-local (cloud metadata among them): what only this computer should reach."""
-    return any(ip.is_loopback or ip.is_link_local or ip == METADATA for ip in meanings(address, every=True))
+    """
+    What only this computer should reach: loopback, link-local and the metadata of clouds.
+
+    Multicast and broadcast are heard by its own programs, too; broadcast to one network only outbound.py can tell.
+    """
+    return any(
+        ip.is_loopback or ip.is_link_local or ip.is_multicast or ip in (METADATA, LIMITED_BROADCAST) for ip in meanings(address, every=True)
+    )

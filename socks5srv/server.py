@@ -508,8 +508,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         return is_loopback(host) or outbound.is_own_address(host)
 
     def is_local(self, address: Address) -> bool:
-        """Whether only this computer should reach this: its own addresses among them."""
-        return is_local(address) or self.is_here(address.dialled.zoned)
+        """Whether only this computer should reach this: its own addresses, and those by which its programs hear what is for many."""
+        return is_local(address) or outbound.is_heard_here(address.dialled.zoned)
 
     @cached_property
     def beyond_loopback(self) -> bool:

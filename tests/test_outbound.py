@@ -530,6 +530,16 @@ def test_the_anycast_addresses_of_a_router_are_its_own():
     assert not outbound.is_own_address("fd66::2")
 
 
+@pytest.mark.usefixtures("asked_or_guessed")
+@pytest.mark.parametrize(("host", "heard"), [
+    (LOCALHOST, True), pytest.param("::1", True, marks=needs_ipv6), ("192.0.2.1", False), ("2001:db8::1", False), ("255.255.255.255", True),
+    pytest.param("127.255.255.255", True, marks=needs_neighbour),
+])
+def test_what_is_sent_to_all_of_a_network_is_heard_here_too(host, heard):
+    assert outbound.is_heard_here(host) is heard
+    assert outbound.is_own_address(host) is (heard and not host.endswith("255"))
+
+
 @pytest.mark.parametrize(("code", "answers"), [(errno.EAFNOSUPPORT, False), (errno.EPERM, False), (errno.EMFILE, None)])
 def test_a_sandbox_that_keeps_the_routes_from_us_is_no_failure_but_a_lack_of_descriptors_is(monkeypatch, code, answers):
     def refuse(_address):

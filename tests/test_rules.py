@@ -169,6 +169,8 @@ def test_what_is_decided_by_name_is_the_answer_for_every_address(rules: List[str
     ("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("0.0.0.0", True), ("::", True), ("169.254.169.254", True),
     ("fe80::1", True), ("fd00:ec2::254", True), ("::ffff:127.0.0.1", True), ("64:ff9b::127.0.0.1", True), ("2002:7f00:1::", True),
     ("192.168.1.1", False), ("8.8.8.8", False), ("2001:db8::1", False), ("fd00::1", False),
+    ("224.0.0.1", True), ("239.255.255.250", True), ("255.255.255.255", True), ("ff01::1", True), ("ff02::fb", True), ("ff0e::1", True),
+    ("::ffff:224.0.0.1", True), ("64:ff9b::224.0.0.1", True), ("223.255.255.255", False), ("240.0.0.1", False), ("fe00::1", False),
 ])
 def test_what_only_this_computer_should_reach(host: str, local: bool) -> None:
     assert is_local(Address.numeric(host, 80)) is local
@@ -273,7 +275,7 @@ def test_other_computers_do_not_reach_this_ones_own_addresses(asked: str, start_
 
 def test_an_address_of_this_computer_is_its_own_although_it_is_none_of_loopback(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
-    monkeypatch.setattr(outbound, "is_own_address", lambda host: host == "192.0.2.7")
+    monkeypatch.setattr(outbound, "kind_of_route", lambda host: outbound.LOCAL if host == "192.0.2.7" else outbound.NO_ROUTE)
     server = start_server(handler=Elsewhere)
     assert refused(new_client(server), name("192.0.2.7", 9)) is ReplyCode.NOT_ALLOWED
     assert server.next_ended().reason == "192.0.2.7:9 is for this computer only"

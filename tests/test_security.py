@@ -7,6 +7,7 @@ from __future__ import annotations
 import http.client
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from socks5srv.service import options, run, worker
 from socks5srv.session import Session
 
 from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour
-from .networks import let_any_address_be_bound
+from .networks import LO, add_address, be_a_router, let_any_address_be_bound
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +70,32 @@ class Elsewhere(Socks5Handler):
 def test_other_computers_do_not_reach_this_computers_own_addresses(host: str, start_server: Any, new_client: Any) -> None:
     server = start_server(handler=Elsewhere)
     assert new_client(server).ask(Command.CONNECT, name(host, 80)).code is ReplyCode.NOT_ALLOWED
+
+
+@pytest.mark.usefixtures("own_network")
+def test_nor_do_they_by_multicast_broadcast_or_anycast(start_server: Any, new_client: Any) -> None:
+    refused: List[Any] = []
+
+    class Telling(Elsewhere):
+        def refusal(self, command: Command, address: Address, name: Any = None) -> str:
+            reason = super().refusal(command, address, name)
+            refused.append((command, address.host, reason.endswith("is for this computer only")))
+            return reason
+
+    be_a_router()
+    add_address(LO, "fd66::1", 64)
+    hosts = ["ff01::1", "ff02::1", "ff0e::1", "fd66::", "224.0.0.1", "255.255.255.255", "127.255.255.255"]
+    server = start_server(handler=Telling)
+    eventually(lambda: server.is_here("fd66::1"))
+    for host in hosts:
+        for command in (Command.CONNECT, Command.BIND):
+            assert new_client(server).ask(command, (host, 9)).code is ReplyCode.NOT_ALLOWED
+    relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for host in hosts:
+            sock.sendto(bytes(Datagram(Address.numeric(host, 9), b"x")), relay[:2])
+        eventually(lambda: len(refused) == 3 * len(hosts))
+    assert refused[2 * len(hosts):] == [(Command.UDP_ASSOCIATE, host, True) for host in hosts]
 
 
 @pytest.mark.usefixtures("own_network")
@@ -214,8 +241,6 @@ def test_every_datagram_and_every_caller_of_bind_is_judged(start_server: Any, ne
             judged.append((command, address.host))
             return address.host != "127.0.0.2"
 
-    import socket
-
     server = start_server(handler=Judging)
     bound = new_client(server).ask(Command.BIND, UNSPECIFIED).bound
     with socket.create_connection(bound[:2], 10, ("127.0.0.2", 0)) as caller:
@@ -231,8 +256,6 @@ def test_every_datagram_and_every_caller_of_bind_is_judged(start_server: Any, ne
 
 @needs_neighbour
 def test_a_stranger_cannot_use_or_answer_a_clients_udp_association(start_server: Any, new_client: Any) -> None:
-    import socket
-
     relay = new_client(start_server()).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
     made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
     client, target, stranger = made
