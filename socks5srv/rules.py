@@ -25,16 +25,25 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Iterable, List, NamedTuple, Optional, Set, Tuple, Union
 
 from .names import ascii_form, normal
-from .protocol import Address
+from .protocol import Address, AddressType
 
 IPAddress = Union[IPv4Address, IPv6Address]
 Network = Union[IPv4Network, IPv6Network]
 
 ALL_PORTS = range(65536)
 NUMERIC = re.compile(r"[0-9.]+|0[xX][0-9a-fA-F]+")      # what resolvers take for an address, too: 127.1
-METADATA = IPv6Address("fd00:ec2::254")                 # of clouds; the IPv4 one is link-local
+METADATA = {ip_address(host) for host in (              # where clouds tell a computer about itself; most are link-local: these are not
+    "fd00:ec2::254",        # Amazon
+    "fd20:ce::254",         # Google
+    "168.63.129.16",        # Azure
+    "100.100.100.200",      # Alibaba
+    "192.0.0.192",          # Oracle
+    "fd00:42::42",          # Scaleway
+    "fd00:a9fe:a9fe::1",    # Linode
+)}
 LIMITED_BROADCAST = IPv4Address("255.255.255.255")
 NAT64 = ip_network("64:ff9b::/96")
+LOCAL_NAT64 = ip_network("64:ff9b:1::/48")              # RFC 8215
 
 
 class BadRule(ValueError):
@@ -177,22 +186,38 @@ def network_around(text: str) -> Optional[Network]:
 
 def meanings(address: Address, every: bool) -> List[IPAddress]:
     """
-    The address itself, and with `every` also the IPv4 address within it.
+    The address itself, and with `every` also the IPv4 addresses within it.
 
     6to4 and NAT64 carry one to a gateway: what is denied is denied on that way, too, but what
     is allowed is not.
     """
     ip = ip_address(address.dialled.host)
-    inner = embedded(ip) if every else None
-    return [ip] if inner is None else [ip, inner]
+    return [ip, *embedded(ip)] if every else [ip]
 
 
-def embedded(ip: IPAddress) -> Optional[IPv4Address]:
+def behind(address: Address) -> List[Address]:
+    """Where a gateway would take what is sent to this IP address."""
+    if address.address_type is AddressType.IPV4:
+        return []
+    return [Address(str(ip), address.port, AddressType.IPV4) for ip in embedded(ip_address(address.host))]
+
+
+def embedded(ip: IPAddress) -> List[IPv4Address]:
+    """
+    The IPv4 addresses that this address may carry to a gateway.
+
+    How long the prefix of a gateway in 64:ff9b:1::/48 is, only its operator knows.  Where the address stands follows
+    from that (RFC 6052 section 2.2: 48, 56, 64 or 96 bits), so that each of the four places counts.
+    """
     if not isinstance(ip, IPv6Address):
-        return None
+        return []
+    octets = ip.packed
     if ip in NAT64:
-        return IPv4Address(ip.packed[12:])
-    return ip.sixtofour
+        return [IPv4Address(octets[12:])]
+    if ip in LOCAL_NAT64:
+        places = octets[6:8] + octets[9:11], octets[7:8] + octets[9:12], octets[9:13], octets[12:]
+        return [IPv4Address(place) for place in places if place[0]]     # 0.0.0.0/8 is what other places leave empty
+    return [] if ip.sixtofour is None else [ip.sixtofour]
 
 
 def is_local(address: Address) -> bool:
@@ -202,5 +227,6 @@ def is_local(address: Address) -> bool:
     Multicast and broadcast are heard by its own programs, too; broadcast to one network only outbound.py can tell.
     """
     return any(
-        ip.is_loopback or ip.is_link_local or ip.is_multicast or ip in (METADATA, LIMITED_BROADCAST) for ip in meanings(address, every=True)
+        ip.is_loopback or ip.is_link_local or ip.is_multicast or ip in METADATA or ip == LIMITED_BROADCAST
+        for ip in meanings(address, every=True)
     )

@@ -38,7 +38,7 @@ from .listener import OUT_OF, RETRY, Listener
 from .outbound import Route
 from .protocol import Address, Command
 from .relay import Relay, tune
-from .rules import Network, Rule, Rules, is_local
+from .rules import Network, Rule, Rules, behind, is_local
 from .session import Session
 from .users import Guessing, Users, UsersFile
 
@@ -509,16 +509,21 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def is_local(self, address: Address) -> bool:
         """Whether only this computer should reach this: its own addresses, and those by which its programs hear what is for many."""
-        return is_local(address) or outbound.is_heard_here(address.dialled.zoned)
+        return is_local(address) or any(outbound.is_heard_here(each.zoned) for each in (address.dialled, *behind(address)))
 
     @cached_property
     def beyond_loopback(self) -> bool:
         return not all(is_loopback(listener.address.host) for listener in self.listeners)
 
     def is_own(self, command: Command, address: Address) -> bool:
-        """Whether this is one of our own sockets, where the server would talk to itself."""
-        if command is Command.UDP_ASSOCIATE:
-            return address in self.udp_relays
+        """Whether this leads to one of our own sockets, where the server would talk to itself."""
+        is_ours = self.is_udp_relay if command is Command.UDP_ASSOCIATE else self.is_listener
+        return any(map(is_ours, (address, *behind(address))))
+
+    def is_udp_relay(self, address: Address) -> bool:
+        return address in self.udp_relays
+
+    def is_listener(self, address: Address) -> bool:
         for listener in self.listeners:
             own = listener.address
             if own.port == address.port and (own.host == address.host or (own.is_unspecified and outbound.is_own_address(address.zoned))):

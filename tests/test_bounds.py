@@ -74,6 +74,7 @@ PLACES: Dict[str, str] = {
     "relay.py:Relay.watched": CLIENTS, "relay.py:TUNING": FIXED, "relay.py:WORDS": FIXED,
     "resolver.py:LookUp.waiting": CLIENTS, "resolver.py:LookUps.named": FILLED, "resolver.py:LookUps.queue": CLIENTS,
     "resolver.py:LookUps.running": FILLED, "resolver.py:NO_SUCH_NAME": FIXED,
+    "rules.py:METADATA": FIXED,
     "server.py:Socks5Server.ended": FILLED, "server.py:Socks5Server.handshakes": CLIENTS, "server.py:Socks5Server.hosts": CLIENTS,
     "server.py:Socks5Server.listeners": FIXED, "server.py:Socks5Server.live": CLIENTS, "server.py:News.kinds": FILLED,
     "server.py:Socks5Server.relays": FIXED, "server.py:Socks5Server.udp_relays": CLIENTS, "server.py:is_loopback": FILLED,

@@ -17,7 +17,7 @@ from socks5srv.protocol import Address, Command, ReplyCode
 from socks5srv.rules import ALL_PORTS, BadRule, Rule, Rules, is_local
 from socks5srv.handler import Socks5Handler
 
-from .conftest import LOCALHOST, Client, exchange, name, needs_ipv6
+from .conftest import LOCALHOST, Client, address_of, exchange, name, needs_ipv6
 
 TARGETS = {
     "example.com": ("example.com", None, ALL_PORTS),
@@ -113,6 +113,13 @@ def ask(rules: List[str], host: str, port: int = 80, by: Optional[str] = None) -
     (["deny 10.0.0.0/8"], "2002:0a01:0203::1", 80, None, 0),
     (["deny 10.0.0.0/8"], "64:ff9b::10.1.2.3", 80, None, 0),
     (["allow 10.0.0.0/8", "deny *"], "64:ff9b::10.1.2.3", 80, None, 1),
+    (["deny 10.0.0.0/8"], "64:ff9b:1:abcd::10.1.2.3", 80, None, 0),         # wherever the prefix of the local gateway ends: /96
+    (["deny 10.0.0.0/8"], "64:ff9b:1:abcd:a:102:300:0", 80, None, 0),       # /64
+    (["deny 10.0.0.0/8"], "64:ff9b:1:ab0a:1:203::", 80, None, 0),           # /56
+    (["deny 10.0.0.0/8"], "64:ff9b:1:a01:2:300::", 80, None, 0),            # /48
+    (["deny 10.0.0.0/8"], "64:ff9b:1::192.0.2.1", 80, None, None),
+    (["deny 0.0.0.0/8"], "64:ff9b:1::192.0.2.1", 80, None, None),
+    (["allow 10.0.0.0/8", "deny *"], "64:ff9b:1::10.1.2.3", 80, None, 1),
     (["deny 127.0.0.0/8"], "0.0.0.0", 80, None, 0),
     (["deny ::1"], "::", 80, None, 0),
     (["deny 10.0.0.0/8"], "2001:db8::10.1.2.3", 80, None, None),
@@ -146,7 +153,7 @@ RULES = st.lists(st.builds(
     st.sampled_from(["allow", "deny"]), TARGETS_OF_RULES, PORTS_OF_RULES,
 ), max_size=8)
 EVERYWHERE = [Address.numeric(host, 80) for host in (        # one in each part into which those networks divide all addresses
-    "10.1.2.3", "10.2.0.0", "192.0.2.1", "8.8.8.8", "127.0.0.1", "2001:db8::1", "::1", "2a00::1", "64:ff9b::10.1.2.3", "2002:0a02:0203::1", "::", "0.0.0.0",
+    "10.1.2.3", "10.2.0.0", "64:ff9b:1::10.1.2.3", "192.0.2.1", "8.8.8.8", "127.0.0.1", "2001:db8::1", "::1", "2a00::1", "64:ff9b::10.1.2.3", "2002:0a02:0203::1", "::", "0.0.0.0",
 )]
 
 
@@ -170,6 +177,9 @@ def test_what_is_decided_by_name_is_the_answer_for_every_address(rules: List[str
     ("fe80::1", True), ("fd00:ec2::254", True), ("::ffff:127.0.0.1", True), ("64:ff9b::127.0.0.1", True), ("2002:7f00:1::", True),
     ("192.168.1.1", False), ("8.8.8.8", False), ("2001:db8::1", False), ("fd00::1", False),
     ("224.0.0.1", True), ("239.255.255.250", True), ("255.255.255.255", True), ("ff01::1", True), ("ff02::fb", True), ("ff0e::1", True),
+    ("fd20:ce::254", True), ("100.100.100.200", True), ("168.63.129.16", True), ("192.0.0.192", True), ("fd00:42::42", True),
+    ("fd00:a9fe:a9fe::1", True), ("64:ff9b::168.63.129.16", True), ("64:ff9b:1::169.254.169.254", True), ("64:ff9b:1:7f00:0:100::", True),
+    ("64:ff9b:1::8.8.8.8", False), ("64:ff9b:2::127.0.0.1", False), ("100.100.100.201", False),
     ("::ffff:224.0.0.1", True), ("64:ff9b::224.0.0.1", True), ("223.255.255.255", False), ("240.0.0.1", False), ("fe00::1", False),
 ])
 def test_what_only_this_computer_should_reach(host: str, local: bool) -> None:
@@ -277,8 +287,9 @@ def test_an_address_of_this_computer_is_its_own_although_it_is_none_of_loopback(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
     monkeypatch.setattr(outbound, "kind_of_route", lambda host: outbound.LOCAL if host == "192.0.2.7" else outbound.NO_ROUTE)
     server = start_server(handler=Elsewhere)
-    assert refused(new_client(server), name("192.0.2.7", 9)) is ReplyCode.NOT_ALLOWED
-    assert server.next_ended().reason == "192.0.2.7:9 is for this computer only"
+    for host in ("192.0.2.7", "64:ff9b::c000:207", "64:ff9b:1::c000:207", "2002:c000:207::1"):      # by way of a gateway, too
+        assert refused(new_client(server), name(host, 9)) is ReplyCode.NOT_ALLOWED
+        assert server.next_ended().reason == f"{address_of((host, 9))} is for this computer only"
 
 
 def test_other_computers_reach_them_where_that_is_switched_on(start_server: Any, new_client: Any, echo: Any) -> None:

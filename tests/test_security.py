@@ -66,7 +66,10 @@ class Elsewhere(Socks5Handler):
     is_here = False
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize("host", [
+    "127.0.0.1", "0.0.0.0", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254", "::ffff:127.0.0.1",
+    "fd20:ce::254", "100.100.100.200", "168.63.129.16", "64:ff9b:1::127.0.0.1",
+])
 def test_other_computers_do_not_reach_this_computers_own_addresses(host: str, start_server: Any, new_client: Any) -> None:
     server = start_server(handler=Elsewhere)
     assert new_client(server).ask(Command.CONNECT, name(host, 80)).code is ReplyCode.NOT_ALLOWED
@@ -113,7 +116,7 @@ def test_a_client_on_another_computer_is_known_as_one_whatever_addresses_can_be_
     assert server.next_ended().reason.endswith("is for this computer only")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "127.1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "127.1", "64:ff9b::127.0.0.1", "64:ff9b:1::127.0.0.1", "2002:7f00:1::"])
 def test_it_never_connects_to_itself(host: str, start_server: Any, new_client: Any) -> None:
     server = start_server()
     code = new_client(server).ask(Command.CONNECT, name(host, server.server_address[1])).code

@@ -25,6 +25,7 @@ from ..outbound import is_own_address
 from ..protocol import Address, Command, LoginFailed, NoAcceptableMethod, Request, RequestFailed, Socks5Error
 from ..descriptors import descriptors
 from ..handler import Socks5Handler
+from ..rules import behind
 from ..session import COMMAND_WORDS
 from ..strangers import Stranger
 from .conversations import Conversations, told
@@ -336,7 +337,9 @@ class WatchedServer(ServiceServer):
         if page is None or page.port != address.port or address.literal is None:
             return False
         there = address.literal.dialled
-        return page.dialled.host == there.host or (page.is_unspecified and is_own_address(there.zoned))
+        return any(
+            page.dialled.host == each.host or (page.is_unspecified and is_own_address(each.zoned)) for each in (there, *behind(there))
+        )
 
     # --- what the page asks ---
 

@@ -568,7 +568,7 @@ def test_clients_on_this_computer_may_look_at_it_through_the_proxy(watch: Start,
     assert client.rest().endswith(b"ok\n")
 
 
-@pytest.mark.parametrize("place", ["127.0.0.1", "localhost", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize("place", ["127.0.0.1", "localhost", "::ffff:127.0.0.1", "64:ff9b::127.0.0.1"])
 def test_clients_on_other_computers_may_not_whatever_else_they_may(watch: Start, new_client: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     page = watch(allow_local_targets=True)
     monkeypatch.setattr(type(page.server), "is_here", lambda *_: False)
