@@ -445,7 +445,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def await_peer(self, listener: socket.socket, expected: List[Address], until: float) -> Tuple[socket.socket, Address]:
         """The first connection from an expected host.  Only the host is compared: the RFC's clients cannot know the port."""
-        hosts = {address.host for address in expected}
+        hosts, name = {address.host for address in expected}, self.name_of(expected)
         while True:
             self.wait_for_peer(listener, until)
             try:
@@ -457,13 +457,18 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             peer = Address.of(sockaddr)
             welcome = False
             try:
-                welcome = (not hosts or peer.host in hosts) and self.may_reach(Command.BIND, peer)
+                welcome = (not hosts or peer.host in hosts) and self.may_reach(Command.BIND, peer, name)
             finally:
                 if not welcome:         # a stranger; the one we wait for may still come
                     target.close()
             if welcome:
                 tune(target)
                 return target, peer
+
+    def name_of(self, expected: List[Address]) -> Optional[str]:
+        """The name by which the client has asked for those whom it expects, or a rule that allows it would not know them."""
+        destination = self.session.destination
+        return destination.host if expected and destination is not None and destination.literal is None else None
 
     def wait_for_peer(self, listener: socket.socket, until: float) -> None:
         """Wait until somebody calls, while the client may send ahead, or leave."""

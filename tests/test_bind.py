@@ -180,6 +180,21 @@ def test_zeros_are_nothing_that_a_rule_could_name(start_server, new_client, call
     assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
 
 
+@pytest.mark.parametrize(("rules", "granted"), [
+    (["allow ftp.invalid", "deny *"], True), (["allow *.invalid", "deny 127.0.0.0/8"], True), (["deny ftp.invalid:1-1023", "allow *"], True),
+    (["deny 127.0.0.0/8", "allow ftp.invalid"], False),
+])
+def test_a_caller_is_judged_by_the_name_that_the_client_has_asked_for(start_server, new_client, call, rules, granted):
+    server = start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST]))
+    server.rules = Rules.parse(rules)
+    client = new_client(server)
+    if not granted:
+        assert client.ask(Command.BIND, name("FTP.invalid.", 4021)).code is ReplyCode.NOT_ALLOWED
+        return
+    peer = call(bind(client, name("FTP.invalid.", 4021)))
+    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+
+
 @needs_neighbour
 def test_a_stranger_is_turned_away_and_the_waiting_goes_on(start_server, new_client, call):
     """E38: or anyone could end it, or be taken for the one who is expected."""
