@@ -15,6 +15,9 @@ The one idea: the list is asked once for each address that would be dialled, wit
 which they stand, and nothing can hide behind a name, or behind another spelling of an address
 (127.1, ::ffff:127.0.0.1): what is judged is what will be dialled.
 
+A rule on a name knows no address: who may dial the address of a denied name gets there.  But to deny localhost
+is to deny loopback.
+
 This file opens nothing and resolves nothing.
 """
 
@@ -75,7 +78,14 @@ class Rule(NamedTuple):
             return False
         if self.network is not None:
             return any(ip in self.network for ip in meanings(address, every=not self.allows))
+        if self.denies_loopback and any(ip.is_loopback for ip in meanings(address, every=True)):
+            return True
         return self.name is None or (name is not None and self.names(normal(name)))
+
+    @property
+    def denies_loopback(self) -> bool:
+        """Whether it denies localhost.  Alone among names this one has the same addresses everywhere: RFC 6761 section 6.3."""
+        return self.name in ("localhost", "*.localhost") and not self.allows
 
     def names(self, name: str) -> bool:
         assert self.name is not None
@@ -100,7 +110,7 @@ class Rules(List[Rule]):
         A rule whose answer holds for all addresses that this name can have; None if that depends on them.
 
         It is the first that matches by name (or by all networks that there are).  Networks before
-        it may match as well, which changes nothing as long as they have the same answer.
+        it, and localhost, may match as well, which changes nothing as long as they have the same answer.
         """
         name = normal(address.host)
         answers: Set[bool] = set()      # of the networks: each may match or not
@@ -110,6 +120,8 @@ class Rules(List[Rule]):
                 continue
             if rule.network is None:
                 decides = rule.name is None or rule.names(name)
+                if rule.denies_loopback and not decides:
+                    answers.add(False)
             else:
                 answers.add(rule.allows)
                 if rule.network.prefixlen == 0:

@@ -123,6 +123,12 @@ def ask(rules: List[str], host: str, port: int = 80, by: Optional[str] = None) -
     (["deny 127.0.0.0/8"], "0.0.0.0", 80, None, 0),
     (["deny ::1"], "::", 80, None, 0),
     (["deny 10.0.0.0/8"], "2001:db8::10.1.2.3", 80, None, None),
+    # Whoever denies localhost means its addresses; other names have others tomorrow.
+    (["deny localhost"], "127.0.0.1", 80, None, 0), (["deny *.Localhost."], "127.9.9.9", 80, "innocent.example", 0), (["deny localhost"], "::1", 80, None, 0),
+    (["deny localhost"], "64:ff9b::127.0.0.1", 80, None, 0), (["deny localhost"], "::", 80, None, 0), (["deny localhost"], "192.0.2.1", 80, "localhost", 0),
+    (["deny localhost:22"], "127.0.0.1", 80, None, None), (["deny localhost:22"], "127.0.0.1", 22, None, 0), (["deny localhost"], "192.0.2.1", 80, None, None),
+    (["allow 127.0.0.1", "deny localhost"], "127.0.0.1", 80, None, 0), (["allow localhost", "deny *"], "127.0.0.1", 80, None, 1),
+    (["deny localhost.example"], "127.0.0.1", 80, None, None),
 ])
 def test_the_first_rule_that_matches_decides(rules: List[str], host: str, port: int, by: str, decides: Optional[int]) -> None:
     assert ask(rules, host, port, by) == (None if decides is None else rules[decides])
@@ -145,6 +151,7 @@ def test_a_name_is_denied_without_a_look_up_if_nothing_depends_on_its_addresses(
 
 
 TARGETS_OF_RULES = st.sampled_from([
+    "localhost", "*.localhost",
     "ads.example", "*.example", "other.example", "*", "10.0.0.0/8", "10.1.0.0/16", "192.0.2.1", "0.0.0.0/0", "::/0", "2001:db8::/32", "::1",
 ])
 PORTS_OF_RULES = st.sampled_from(["", ":80", ":443", ":80-443", ":81-90"])
@@ -157,8 +164,10 @@ EVERYWHERE = [Address.numeric(host, 80) for host in (        # one in each part 
 )]
 
 
-@given(RULES, st.sampled_from(["ads.example", "ADS.example.", "nothing.test"]))
+@given(RULES, st.sampled_from(["ads.example", "ADS.example.", "nothing.test", "localhost", "x.localhost"]))
 @example(["deny 127.0.0.5", "deny ads.example"], "ads.example")
+@example(["deny localhost", "allow *"], "ads.example")
+@example(["deny localhost", "allow *"], "localhost")
 @example(["deny 0.0.0.0/0", "deny [::]/0:80"], "nothing.test")
 def test_what_is_decided_by_name_is_the_answer_for_every_address(rules: List[str], host: str) -> None:
     parsed = Rules.parse(rules)

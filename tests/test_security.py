@@ -20,6 +20,7 @@ from socks5srv import descriptors, resolver, users
 from socks5srv import server as server_module
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name
 from socks5srv.handler import Socks5Handler
+from socks5srv.rules import Rules
 from socks5srv.server import Socks5Server
 from socks5srv.service import options, run, worker
 from socks5srv.session import Session
@@ -233,6 +234,18 @@ def test_what_is_judged_is_what_is_dialled(start_server: Any, new_client: Any, e
     exchange(client)
     assert judged == ["rebinding.invalid", LOCALHOST]
     assert server.sessions[0].peer.host == judged[-1]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "127.0.0.1", "127.1", "0.0.0.0", "::1", "::ffff:127.0.0.1", "other.invalid"])
+def test_a_rule_that_denies_localhost_denies_its_addresses(host: str, start_server: Any, new_client: Any, echo: Any) -> None:
+    class Another(Socks5Handler):
+        def resolve(self, host: str) -> List[str]:
+            return [LOCALHOST]
+
+    server = start_server(handler=Another)
+    server.rules = Rules.parse(["deny localhost"])
+    assert new_client(server).ask(Command.CONNECT, name(host, echo[1])).code is ReplyCode.NOT_ALLOWED
+    assert server.next_ended().reason == "rule: deny localhost"
 
 
 @needs_neighbour
