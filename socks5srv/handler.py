@@ -322,7 +322,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
         Called in a thread of its own and may block: when time is up, the client gets its reply without it.
         """
-        return resolver.look_up(host, self.server.route.family)
+        look_up = resolver.look_up_as_it_is if self.server.rules.speak_of_names else resolver.look_up
+        return look_up(host, self.server.route.family)
 
     def connect(self, request: Request) -> socket.socket:
         """A TCP socket connected to the request's destination; RequestFailed if there is none."""
@@ -371,7 +372,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """What to ask the resolver; clients share it only if no override makes an answer of its own."""
         ordinary = type(self).resolve is Socks5Handler.resolve
         name = host.lower() if host.isascii() else host     # lower() makes a final sigma, which is a letter of its own
-        return resolver.LookUp(self.resolve, host, self.session.client.host, (name, self.server.route.family) if ordinary else None)
+        question = name, self.server.route.family, self.server.rules.speak_of_names
+        return resolver.LookUp(self.resolve, host, self.session.client.host, question if ordinary else None)
 
     def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None:
         """

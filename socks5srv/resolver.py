@@ -22,7 +22,7 @@ from collections import Counter
 from typing import Any, Callable, Counter as CounterType, Dict, List, Optional, Sequence
 
 from .descriptors import LOOK_UP, USED_UP, WAIT, descriptors
-from .names import ascii_form
+from .names import ascii_form, normal
 from .outbound import wait
 from .protocol import Address, ReplyCode, RequestFailed
 from .relay import READ
@@ -42,6 +42,26 @@ def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
     # As octets a name passes Python's IDNA codec by, which chokes on a..b and long labels.
     rows = socket.getaddrinfo(ascii_form(host).encode("ascii"), None, family, socket.SOCK_STREAM)
     return [Address.of(row[4]).zoned for row in rows]
+
+
+def look_up_as_it_is(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
+    """
+    The same, but of no other name: systems complete names (``search`` in resolv.conf), and `secret` may lead to secret.corp.example.
+
+    A dot at the end keeps them from it, but with one they find nothing in /etc/hosts.  So it is only put there where
+    the answer tells another name than was asked for: a completed one, or that of an alias (CNAME).
+    """
+    name = ascii_form(host)
+    if name.endswith(".") or is_number(name):
+        return look_up(name, family)
+    rows = socket.getaddrinfo(ascii_form(name).encode("ascii"), None, family, socket.SOCK_STREAM, 0, socket.AI_CANONNAME)
+    found = rows[0][3]
+    if normal(found) == normal(name):
+        return [Address.of(row[4]).zoned for row in rows]
+    try:
+        return look_up(name + ".", family)
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"it is short for {found or 'another name'}, and rules judge names as they are asked for") from error
 
 
 # --- look-ups in threads ---

@@ -101,6 +101,10 @@ class Rules(List[Rule]):
     def parse(cls, lines: Iterable[Union[str, Rule]]) -> Rules:
         return cls(line if isinstance(line, Rule) else Rule.parse(line) for line in lines)
 
+    @property
+    def speak_of_names(self) -> bool:
+        return any(rule.name is not None for rule in self)
+
     def decide(self, address: Address, name: Optional[str] = None) -> Optional[Rule]:
         """The first rule that matches an IP address and the name that led to it; None if none does."""
         return next((rule for rule in self if rule.matches(address, name)), None)

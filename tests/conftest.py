@@ -184,6 +184,51 @@ def link_local() -> Iterator[LinkLocal]:
 
 # --- servers ---
 
+class Names:
+    """
+    A system's resolver that knows these names only, and completes others with ``corp.example``.
+
+    `hosts` is its own list, which it reads for names without a dot at the end; `dns` has addresses, or an alias's other name.
+    """
+
+    hosts = {"nas": ("nas", "127.0.0.1"), "printer": ("printer.corp.example", "127.0.0.1")}      # noqa: RUF012
+    dns = {                                                                                         # noqa: RUF012
+        "secret.corp.example": "127.0.0.1", "moved.corp.example": "elsewhere.example", "web.example": "127.0.0.1",
+        "www.example": "web.example", "elsewhere.example": "127.0.0.1", "twice": "127.0.0.1", "twice.corp.example": "127.0.0.2",
+    }
+
+    def __init__(self, real: Callable[..., Any]) -> None:
+        self.real = real
+        self.asked: List[str] = []
+
+    def getaddrinfo(self, host: Any, port: Any, *arguments: Any) -> Any:
+        if not isinstance(host, bytes):         # a client's, and no look-up of the server's
+            return self.real(host, port, *arguments)
+        self.asked.append(host.decode())
+        name, found = self.find(host.decode().lower())
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, name if arguments[3:] else "", (found, 0))]
+
+    def find(self, asked: str) -> Tuple[str, str]:
+        """The canonical name, and its address."""
+        if asked in self.hosts:
+            return self.hosts[asked]
+        completed = [asked + ".corp.example", asked] if "." not in asked else [asked, asked + ".corp.example"]
+        for name in [asked[:-1]] if asked.endswith(".") else completed:
+            while name in self.dns:
+                if self.dns[name][0].isdigit():
+                    return name, self.dns[name]
+                name = self.dns[name]
+        raise socket.gaierror(socket.EAI_NONAME, "no such name")
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    """The system completes names."""
+    found = Names(socket.getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", found.getaddrinfo)
+    return found
+
+
 class FromItsTarget(Route):
     """
     Its sockets go out from the very port that they dial.

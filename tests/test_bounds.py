@@ -447,7 +447,7 @@ OPENINGS: Dict[str, str] = {
     "outbound.py:with_scope": "none: a number is not looked up",
     "relay.py:EpollWaiter.__init__": FOR_SERVER, "relay.py:Pipe.__init__": FOR_PIPE, "relay.py:Relay.__init__": FOR_SERVER,
     "relay.py:SelectorWaiter.__init__": FOR_SERVER,
-    "resolver.py:in_time": FOR_LOOK_UP, "resolver.py:look_up": FOR_LOOK_UP,
+    "resolver.py:in_time": FOR_LOOK_UP, "resolver.py:look_up": FOR_LOOK_UP, "resolver.py:look_up_as_it_is": FOR_LOOK_UP,
     "server.py:Socks5Server.accept": FOR_CLIENT, "server.py:Socks5Server.add_listener": NOT_SERVING, "server.py:Socks5Server.get_request": FOR_CLIENT,
     "service/cores.py:current_core": FOR_A_MOMENT, "service/explaining.py:WatchedRoute.socket": "the socket of another Route",
     "service/figures.py:WatchedServer.accept": FOR_CLIENT, "service/log.py:File": FOR_SERVER, "service/options.py:words_of": NOT_SERVING,

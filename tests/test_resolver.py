@@ -47,6 +47,35 @@ def test_the_resolver_reads_numbers_as_the_c_library_does(host):
     assert resolver.look_up(host, socket.AF_INET) == [LOCALHOST]
 
 
+@pytest.mark.parametrize(("host", "found", "asked"), [
+    ("web.example", LOCALHOST, ["web.example"]), ("WEB.Example", LOCALHOST, ["WEB.Example"]), ("web.example.", LOCALHOST, ["web.example."]),
+    ("www.example\u3002", LOCALHOST, ["www.example."]),
+    ("www.example", LOCALHOST, ["www.example", "www.example."]),        # an alias
+    ("nas", LOCALHOST, ["nas"]), ("twice", LOCALHOST, ["twice", "twice."]),
+    ("printer", None, ["printer", "printer."]), ("secret", None, ["secret", "secret."]), ("moved", None, ["moved", "moved."]),
+    ("secret.", None, ["secret."]), ("nothing", None, ["nothing"]),
+])
+def test_a_name_is_looked_up_as_it_is_or_not_at_all(names, host, found, asked):
+    if found is None:
+        with pytest.raises(socket.gaierror) as error:
+            resolver.look_up_as_it_is(host)
+        assert error.value.errno in resolver.NO_SUCH_NAME
+    else:
+        assert resolver.look_up_as_it_is(host) == [found]
+    assert names.asked == asked
+
+
+@pytest.mark.usefixtures("names")
+def test_the_reason_tells_what_the_system_would_have_made_of_it():
+    with pytest.raises(socket.gaierror, match=r"it is short for secret\.corp\.example, and rules judge names as they are asked for"):
+        resolver.look_up_as_it_is("secret")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.1"])
+def test_names_of_this_computer_and_numbers_are_as_they_are(host):
+    assert resolver.look_up_as_it_is(host, socket.AF_INET) == [LOCALHOST]
+
+
 @pytest.mark.usefixtures("poll_or_select")
 def test_a_look_up_in_time_has_its_answer_or_its_error(connection):
     assert in_time(LookUp(lambda host: [host], "127.0.0.1"), connection, soon(TIMEOUT)) == ["127.0.0.1"]

@@ -248,6 +248,18 @@ def test_a_rule_that_denies_localhost_denies_its_addresses(host: str, start_serv
     assert server.next_ended().reason == "rule: deny localhost"
 
 
+@pytest.mark.usefixtures("names")
+def test_a_name_that_rules_judge_is_not_completed_by_the_system(start_server: Any, new_client: Any, echo: Any) -> None:
+    """With ``search corp.example`` in resolv.conf."""
+    server = start_server()
+    codes = []
+    for rules in ([], ["deny 192.0.2.0/24"], ["deny *.corp.example"], ["allow *.example", "deny *"]):
+        server.rules = Rules.parse(rules)
+        codes.append([new_client(server).ask(Command.CONNECT, name(host, echo[1])).code for host in ("secret", "secret.corp.example", "web.example")])
+    good, denied, unknown = ReplyCode.SUCCEEDED, ReplyCode.NOT_ALLOWED, ReplyCode.HOST_UNREACHABLE
+    assert codes == [[good] * 3, [good] * 3, [unknown, denied, good], [denied, good, good]]
+
+
 @needs_neighbour
 def test_every_datagram_and_every_caller_of_bind_is_judged(start_server: Any, new_client: Any) -> None:
     judged: List[Any] = []
