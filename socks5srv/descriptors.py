@@ -14,6 +14,7 @@ the rest of the program has open.  `RESERVED` is for those.
 
 from __future__ import annotations
 
+import os
 import threading
 
 from .protocol import Command
@@ -98,3 +99,15 @@ def descriptor_limit() -> float:
 
 
 descriptors = Descriptors()     # one for the process, as the system counts them
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """
+    An `opener` for open(): a pipe in place of a file has nothing wait for its other end.  OSError as os.open() has it.
+
+    To be written to, a pipe that no process reads is refused (ENXIO).  Reading and writing then wait as ever.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(descriptor, True)
+    return descriptor

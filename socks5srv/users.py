@@ -28,6 +28,8 @@ from operator import attrgetter
 from random import randrange
 from typing import Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
+from .descriptors import open_at_once
+
 logger = logging.getLogger("socks5srv")
 
 SCRYPT = (2 ** 14, 8, 1)        # n, r, p: 16 MiB and some 50 ms, which a guesser pays for each guess
@@ -159,8 +161,10 @@ class UsersFile(Users):
 def read_users(path: str) -> Dict[str, str]:
     """The hashes in a users file, by name; BadUsersFile if there is anything wrong with it."""
     try:
-        with open(path, encoding="utf-8-sig") as stream:
+        with open(path, encoding="utf-8-sig", opener=open_at_once) as stream:
             status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):        # reading it could last, and it cannot be read again
+                raise BadUsersFile(f"users file {path} is no regular file: a pipe or a device has no users")
             lines = stream.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadUsersFile(f"users file {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error

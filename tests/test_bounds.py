@@ -439,7 +439,7 @@ FOR_SERVER = "RESERVED: opened by the server for itself, and not by what a clien
 NOT_SERVING = "before or after serving, or in another program"
 
 OPENINGS: Dict[str, str] = {
-    "datagrams.py:Association.outer_socket": FOR_COMMAND, "explain.py:main": NOT_SERVING,
+    "datagrams.py:Association.outer_socket": FOR_COMMAND, "descriptors.py:open_at_once": "by those who open() with it", "explain.py:main": NOT_SERVING,
     "handler.py:Socks5Handler.await_peer": FOR_COMMAND, "listener.py:Listener.serve_one": FOR_CLIENT, "listener.py:Listener.stop": NOT_SERVING,
     "outbound.py:Race.start_next": FOR_RACE, "outbound.py:ask_kernel": FOR_A_MOMENT, "outbound.py:can_be_bound": FOR_A_MOMENT,
     "outbound.py:guess": FOR_A_MOMENT, "outbound.py:local_address_towards": FOR_A_MOMENT,
@@ -450,7 +450,8 @@ OPENINGS: Dict[str, str] = {
     "resolver.py:in_time": FOR_LOOK_UP, "resolver.py:look_up": FOR_LOOK_UP, "resolver.py:look_up_as_it_is": FOR_LOOK_UP,
     "server.py:Socks5Server.accept": FOR_CLIENT, "server.py:Socks5Server.add_listener": NOT_SERVING, "server.py:Socks5Server.get_request": FOR_CLIENT,
     "service/cores.py:current_core": FOR_A_MOMENT, "service/explaining.py:WatchedRoute.socket": "the socket of another Route",
-    "service/figures.py:WatchedServer.accept": FOR_CLIENT, "service/log.py:File": FOR_SERVER, "service/options.py:words_of": NOT_SERVING,
+    "service/figures.py:WatchedServer.accept": FOR_CLIENT, "service/log.py:File": FOR_SERVER, "service/log.py:File._open": FOR_SERVER,
+    "service/options.py:words_of": NOT_SERVING,
     "service/pcap.py:open_file": FOR_SERVER, "service/program.py:run_program": FOR_SERVER,
     "service/remembering.py:Remembering.setup": "no descriptor: a conversation", "service/run.py:main": NOT_SERVING,
     "service/run.py:port_file": NOT_SERVING, "service/run.py:write_whole": NOT_SERVING,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Callable
 
 import pytest
 
 from socks5srv import descriptors as module
-from socks5srv.descriptors import CLIENT, Descriptors
+from socks5srv.descriptors import CLIENT, Descriptors, open_at_once
 
 
 @pytest.fixture
@@ -62,3 +64,17 @@ def test_the_limit_is_that_of_the_system() -> None:
     resource = pytest.importorskip("resource", reason="not on this platform: limits of descriptors")
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert module.descriptor_limit() in (soft, float("inf"))
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["with O_NONBLOCK", "without"])
+def test_a_file_is_opened_as_ever_whether_the_system_can_open_without_waiting_or_not(
+        flag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not flag:
+        monkeypatch.delattr(os, "O_NONBLOCK", raising=False)
+    path = str(tmp_path / "file")
+    with open(path, "w", opener=open_at_once) as stream:
+        stream.write("octets")
+    with open(path, opener=open_at_once) as stream:
+        assert stream.read() == "octets"
+        assert not stream.isatty()
+        assert not flag or not hasattr(os, "O_NONBLOCK") or os.get_blocking(stream.fileno())

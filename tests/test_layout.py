@@ -23,7 +23,7 @@ CORE = {
     "protocol": {"names"},
     "session": {"protocol"},
     "descriptors": {"protocol"},
-    "users": set(),
+    "users": {"descriptors"},
     "rules": {"protocol", "names"},
     "strangers": {"protocol"},
     "listener": {"protocol"},

@@ -5,6 +5,7 @@ The promises of SECURITY.rst, one test for each, under the same name.
 from __future__ import annotations
 
 import http.client
+import os
 import random
 import re
 import socket
@@ -42,6 +43,16 @@ def test_every_promise_has_a_test_of_its_name() -> None:
     for promise in promises():
         test = "test_" + re.sub(r"[^a-z0-9]+", "_", promise.lower().replace("'s", "s"))
         assert test in globals(), promise
+
+
+@pytest.fixture
+def users_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One with anna, whose hash is cheap."""
+    monkeypatch.setattr(users, "SCRYPT", (2, 1, 1))
+    path = tmp_path / "users"
+    path.write_text(f"anna:{users.hash_password('sesame')}\n")
+    path.chmod(0o600)
+    return path
 
 
 def test_as_started_it_serves_this_computer_only() -> None:
@@ -139,15 +150,11 @@ def test_nothing_is_dialled_without_a_login_where_one_is_required(start_server: 
         target.accept()
 
 
-def test_right_and_wrong_logins_take_the_same_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(users, "SCRYPT", (2, 1, 1))
-    path = tmp_path / "users"
-    path.write_text(f"anna:{users.hash_password('sesame')}\n")
-    path.chmod(0o600)
+def test_right_and_wrong_logins_take_the_same_work(monkeypatch: pytest.MonkeyPatch, users_file: Path) -> None:
     costs: List[Any] = []
     verify = users.verify
     monkeypatch.setattr(users, "verify", lambda password, hash: costs.append(users.Hash.parse(hash).cost) or verify(password, hash))
-    file = users.UsersFile(str(path))
+    file = users.UsersFile(str(users_file))
     assert [file.check("anna", "wrong"), file.check("nobody", "wrong"), file.check("anna", "sesame")] == [False, False, True]
     assert costs == [(2, 1, 1)] * 3
     monkeypatch.setattr(users, "SCRYPT", (4, 1, 1))
@@ -437,6 +444,21 @@ def test_a_stranger_cannot_fill_the_log_and_what_is_left_out_is_counted(
     first, second = [record.getMessage() for record in caplog.records if "this is TLS" in record.getMessage()]
     assert second.endswith(" (and 29 more since the last line like this)")
     assert "since" not in first
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="not on this platform: pipes with a name")
+def test_a_pipe_in_place_of_a_file_stops_nothing(users_file: Path, start_server: Any, new_client: Any, bugs: Any) -> None:
+    """Of the users file; test_run.py has the others."""
+    server = start_server(users=users.UsersFile(str(users_file)), handshake_timeout=0.2)
+    users_file.unlink()
+    os.mkfifo(str(users_file), 0o600)
+    eventually(lambda: "is no regular file" in " ".join(record.getMessage() for record in bugs))
+    bugs.clear()
+    assert new_client(server).rest() == b""         # the deadline is kept
+    assert "took too long" in server.next_ended().reason
+    client = new_client(server)
+    client.greet(Method.USERNAME_PASSWORD)
+    assert client.login("anna", "sesame").status == 0
 
 
 def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer() -> None:

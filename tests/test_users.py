@@ -19,7 +19,7 @@ from socks5srv.handler import Socks5Handler
 from socks5srv.protocol import Command, Credentials, CredentialsReply, Method, MethodSelection
 from socks5srv.users import BadUsersFile, Guessing, Hash, Users, UsersFile, hash_password, verify
 
-from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, needs_neighbour, within
+from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, in_thread, needs_neighbour, within
 
 CHEAP = (2, 1, 1)       # n, r, p of scrypt: nobody guesses here
 
@@ -202,6 +202,33 @@ def test_a_file_that_everyone_may_read_is_refused_with_the_command_to_type(write
 def test_a_file_that_is_not_there_is_reported(tmp_path: Any) -> None:
     with pytest.raises(BadUsersFile, match="No such file"):
         UsersFile(str(tmp_path / "none"))
+
+
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="not on this platform: pipes with a name")
+
+
+@needs_pipes
+def test_a_pipe_in_place_of_the_file_is_refused_and_not_waited_for(tmp_path: Any) -> None:
+    path = str(tmp_path / "users")
+    os.mkfifo(path, 0o600)
+    with pytest.raises(BadUsersFile, match="is no regular file"):
+        in_thread(UsersFile, path)()
+
+
+@needs_pipes
+def test_a_pipe_that_takes_the_place_of_the_file_changes_nothing_and_is_told(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    file = UsersFile(write(login("anna", "a")))
+    os.mkfifo(file.path + ".pipe", 0o600)
+    os.replace(file.path + ".pipe", file.path)
+    assert in_thread(file.refresh)() == set()
+    assert "is no regular file" in caplog.text
+    assert file.check("anna", "a")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="not on this platform: devices with a name")
+def test_a_device_in_place_of_the_file_is_refused() -> None:
+    with pytest.raises(BadUsersFile, match="is no regular file"):
+        UsersFile("/dev/null")
 
 
 @given(st.text())

@@ -17,6 +17,7 @@ import time
 from logging.handlers import WatchedFileHandler
 from typing import Any, Dict, TextIO
 
+from ..descriptors import open_at_once
 from ..session import Session, rfc3339, shown
 from .options import complain
 
@@ -89,8 +90,11 @@ class File(Screen, WatchedFileHandler):
     The same in a file.  When that has been put aside (logrotate), the lines go on in a new one.
 
     The base class looks before every line, so that each process does by itself.  But what then goes wrong
-    comes out of its call, and it closes the old file before it has the new one.
+    comes out of its call, and it closes the old file before it has the new one.  And a pipe would have it wait.
     """
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=open_at_once)
 
     def reopenIfNeeded(self) -> None:
         try:

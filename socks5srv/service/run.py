@@ -20,6 +20,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Type, cast
 
 from ..client import Proxy
+from ..descriptors import open_at_once
 from ..outbound import Route, is_own_address
 from ..protocol import Address, Command
 from ..handler import Socks5Handler
@@ -213,7 +214,12 @@ def set_up_log(options: argparse.Namespace) -> None:
     try:
         log.set_up(options)
     except OSError as error:
-        raise CannotStart(f"cannot write the log file {options.log_file}: {error.strerror}", "choose another with --log-file") from None
+        raise CannotStart(f"cannot write the log file {options.log_file}: {why_not(error)}", "choose another with --log-file") from None
+
+
+def why_not(error: OSError) -> str:
+    """Why a file cannot be opened to be written."""
+    return "it is a pipe that no process reads" if error.errno == errno.ENXIO else error.strerror or str(error)
 
 
 def start_recording(server: ServiceServer, options: argparse.Namespace) -> None:
@@ -414,10 +420,10 @@ def port_file(path: Optional[str], port: int) -> Iterator[None]:
         if whole:
             write_whole(path, f"{port}\n")
         else:                       # /dev/stdout, say
-            with open(path, "w", encoding="ascii") as stream:
+            with open(path, "w", encoding="ascii", opener=open_at_once) as stream:
                 stream.write(f"{port}\n")
     except OSError as error:
-        raise CannotStart(f"cannot write the port file {path}: {error.strerror}", "choose another with --port-file") from None
+        raise CannotStart(f"cannot write the port file {path}: {why_not(error)}", "choose another with --port-file") from None
     try:
         yield
     finally:

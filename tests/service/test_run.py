@@ -120,6 +120,9 @@ def test_the_script_is_the_same_program() -> None:
 
 # --- the port file ---
 
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="not on this platform: pipes with a name")
+
+
 def test_the_port_file_goes_at_the_end(start: Callable[..., Any]) -> None:
     service = start()
     assert service.port_file.read_text() == f"{service.port}\n"
@@ -169,6 +172,42 @@ def test_the_port_can_be_written_to_a_pipe() -> None:
             process.terminate()
         assert process.wait(TIMEOUT) == 0
     assert os.path.exists("/dev/stdout")
+
+
+@needs_pipes
+@pytest.mark.parametrize("words", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_a_pipe_that_no_process_reads_is_no_port_file_and_is_not_waited_for(
+        words: Tuple[str, ...], tmp_path: Path, run_command: Callable[..., Any]) -> None:
+    path = tmp_path / "port"
+    os.mkfifo(str(path))
+    outcome = run_command("-q", *words, "--port-file", str(path), "0")
+    assert outcome.code == 1
+    assert f"cannot write the port file {path}: it is a pipe that no process reads\n" in outcome.stderr
+    assert path.exists()
+
+
+@needs_pipes
+def test_a_pipe_that_no_process_reads_is_no_log_file_and_is_not_waited_for(tmp_path: Path, run_command: Callable[..., Any]) -> None:
+    path = tmp_path / "log"
+    os.mkfifo(str(path))
+    outcome = run_command("--log-file", str(path), "0")
+    assert outcome.code == 1
+    assert f"cannot write the log file {path}: it is a pipe that no process reads\n" in outcome.stderr
+
+
+@needs_pipes
+def test_a_pipe_in_place_of_the_log_file_stops_nothing(
+        tmp_path: Path, start: Callable[..., Any], new_client: Callable[..., Client], echo: Place) -> None:
+    path = tmp_path / "log"
+    service = start("--log-file", str(path))
+    path.unlink()
+    os.mkfifo(str(path))
+    for _ in range(2):
+        client = new_client(service)
+        client.connect(echo)
+        client.close()
+    service.wait_for("cannot be opened afresh")
+    assert service.stop(signal.SIGTERM) == 0
 
 
 # --- who may use it ---
