@@ -108,6 +108,10 @@ def open_at_once(path: str, flags: int) -> int:
     To be written to, a pipe that no process reads is refused (ENXIO).  Reading and writing then wait as ever.
     """
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
-    if hasattr(os, "O_NONBLOCK"):
-        os.set_blocking(descriptor, True)
+    try:
+        if hasattr(os, "O_NONBLOCK"):
+            os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor

@@ -8,7 +8,7 @@ dozens.  And *whoever guesses has to wait*, longer each time but never for good,
 could lock out the owner of a name.
 
 A users file has a line ``NAME:HASH`` for each user, and comments after a ``#`` at the start of
-a line.  It is read again when it changes; a version that cannot be read changes nothing.
+a line.  It is read again when it has changed and settled; a version that cannot be read changes nothing.
 
 This file sees no network: handler.py asks it.
 """
@@ -38,6 +38,8 @@ SCRYPT_SECONDS = 0.05 / (2 ** 14 * 8)   # for each n * r * p, as fast as compute
 PBKDF2_SECONDS = 0.15 / 600_000         # for each round
 SALT = 16                       # octets
 AT_ONCE = min(4, os.cpu_count() or 1)   # hashes computed at a time: 16 MiB each, and cores are few
+
+SETTLED = 0.5       # seconds without a change after which a changed file is read: it may be in the middle of a write
 
 FREE_TRIES = 5                  # failures of one address before its next ones wait, and tries at a time before its first failure
 LONGEST_WAIT = 8.0              # seconds
@@ -82,7 +84,9 @@ class UsersFile(Users):
         self.lock = threading.Lock()
         self.computing = threading.BoundedSemaphore(AT_ONCE)
         self.key = os.urandom(32)
-        self.seen: Optional[Tuple[int, ...]] = self.signature()     # None: read it again, whatever it is
+        self.seen: Optional[Tuple[int, ...]] = self.signature()     # when it was read; None: read it now, whatever it is
+        self.latest = self.seen                 # at the last look
+        self.changed = 0.0                      # when that was seen first, by time.monotonic()
         self.have(read_users(path))
         self.verified: Dict[str, bytes] = {}    # a keyed digest of the right password, by name
 
@@ -120,20 +124,31 @@ class UsersFile(Users):
                            "cheaper ones anew with --hash-password", self.path)
 
     def refresh(self) -> Set[str]:
-        """Read the file again if it has changed."""
+        """Read the file again if it has changed, and has settled since; at once if that is asked for."""
         self.tell_if_uneven()
-        signature = self.signature()
-        if signature == self.seen:
+        signature, now = self.signature(), time.monotonic()
+        if signature != self.latest:
+            self.latest, self.changed = signature, now
+        if signature == self.seen or (self.seen is not None and now - self.changed < SETTLED):
             return set()
         self.seen = signature
         return self.reload()
 
     def reload(self) -> Set[str]:
-        """Read the file again; the users that are none any more, or have another password."""
+        """
+        Read the file again; the users that are none any more, or have another password.
+
+        Nothing comes of it if the file changes meanwhile: the next look sees that, too.
+        """
+        signature, hashes, trouble = self.signature(), self.hashes, None
         try:
             hashes = read_users(self.path)
         except BadUsersFile as error:
-            logger.error("the users stay as they were: %s", error)
+            trouble = error
+        if self.signature() != signature:
+            return set()
+        if trouble is not None:
+            logger.error("the users stay as they were: %s", trouble)
             return set()
         gone = self.replace(hashes)
         logger.info("%d users read from %s", len(hashes), self.path)

@@ -461,6 +461,28 @@ def test_a_pipe_in_place_of_a_file_stops_nothing(users_file: Path, start_server:
     assert client.login("anna", "sesame").status == 0
 
 
+def test_a_users_file_in_the_middle_of_a_write_ends_no_tunnel(
+        users_file: Path, start_server: Any, new_client: Any, echo: Any, caplog: Any) -> None:
+    caplog.set_level("INFO", "socks5srv")
+    line = users_file.read_text()
+    server = start_server(users=users.UsersFile(str(users_file)))
+    client = new_client(server)
+    client.greet(Method.USERNAME_PASSWORD)
+    client.login("anna", "sesame")
+    client.request(Command.CONNECT, echo)
+    looked = threading.Event()
+    with users_file.open("w") as stream:
+        for part in ("# our users\n", line[:7], line[7:]):
+            stream.write(part)
+            stream.flush()
+            looked.clear()
+            server.service_actions = lambda: (Socks5Server.service_actions(server), looked.set())
+            assert looked.wait(10)
+    eventually(lambda: "1 users read" in caplog.text)
+    assert caplog.text.count("users read") == 1
+    exchange(client)
+
+
 def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer() -> None:
     words = [sys.executable, "-m", "socks5srv", "--status"]
     done = subprocess.run([*words, "0.0.0.0:0", "0"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)

@@ -20,6 +20,7 @@ from typing import Any, Iterator, List, Set
 
 import pytest
 
+from socks5srv import users as users_module
 from socks5srv.protocol import Address, Command, Method
 from socks5srv.server import Socks5Server
 from socks5srv.service import cores
@@ -71,6 +72,7 @@ def _a_core_at_each_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cores, "MANY", 0.0)
     monkeypatch.setattr(cores, "FEW", 1e9)
     monkeypatch.setattr(cores, "LOOK", 0.0)
+    monkeypatch.setattr(users_module, "SETTLED", 0.0)
     before = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
     yield
     if before:

@@ -27,6 +27,7 @@ CHEAP = (2, 1, 1)       # n, r, p of scrypt: nobody guesses here
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(users, "SCRYPT", CHEAP)
+    monkeypatch.setattr(users, "SETTLED", 0.0)
 
 
 Write = Callable[..., str]
@@ -262,6 +263,71 @@ def test_a_file_that_is_another_one_is_read_again_although_its_time_is_the_same(
     write(login("ben", "b"))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert file.refresh() == {"anna"}
+
+
+class Clock:
+    """Time that goes on when it is told to."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(users, "SETTLED", 0.5)
+    monkeypatch.setattr(users, "time", Clock())
+    return users.time       # type: ignore[attr-defined, return-value]
+
+
+def test_a_file_in_the_middle_of_a_write_is_not_read_until_it_has_settled(write: Write, clock: Clock) -> None:
+    anna, ben = login("anna", "a"), login("ben", "b")
+    file = UsersFile(write(anna, ben))
+    with open(file.path, "w", encoding="utf-8") as stream:
+        for part in (anna + "\n", ben[:9], ben[9:] + "\n", login("carl", "c") + "\n"):
+            assert file.refresh() == set()
+            clock.now += 0.4
+            assert file.refresh() == set()      # not even a long look later, as it has changed in between
+            stream.write(part)
+            stream.flush()
+            clock.now += 0.4
+    assert file.refresh() == set()
+    assert len(file) == 2
+    clock.now += 0.5
+    assert file.refresh() == set()
+    assert len(file) == 3
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    anna, ben = login("anna", "a"), login("ben", "b")
+    file = UsersFile(write(anna, ben))
+    write(anna)
+    read_users = users.read_users
+
+    def changed(path: str) -> Any:
+        found = read_users(path)
+        monkeypatch.setattr(users, "read_users", read_users)
+        write("nonsense")
+        write(anna, ben, login("carl", "c"))
+        return found
+
+    monkeypatch.setattr(users, "read_users", changed)
+    assert file.refresh() == set()
+    assert len(file) == 2
+    assert file.refresh() == set()
+    assert len(file) == 3
+    assert "stay as they were" not in caplog.text
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_file_that_is_asked_for_is_read_at_once(write: Write) -> None:
+    file = UsersFile(write(login("anna", "a")))
+    write(login("ben", "b"))
+    assert file.refresh() == set()
+    file.seen = None
+    assert file.refresh() == {"anna"}
+    assert file.refresh() == set()
 
 
 def test_a_login_that_is_right_for_a_user_who_is_removed_meanwhile_is_wrong(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
