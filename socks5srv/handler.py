@@ -226,7 +226,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def authenticate(self, username: str, password: str) -> bool:
         """Whether this is a user.  The default asks the server's `users`."""
-        return self.server.users is not None and self.server.users.check(username, password)
+        return self.server.users is not None and self.server.users.check_for(self.still_there, username, password)
+
+    def still_there(self) -> None:
+        """ClientGone if another thread has hung up on the client: nothing more is to be done for it."""
+        if self.session.reason:
+            raise ClientGone(self.session.reason)
 
     def authenticate_unhurried(self, username: str, password: str) -> bool:
         """authenticate(), for which a client that has failed too often has to wait; its tries take turns."""

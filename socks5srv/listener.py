@@ -16,6 +16,7 @@ import errno
 import logging
 import socket
 import threading
+import time
 from typing import Any, Callable, Set, Tuple
 
 from .protocol import Address
@@ -122,12 +123,13 @@ class Listener:
                 return
 
     def join(self, timeout: float) -> None:
-        """Wait for the threads to end, so many seconds for each at most."""
+        """Wait for the threads to end, so many seconds for all of them at most."""
+        until = time.monotonic() + timeout
         with self.lock:
             threads = list(self.threads)
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(timeout)
+                thread.join(max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
         self.stopping = True

@@ -49,6 +49,7 @@ RELAY_THREADS = os.cpu_count() or 1 if get_config_var("Py_GIL_DISABLED") else 1
 
 MOST_ENDED = 10_000 # sessions to be told of, after which no more clients are accepted until that is done
 BATCH = 0.05        # seconds between two looks at the sessions that have ended
+LAST_WORDS = 0.3    # seconds that conversations have to end when the server does: a hash or an overridden method may take longer
 TELL_AGAIN = 60.0   # seconds until the same trouble is told again
 KINDS = 1000        # of trouble that are remembered; who makes up new ones gets each told once
 
@@ -324,7 +325,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         for handler in live:
             handler.hang_up("server stopped")
         for listener in self.listeners:
-            listener.join(timeout=1)    # an overridden method may be busy with who knows what
+            listener.join(timeout=LAST_WORDS)
         for relay in self.relays:
             relay.stop()
         self.relays.clear()

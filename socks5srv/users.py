@@ -26,7 +26,7 @@ import time
 from collections import Counter, OrderedDict
 from operator import attrgetter
 from random import randrange
-from typing import Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 from .descriptors import open_at_once
 
@@ -51,6 +51,13 @@ class BadUsersFile(ValueError):
     """The users file cannot be used; the text says where, and what was expected."""
 
 
+class Asking(threading.local):
+    """For whom the thread at hand checks a login: `still_there` raises once that client is gone."""
+
+    def __init__(self) -> None:
+        self.still_there: Callable[[], object] = lambda: None
+
+
 class Users:
     """Names and passwords, from a mapping.  `check()` is called in any thread."""
 
@@ -66,6 +73,10 @@ class Users:
         right = hmac.compare_digest(known.encode(), password.encode())
         return right and username in self.passwords
 
+    def check_for(self, still_there: Callable[[], object], username: str, password: str) -> bool:
+        """check(), for a client that may be hung up on before its turn comes: still_there() raises then, and nothing is computed."""
+        return self.check(username, password)
+
     def refresh(self) -> Set[str]:
         """The users that are none any more since the last call, or have another password."""
         return set()
@@ -78,6 +89,8 @@ class UsersFile(Users):
     BadUsersFile if it cannot be read at first.  Later versions that cannot be read are logged,
     and the users stay what they were.
     """
+
+    asking = Asking()
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -99,6 +112,7 @@ class UsersFile(Users):
         if hmac.compare_digest(self.verified.get(username, b""), digest):
             return True
         with self.computing:
+            self.asking.still_there()
             right = verify(password, known or self.nobody)
         if right and known is not None:
             with self.lock:
@@ -107,6 +121,14 @@ class UsersFile(Users):
                 self.verified[username] = digest
                 return True
         return False
+
+    def check_for(self, still_there: Callable[[], object], username: str, password: str) -> bool:
+        """By way of the thread, so that whoever overrides check() has it called."""
+        before, self.asking.still_there = self.asking.still_there, still_there
+        try:
+            return self.check(username, password)
+        finally:
+            self.asking.still_there = before
 
     def have(self, hashes: Dict[str, str]) -> None:
         """Let these users in, and compare the password of any other name with a hash that takes as long as the dearest of theirs."""

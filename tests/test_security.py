@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, List
 
@@ -19,14 +20,16 @@ import pytest
 
 from socks5srv import descriptors, resolver, users
 from socks5srv import server as server_module
-from socks5srv.protocol import UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name
+from socks5srv.protocol import (
+    UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name,
+)
 from socks5srv.handler import Socks5Handler
 from socks5srv.rules import Rules
 from socks5srv.server import Socks5Server
 from socks5srv.service import options, run, worker
 from socks5srv.session import Session
 
-from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour
+from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour, within
 from .networks import LO, add_address, be_a_router, let_any_address_be_bound
 
 ROOT = Path(__file__).parent.parent
@@ -158,9 +161,9 @@ def test_right_and_wrong_logins_take_the_same_work(monkeypatch: pytest.MonkeyPat
     assert [file.check("anna", "wrong"), file.check("nobody", "wrong"), file.check("anna", "sesame")] == [False, False, True]
     assert costs == [(2, 1, 1)] * 3
     monkeypatch.setattr(users, "SCRYPT", (4, 1, 1))
-    with open(path, "a", encoding="utf-8") as stream:
+    with open(users_file, "a", encoding="utf-8") as stream:
         stream.write(f"ben:{users.hash_password('dearer')}\n")
-    for kind in (users.UsersFile(str(path)), worker.HandedUsers(users.read_users(str(path)), 2)):
+    for kind in (users.UsersFile(str(users_file)), worker.HandedUsers(users.read_users(str(users_file)), 2)):
         costs.clear()
         assert [kind.check("nobody", "wrong"), kind.check("ben", "dearer")] == [False, True]
         assert costs == [(4, 1, 1)] * 2
@@ -481,6 +484,27 @@ def test_a_users_file_in_the_middle_of_a_write_ends_no_tunnel(
     eventually(lambda: "1 users read" in caplog.text)
     assert caplog.text.count("users read") == 1
     exchange(client)
+
+
+def test_no_hash_is_computed_once_the_server_stops(
+        users_file: Path, start_server: Any, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: List[str] = []
+    release = threading.Event()
+    monkeypatch.setattr(users, "verify", lambda password, _hash: computed.append(password) or release.wait(10))
+    server = start_server(users=users.UsersFile(str(users_file)))
+    clients = [new_client(server, source=f"127.0.{number}.1" if sys.platform != "darwin" else None) for number in range(20)]
+    for client in clients:
+        client.send(Greeting(b"\2"), Credentials(b"anna", b"wrong"))
+        assert client.exactly(2) == b"\5\2"
+    eventually(lambda: len(computed) == users.AT_ONCE)
+    join = server.listeners[0].join
+    server.listeners[0].join = lambda timeout: (release.set(), join(timeout))       # all have been hung up on
+    began = time.monotonic()
+    server.server_close()
+    assert time.monotonic() - began < within(0.5)
+    for _ in clients:
+        assert server.next_ended().reason == "server stopped"
+    assert len(computed) == users.AT_ONCE
 
 
 def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer() -> None:

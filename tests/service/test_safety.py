@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, List, Tuple
 
 import pytest
-from tests.conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour
+from tests.conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, within
 
-from socks5srv.protocol import Command, CredentialsReply, Method, ReplyCode
+from socks5srv.protocol import Command, Credentials, CredentialsReply, Method, ReplyCode
 from socks5srv.users import Hash
 
 Place = Tuple[Any, ...]
@@ -219,6 +220,22 @@ def test_users_come_from_one_place(users_file: Path, run_command: Callable[..., 
     outcome = run_command("--users-file", str(users_file), "-u", "carl:pass", "0")
     assert (outcome.code, outcome.stdout) == (2, "")
     assert "-u and --users-file exclude each other: put all logins into the file" in outcome.stderr
+
+
+@needs_neighbour
+@pytest.mark.parametrize("words", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_it_stops_at_once_although_hundreds_wait_for_their_hashes(
+    words: Tuple[str, ...], tmp_path: Path, start: Callable[..., Any], new_client: Callable[..., Client],
+) -> None:
+    path = write_users(tmp_path / "users", f"anna:{cheap_hash('sesame', 400_000)}")
+    service = start("--users-file", str(path), *words)
+    for number in range(300):
+        client = new_client(service, source=f"127.0.{number // 5}.2")
+        client.send(b"\x05\x01\x02" + bytes(Credentials(b"anna", b"wrong")))
+        assert client.exactly(2) == b"\x05\x02"
+    began = time.monotonic()
+    assert service.stop(signal.SIGTERM) == 0
+    assert time.monotonic() - began < within(0.5)
 
 
 # --- the users change while it serves ---
