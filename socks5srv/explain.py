@@ -302,7 +302,19 @@ Chain = List[Tuple[Message, bytes]]
 
 
 def chained(octets: bytes, kinds: Sequence[Type[Message]]) -> Iterator[Chain]:
-    """The ways to read all of these octets, beginning with one of `kinds`."""
+    """The ways to read all of these octets, beginning with one of `kinds`.  (No recursion: a row may be long.)"""
+    begun: List[Tuple[Chain, bytes, Sequence[Type[Message]]]] = [([], octets, kinds)]
+    while begun:
+        chain, rest, kinds = begun.pop()
+        if chain and not rest:
+            yield chain
+            continue
+        found = list(beginnings(rest, kinds))
+        begun += [([*chain, (message, part)], rest[len(part):], AFTER.get(type(message), [])) for message, part in reversed(found)]
+
+
+def beginnings(octets: bytes, kinds: Sequence[Type[Message]]) -> Iterator[Tuple[Message, bytes]]:
+    """The messages of these kinds that the octets can begin with, each with its own."""
     for kind in kinds:
         if kind is Datagram and octets[:2] != b"\0\0":      # else whatever has a 01, 03 or 04 in fourth place would be one
             continue
@@ -311,13 +323,7 @@ def chained(octets: bytes, kinds: Sequence[Type[Message]]) -> Iterator[Chain]:
             message: Message = kind.read(stream)            # type: ignore[attr-defined]
         except Socks5Error:
             continue
-        rest = stream.read()
-        part = octets[:len(octets) - len(rest)]
-        if not rest:
-            yield [(message, part)]
-            continue
-        for chain in chained(rest, AFTER.get(kind, [])):
-            yield [(message, part), *chain]
+        yield message, octets[:stream.tell()]
 
 
 def suspected_login(octets: bytes) -> Optional[List[Exhibit]]:

@@ -408,3 +408,17 @@ def test_whatever_is_typed_there_is_no_traceback(text: str) -> None:
 
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         assert main([text]) in (0, 2)
+
+
+def test_thousands_of_replies_in_a_row_are_thousands_of_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    reply = "05000001" + "7f000001" + "0438"
+    assert explain.main([reply * 3000]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("REPLY") == 3000
+    assert shown.count("succeeded") >= 3000
+
+
+def test_a_long_row_that_is_cut_off_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main(["05000001" + "7f000001" + "0438" * 3000]) == 0
+    assert explain.main([("05000001" + "7f000001" + "0438") * 3000 + "05"]) == 0
+    assert "Traceback" not in capsys.readouterr().err

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .run import ServiceServer
 
 LAST_OCTETS = 5.0       # seconds that connections have to end by themselves when the program has
+OTHERS = ("SIGQUIT", "SIGUSR1", "SIGUSR2")      # that would end us
 PLACES = 1000           # of which the rest is summed up
 
 
@@ -69,8 +70,13 @@ def run_program(server: ServiceServer, contacts: Contacts, options: argparse.Nam
 
     Its exit code, or 128 and the number of the signal that has ended it.  OSError if it cannot be started.
     """
+    heard: List[int] = []
+    started: List[subprocess.Popen[bytes]] = []
+    pass_signals_to(started, heard, server, options)
     with subprocess.Popen(options.run, env=environment(server, options)) as program:
-        pass_signals_to(program, server, options)
+        started.append(program)
+        for number in heard:
+            program.send_signal(number)
         thread = threading.Thread(target=server.serve_forever, name="socks5srv-serving", daemon=True)
         thread.start()
         code = program.wait()
@@ -82,25 +88,35 @@ def run_program(server: ServiceServer, contacts: Contacts, options: argparse.Nam
     return 128 - code if code < 0 else code
 
 
-def pass_signals_to(program: subprocess.Popen[bytes], server: ServiceServer, options: argparse.Namespace) -> None:
+def pass_signals_to(
+        started: List[subprocess.Popen[bytes]], heard: List[int], server: ServiceServer, options: argparse.Namespace) -> None:
     """
-    SIGTERM is for the program, and it is told by it when the terminal has been closed, too: till we end, that is
-    told to us alone.  Ctrl-C reaches it by itself, as it does all that runs in this terminal.
+    No signal that can be caught ends us and leaves the program alone: it is the program's to answer.
+
+    SIGTERM stands for SIGHUP, too: till we end, that the terminal has been closed is told to us alone.  Ctrl-C reaches
+    the program by itself, as it does all that runs in this terminal.  What comes while it is being started is `heard`.
     """
-    def terminate(_number: int, _frame: Any) -> None:
-        program.terminate()
+    def pass_on(number: int, _frame: Any) -> None:
+        number = signal.SIGTERM if number == signal_number("SIGHUP") else number
+        if not started:
+            heard[:] = [number]
+        elif number != signal.SIGINT:
+            started[0].send_signal(number)
 
-    def leave_it(_number: int, _frame: Any) -> None:
-        """The program decides what to do, and we go when it goes."""
+    answer_hangup(server, options, pass_on)
+    for name in ("SIGTERM", "SIGINT", *OTHERS):
+        if signal_number(name):
+            signal.signal(signal_number(name), pass_on)
 
-    answer_hangup(server, options, terminate)
-    signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, leave_it)
+
+def signal_number(name: str) -> int:
+    """0 where there is no such signal."""
+    return int(getattr(signal, name, 0))
 
 
 def environment(server: Socks5Server, options: argparse.Namespace) -> Dict[str, str]:
-    """Ours, with this proxy in ALL_PROXY, and no other."""
-    ours = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    """Ours, with this proxy in ALL_PROXY, and no other; without our options, in which there may be passwords."""
+    ours = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy") and not name.startswith("SOCKS5SRV_")}
     url = proxy_url(reachable_address(server.listeners[0].address), options.users)
     return {**ours, "ALL_PROXY": url, "all_proxy": url}
 

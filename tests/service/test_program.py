@@ -14,7 +14,7 @@ import pytest
 from socks5srv.protocol import Address, AddressType, Command, ReplyCode
 from socks5srv.service.program import PLACES, Contacts, proxy_url
 from socks5srv.session import Session
-from tests.conftest import TIMEOUT
+from tests.conftest import TIMEOUT, eventually
 
 from tests.service.conftest import COMMAND, environment
 
@@ -76,6 +76,15 @@ def test_no_other_proxy_is_left_in_its_environment(run_command: Callable[..., An
     assert done.stdout == "['ALL_PROXY', 'all_proxy']\n"
 
 
+def test_no_option_and_no_password_of_ours_is_in_its_environment(run_command: Callable[..., Any]) -> None:
+    program = "import os; print(sorted(name for name in os.environ if name.startswith('SOCKS5SRV_')), 'hush' in str(os.environ.values()))"
+    done = run_command(
+        "-u", "anna", "--run", sys.executable, "-c", program,
+        SOCKS5SRV_OPTIONS="--upstream socks5h://ben:hush@127.0.0.1:9", SOCKS5SRV_PASSWORD="sesame",
+    )
+    assert done.stdout == "[] False\n"
+
+
 def test_what_follows_is_the_programs_whatever_it_looks_like(run_command: Callable[..., Any]) -> None:
     done = run_command("--run", sys.executable, "-c", "import sys; print(sys.argv[1:])", "-q", "@nowhere", "--run", "--workers", "2")
     assert done.stdout == "['-q', '@nowhere', '--run', '--workers', '2']\n"
@@ -126,6 +135,45 @@ while True:
         else:
             process.send_signal(number)
         assert process.wait(TIMEOUT) == 5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="not on this platform: there is one signal")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"])
+def test_a_signal_while_the_program_is_being_started_leaves_no_program_alone(name: str) -> None:
+    """The signal comes right after the program has begun, before anything else of ours has."""
+    number = getattr(signal, name)
+    ours = f"""
+import os, subprocess, sys
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **more):
+        super().__init__(*words, **more)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), {int(number)})
+subprocess.Popen = Popen
+from socks5srv.service.run import main
+sys.exit(main())
+"""
+    program = "import signal; signal.pause()"
+    with subprocess.Popen(
+        [sys.executable, "-c", ours, "--run", sys.executable, "-c", program], env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        try:
+            assert process.wait(TIMEOUT) == 128 + number
+            eventually(lambda: not alive(pid))
+        finally:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_places_are_told_one_by_one_up_to_a_number() -> None:
