@@ -42,6 +42,7 @@ logger = logging.getLogger("socks5srv")
 
 LENGTH = struct.Struct("!I")    # in front of each message
 ENOUGH = 1024 * 1024            # octets that wait on a line, after which hints are left out
+ANSWER_TIME = 1.0               # seconds that the parent has to answer whether one more client may come
 STOP_TIME = 5.0                 # seconds that a worker has to end
 
 
@@ -294,8 +295,8 @@ class WorkerServer(ServiceServer):
 
     def end(self) -> None:
         self.told_to_stop.set()
-        for answer in list(self.answers.values()):      # nobody else will answer
-            answer.put(False)
+        for question in list(self.answers):     # nobody else will answer
+            self.on_answer(question, "", False)
         self.shutdown()
         threading.Event().wait(STOP_TIME)
         os._exit(1)                 # whatever it is that still goes on
@@ -333,8 +334,12 @@ class WorkerServer(ServiceServer):
     def on_explain(self, on: bool) -> None:
         self.explain(on)
 
-    def on_answer(self, question: int, yes: bool) -> None:
-        self.answers[question].put(yes)
+    def on_answer(self, question: int, host: str, yes: bool) -> None:
+        answer = self.answers.pop(question, None)
+        if answer is not None:
+            answer.put(yes)
+        elif not yes:               # too late: it has been let in, and is to be counted
+            self.line.send("stays", host)
 
     # --- what it tells ---
 
@@ -397,7 +402,11 @@ class WorkerServer(ServiceServer):
         self.note_clients()
 
     def ask(self, host: str) -> bool:
-        """Ask the parent whether one more may come from there, and wait for its answer."""
+        """
+        Ask the parent whether one more may come from there, and wait for its answer, but not long.
+
+        Without one, what is known here counts: verify_request() has seen that there are not too many at this worker.
+        """
         number = next(self.questions)
         answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.answers[number] = answer
@@ -405,9 +414,11 @@ class WorkerServer(ServiceServer):
             if self.told_to_stop.is_set():
                 return False
             self.line.send("came", number, host)
-            return answer.get()
+            return answer.get(timeout=ANSWER_TIME)
+        except queue.Empty:
+            return self.answers.pop(number, None) is not None or answer.get()       # it may just be coming
         finally:
-            del self.answers[number]
+            self.answers.pop(number, None)
 
     def finished(self, handler: Socks5Handler) -> None:
         super().finished(handler)

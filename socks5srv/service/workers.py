@@ -299,11 +299,19 @@ class Workers(ServiceServer):
         yes = sum(other.hosts[host] for other in self.workers) < self.max_per_client
         if yes:
             worker.hosts[host] += 1
-        worker.line.send("answer", question, yes)
+        worker.line.send("answer", question, host, yes)
+
+    def hear_stays(self, worker: Worker, host: str) -> None:
+        """Our no came too late."""
+        self.count(worker, host, 1)
 
     def hear_left(self, worker: Worker, host: str) -> None:
-        worker.hosts[host] -= 1
-        if worker.hosts[host] <= 0:
+        self.count(worker, host, -1)
+
+    def count(self, worker: Worker, host: str, change: int) -> None:
+        """It may be below zero for a moment, when one that "stays" has left by then."""
+        worker.hosts[host] += change
+        if not worker.hosts[host]:
             del worker.hosts[host]
 
     # --- the end ---

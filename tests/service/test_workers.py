@@ -28,7 +28,7 @@ from tests.conftest import LOCALHOST, TIMEOUT, Client, Echo, eventually, exchang
 from tests.networks import LinkLocal
 from tests.soak import VISITS
 
-from socks5srv.protocol import Address, Command, CredentialsReply, Datagram, Method, Reply, ReplyCode
+from socks5srv.protocol import Address, Command, CredentialsReply, Datagram, Method, ProtocolError, Reply, ReplyCode
 from socks5srv.service import options
 from socks5srv.service.worker import Line
 from socks5srv.users import Hash
@@ -373,6 +373,40 @@ def test_not_even_a_burst_exceeds_a_limit(option: str, start: Callable[..., Any]
         eventually(lambda: comes_in(service))
     assert max(welcome) <= 5
     assert sum(welcome) > 0         # not in each round: places of the one before may not be free again yet
+
+
+def test_a_parent_that_does_not_answer_keeps_no_client_out(start: Callable[..., Any], new_client: Callable[..., Client], echo: Place) -> None:
+    """The limit is then that of the last count: what the worker itself knows."""
+    service = start("--workers", "2", "--max-per-client", "10")
+    os.kill(service.process.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        client = new_client(service)
+        client.connect(echo)
+        exchange(client)
+        assert 0.5 < time.monotonic() - began < within(2.0)
+        came = [new_client(service) for _ in range(30)]
+        for other in came:
+            with contextlib.suppress(ConnectionError):
+                other.send(b"\x05\x01\x00")
+        assert [first_octets(other) for other in came].count(b"\x05\x00") <= 2 * 10 - 1
+    finally:
+        os.kill(service.process.pid, signal.SIGCONT)
+    for other in (client, *came):
+        other.close()
+    eventually(lambda: serves_again(service, echo))
+
+
+def serves_again(service: Any, echo: Place) -> bool:
+    """Whether as many as may be served are, and no place is lost."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            client = stack.enter_context(Client(service.server_address))
+            try:
+                client.connect(echo)
+            except (ConnectionError, ProtocolError, AssertionError):
+                return False
+    return True
 
 
 @needs_neighbour
