@@ -137,10 +137,11 @@ class Association:
                 self.inner.expect(self.session.client._replace(port=self.named_port))
             self.relay.watch((connection, self.control, READ), (self.inner.socket, self.inner, READ))
             self.relay.call(lambda: self.relay.watch_idleness(self))
-        except ValueError:              # it has been aborted already, and did not know this one
-            connection.close()
-        except OSError as error:        # so it is being, just now, or the system will not watch any more
-            self.abort_soon(str(error))
+        except (OSError, ValueError) as error:
+            if self.inner.socket.fileno() < 0:      # it has been aborted already, and did not know this one
+                connection.close()
+            else:                                   # so it is being, just now, or the system will not watch any more
+                self.abort_soon(str(error))
 
     @property
     def named_port(self) -> int:

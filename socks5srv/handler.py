@@ -219,8 +219,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         except UnicodeDecodeError as error:
             raise LoginFailed("a login that is no UTF-8", repr(credentials.username)) from error
         self.session.user = username    # before it is looked at: the user may be removed meanwhile
-        if not self.authenticate_unhurried(username, password):
-            raise LoginFailed("wrong name or password", username)
+        self.server.login_begins(self)
+        try:
+            if not self.authenticate_unhurried(username, password):
+                raise LoginFailed("wrong name or password", username)
+        finally:
+            self.server.login_over(self)
         self.send(CredentialsReply(CredentialsReply.SUCCESS))
         return username
 

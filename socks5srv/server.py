@@ -36,6 +36,7 @@ from .descriptors import CLIENT, descriptors
 from .handler import Socks5Handler
 from .listener import OUT_OF, RETRY, Listener
 from .outbound import Route
+from .places import Places
 from .protocol import Address, Command
 from .relay import Relay, tune
 from .rules import Network, Rule, Rules, behind, is_local
@@ -138,7 +139,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     allow_local_targets = False         # let other computers reach what only this one should: see rules.py
     max_clients: Optional[int] = None   # None: as many as the descriptors allow
     max_per_client: Optional[int] = None    # of those, from one address
-    max_handshakes = 512                # clients that have not asked for anything yet; the oldest makes room
+    max_handshakes = 512                # clients that have not asked for anything yet; one of the address that has most makes room
+    max_logins = 256                    # beyond those, clients whose password is being checked: some eight seconds of work
     handshake_timeout: float = 30       # seconds from accept() until the request is complete
     connect_timeout: float = 10         # seconds for the look-up and all addresses together
     bind_timeout: float = 120           # seconds that BIND waits for its peer; FTP servers take a while
@@ -165,6 +167,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.lock = threading.Lock()
         self.live: Dict[int, Socks5Handler] = {}            # by session id, until the client is gone
         self.handshakes: Dict[int, Socks5Handler] = {}      # of those, whose request is to come; oldest first
+        self.slow: Places[Socks5Handler] = Places()         # of those, that have the word
+        self.logins: Places[Socks5Handler] = Places()       # and those whose password is being checked
         self.clients = 0                                    # let in, and not gone yet
         self.hosts: Counter[str] = Counter()                # of those: how many from which host, if that is limited
         self.ended: Deque[Socks5Handler] = deque()          # to be told of
@@ -451,14 +455,39 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.live[handler.session.id] = handler
             self.handshakes[handler.session.id] = handler
-            oldest = next(iter(self.handshakes.values())) if len(self.handshakes) > self.max_handshakes else None
-        if oldest is not None:
-            self.handshake_done(oldest)
-            oldest.hang_up("too many clients were slower to ask than this one")
+            self.slow.add(handler)
+            crowded_out = self.slow.fullest()[0] if self.slow.total > self.max_handshakes else None
+        if crowded_out is not None:
+            self.handshake_done(crowded_out)
+            crowded_out.hang_up("too many clients were slower to ask than this one")
+
+    def login_begins(self, handler: Socks5Handler) -> None:
+        """It has sent its login: from now on it waits for us, and is not slow."""
+        with self.lock:
+            self.slow.discard(handler)
+            self.logins.add(handler)
+            # The newest: it will be the last whose turn comes, and of those that have failed a guesser loses least.
+            crowded_out = self.logins.fullest(self.guessing.has_failed)[-1] if self.logins.total > self.max_logins else None
+            if crowded_out is not None:
+                self.logins.discard(crowded_out)
+        if crowded_out is not None:
+            crowded_out.hang_up("too many logins are being checked")
+
+    def login_over(self, handler: Socks5Handler) -> None:
+        """Right or wrong, the client has the word again."""
+        with self.lock:
+            if self.logins.discard(handler) and handler.session.id in self.handshakes:
+                self.slow.add(handler)
 
     def handshake_done(self, handler: Socks5Handler) -> None:
         with self.lock:
-            self.handshakes.pop(handler.session.id, None)
+            self.forget_handshake(handler)
+
+    def forget_handshake(self, handler: Socks5Handler) -> None:
+        """To be called with the lock."""
+        if self.handshakes.pop(handler.session.id, None) is not None:
+            self.slow.discard(handler)
+            self.logins.discard(handler)
 
     def session_over(self, handler: Socks5Handler) -> None:
         """Its session is over: tell of it soon, and once.  Its place it has until finished()."""
@@ -472,7 +501,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.one_less(handler.session.client.host)
             self.live.pop(handler.session.id, None)
-            self.handshakes.pop(handler.session.id, None)
+            self.forget_handshake(handler)
             if isinstance(handler.carried, Association):
                 self.udp_relays.discard(handler.carried.bound)
         if handler.reserved:

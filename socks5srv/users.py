@@ -351,6 +351,11 @@ class Guessing:
         """How many tries of this address may be under way; to be called with the lock."""
         return 1 if self.count(host) else FREE_TRIES
 
+    def has_failed(self, host: str) -> bool:
+        """Whether this address has failed of late."""
+        with self.lock:
+            return self.count(host) > 0
+
     def count(self, host: str) -> int:
         """The failures of this address that are not forgiven; to be called with the lock."""
         count, last = self.failures.get(host, (0, 0.0))

@@ -67,6 +67,7 @@ PLACES: Dict[str, str] = {
     "outbound.py:REPLY_CODES": FIXED, "outbound.py:kernel_answers": "it has no arguments",
     "outbound.py:Race.failures": ANSWER, "outbound.py:Race.met_itself": ANSWER,
     "outbound.py:Race.running": ANSWER, "outbound.py:Race.waiting": ANSWER, "outbound.py:UNDER_WAY": FIXED,
+    "places.py:Places.networks": CLIENTS,
     "protocol.py:CODES": FIXED, "protocol.py:COMMANDS": FIXED, "protocol.py:LOOPBACK": FIXED, "protocol.py:METHODS": FIXED,
     "protocol.py:REPLY_CODES": FIXED, "protocol.py:code_field": FILLED,
     "relay.py:Pipes.all": FILLED, "relay.py:Pipes.free": "of Pipes.all", "relay.py:Relay.bulky": CLIENTS,

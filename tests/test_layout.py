@@ -23,6 +23,7 @@ CORE = {
     "protocol": {"names"},
     "session": {"protocol"},
     "descriptors": {"protocol"},
+    "places": {"session"},
     "users": {"descriptors"},
     "rules": {"protocol", "names"},
     "strangers": {"protocol"},
@@ -32,7 +33,7 @@ CORE = {
     "resolver": {"protocol", "names", "descriptors", "relay", "outbound"},
     "datagrams": {"protocol", "session", "relay", "outbound", "resolver"},
     "handler": {"protocol", "session", "descriptors", "strangers", "listener", "relay", "outbound", "resolver", "datagrams"},
-    "server": {"protocol", "session", "descriptors", "users", "rules", "listener", "relay", "outbound", "datagrams", "handler"},
+    "server": {"protocol", "session", "descriptors", "places", "users", "rules", "listener", "relay", "outbound", "datagrams", "handler"},
 }
 # What uses it, or stands beside it: nothing in the core imports these.
 BESIDE = {

@@ -371,6 +371,60 @@ def test_half_open_handshakes_do_not_keep_out_a_client_that_speaks(start_server:
     exchange(client)
 
 
+@needs_neighbour
+def test_nor_do_those_of_one_address_a_slow_one_from_another(start_server: Any, new_client: Any, echo: Any) -> None:
+    """Although it is the oldest of all."""
+    server = start_server(max_handshakes=10)
+    slow = new_client(server)
+    eventually(lambda: server.slow.total == 1)
+    flood = [new_client(server, source="127.0.0.2") for _ in range(50)]
+    for client in flood[:40]:
+        assert client.rest() == b""
+    slow.drip(b"\5\1\0")
+    assert slow.exactly(2) == b"\5\0"
+    assert slow.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
+    exchange(slow)
+
+
+class Checked(users.Users):
+    """Each check of a password takes until its event is set."""
+
+    def __init__(self) -> None:
+        super().__init__({"anna": "sesame"})
+        self.right, self.wrong = threading.Event(), threading.Event()
+        self.checking = 0
+
+    def check(self, username: str, password: str) -> bool:
+        self.checking += 1
+        assert (self.right if username == "anna" else self.wrong).wait(20)
+        return super().check(username, password)
+
+
+@needs_neighbour
+def test_wrong_logins_do_not_keep_out_a_right_one(start_server: Any, new_client: Any, echo: Any) -> None:
+    """However many are being checked, and from however many addresses; each has failed before."""
+    known = Checked()
+    server = start_server(users=known, max_logins=8, max_handshakes=8)
+    slow = new_client(server)
+    slow.send(Greeting(b"\2"), Credentials(b"anna", b"sesame"))
+    eventually(lambda: known.checking == 1)
+    guessers = []
+    for number in range(2, 42):
+        server.guessing.failed(f"127.0.0.{number}")
+        guessers.append(new_client(server, source=f"127.0.0.{number}"))
+        guessers[-1].send(Greeting(b"\2"), Credentials(b"mallory", b"wrong"))
+        assert guessers[-1].exactly(2) == b"\5\2"
+    eventually(lambda: known.checking == 41)
+    assert server.logins.total == 8
+    known.right.set()
+    assert slow.exactly(4) == b"\5\2\1\0"
+    assert slow.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
+    exchange(slow)
+    known.wrong.set()
+    assert [guesser.rest() for guesser in guessers].count(b"\1\1") == 7       # the others have been hung up on
+
+
+
 def test_no_client_uses_up_the_descriptors_of_the_server(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
     """With associations, which hold most; test_bounds.py has all there is to hold."""
     monkeypatch.setattr(descriptors, "descriptor_limit", lambda: 100)

@@ -40,6 +40,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)      #
 HANG_UPS = {
     "the handshake took too long": "timeout",
     "too many clients were slower to ask than this one": "crowded_out",
+    "too many logins are being checked": "crowded_out",
     "server stopped": "stopped",
 }
 
