@@ -99,7 +99,7 @@ PLACES: Dict[str, str] = {
     "service/run.py:ServiceServer.calls": "what is typed at the terminal", "service/selftest.py:TESTS": FIXED,
     "service/status.py:FILES": FIXED, "service/status.py:HEADERS": FIXED,
     "service/status.py:HttpServer.connections": "WATCHERS and REQUESTS; test_status.py fills it", "service/status.py:HttpServer.threads":
-    "of HttpServer.connections", "service/status.py:Pulse.history": "a deque with a length",
+    "of HttpServer.connections", "service/status.py:HttpServer.silent": "of HttpServer.connections", "service/status.py:HttpServer.busy": "of HttpServer.connections", "service/status.py:Pulse.history": "a deque with a length",
     "service/worker.py:HandedUsers.gone": USERS, "service/worker.py:HandedUsers.verified": USERS,
     "service/worker.py:Line.incoming": "one message, and what one recv() brings", "service/worker.py:Line.outgoing": FILLED,
     "service/worker.py:Orders.failures": "what Guessing.failures has", "service/worker.py:Orders.listeners": FIXED,

@@ -67,16 +67,23 @@ def log() -> Iterator[ToNull]:
 
 
 @pytest.fixture(autouse=True)
-def _a_core_at_each_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The threads are tied to a core at one look, and untied at the next."""
+def _all_at_each_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The threads are tied to a core at one look, and untied at the next; and a users file that has changed is read."""
     monkeypatch.setattr(cores, "MANY", 0.0)
     monkeypatch.setattr(cores, "FEW", 1e9)
     monkeypatch.setattr(cores, "LOOK", 0.0)
     monkeypatch.setattr(users_module, "SETTLED", 0.0)
-    before = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    use_all_cores()         # the server of another test may have left this process on one
     yield
-    if before:
-        os.sched_setaffinity(0, before)
+    use_all_cores()
+
+
+def use_all_cores() -> int:
+    """How many there are; 0 where that cannot be chosen."""
+    if not hasattr(os, "sched_setaffinity"):
+        return 0
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    return len(os.sched_getaffinity(0))
 
 
 class Turns:
@@ -186,7 +193,7 @@ def test_so_does_the_program(calls: FailingCalls, users: UsersFile, log: ToNull)
     server.options = options()
     turns = Turns(server, calls, Path(users.path))
     server.call(lambda: None)
-    looks = ("service/cores.py:follow", "service/cores.py:place_threads") if hasattr(os, "sched_setaffinity") else ()
+    looks = ("service/cores.py:follow", "service/cores.py:place_threads") if use_all_cores() > 1 else ()
     survives(turns, log, *BOOKS, "service/banner.py:add", *looks)
 
 

@@ -45,7 +45,8 @@ SOON = 0.2              # seconds until a session that has just begun or ended i
 HISTORY = 120           # looks that the plot shows
 WATCHERS = 16           # of /events at a time
 REQUESTS = 16           # others at a time
-DESCRIPTORS = WATCHERS + REQUESTS + 8       # for all of these, the listener, and files that are read: the page is there when the proxy is full
+PROBES = 8              # beyond those, for /healthz and /readyz, and for connections that have not asked yet
+DESCRIPTORS = WATCHERS + REQUESTS + PROBES + 8       # for all of these, the listener, and files that are read: the page is there when the proxy is full
 ASKING_TIME = 10.0      # seconds that a request may take to come
 TAKING_TIME = 5.0       # seconds that somebody may take for what is sent
 LOOK = 0.5              # seconds between two looks for who is too slow
@@ -67,6 +68,7 @@ FILES = {
     "/status.js": ("status.js", "text/javascript; charset=utf-8"),
     "/status.svg": ("status.svg", "image/svg+xml"),
 }
+PROBED = ("/healthz", "/readyz")        # whose answers are so short that none waits for its reader
 NO_METRICS = 'the metrics need a package that is not installed: pip install "socks5srv[metrics]"\n'
 
 
@@ -225,10 +227,12 @@ class Handler(BaseHTTPRequestHandler):
             super().finish()
 
     def do_GET(self) -> None:
-        self.server.has_asked(self.connection)
         path = self.path.partition("?")[0]
+        welcome = self.server.has_asked(self.connection, path in PROBED)
         refusal = self.refusal(path)
-        if refusal:
+        if not welcome:
+            self.answer("too many are looking at this page\n", status=HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="1")
+        elif refusal:
             self.answer(refusal[1] + "\n", status=refusal[0])
         elif path in FILES:
             name, kind = FILES[path]
@@ -354,7 +358,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HttpServer(HTTPServer):
-    """A few threads, and whoever comes when all are busy is told so at once."""
+    """
+    A few threads.  When all are taken, the connection that has been silent longest makes room for the next one.
+
+    So to connect and say nothing keeps out no other client; and who keeps many answers waiting, no probe.
+    """
 
     daemon_threads = True
     allow_reuse_address = sys.platform != "win32"
@@ -365,6 +373,8 @@ class HttpServer(HTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         self.lock = threading.Lock()
         self.connections: Dict[socket.socket, float] = {}       # until when it has to have asked, by time.monotonic()
+        self.silent: Dict[socket.socket, None] = {}             # of those, which have not asked yet; the oldest first
+        self.busy: Dict[socket.socket, None] = {}               # and which have asked for more than a probe does
         self.threads: Set[threading.Thread] = set()
         super().__init__(address.sockaddr, Handler)
 
@@ -384,9 +394,15 @@ class HttpServer(HTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.lock:
-            room = len(self.connections) < WATCHERS + REQUESTS
+            crowded_out = next(iter(self.silent), None) if len(self.connections) >= WATCHERS + REQUESTS + PROBES else None
+            if crowded_out is not None:
+                del self.silent[crowded_out]
+            room = crowded_out is not None or len(self.connections) < WATCHERS + REQUESTS + PROBES
             if room:
                 self.connections[request] = time.monotonic() + ASKING_TIME
+                self.silent[request] = None
+        if crowded_out is not None:
+            shut(crowded_out)
         if not room:
             self.turn_away(request)
             return
@@ -418,14 +434,24 @@ class HttpServer(HTTPServer):
     def shutdown_request(self, request: Any) -> None:
         """Wherever it ends: its place is free."""
         with self.lock:
-            self.connections.pop(request, None)
+            for places in (self.connections, self.silent, self.busy):
+                places.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.exception("a bug, met while showing the status page")
 
-    def has_asked(self, connection: socket.socket) -> None:
+    def has_asked(self, connection: socket.socket, probe: bool) -> bool:
+        """Whether it may have its answer; a probe always may, since its answer is short."""
         self.wait_until(connection, time.monotonic() + 2 * TAKING_TIME)
+        with self.lock:
+            self.silent.pop(connection, None)
+            if probe:
+                return True
+            if len(self.busy) >= WATCHERS + REQUESTS:
+                return False
+            self.busy[connection] = None
+            return True
 
     def has_patience(self, connection: socket.socket) -> None:
         """This one watches, as long as it likes."""
@@ -444,8 +470,7 @@ class HttpServer(HTTPServer):
         with self.lock:
             late = [connection for connection, until in self.connections.items() if on(until)]
         for connection in late:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+            shut(connection)
 
     def server_close(self) -> None:
         super().server_close()
@@ -454,6 +479,12 @@ class HttpServer(HTTPServer):
             threads = list(self.threads)
         for thread in threads:
             thread.join(1)
+
+
+def shut(connection: socket.socket) -> None:
+    """Have its thread find that it has ended."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class StatusPage:
@@ -508,7 +539,7 @@ class StatusPage:
         name, port = split_host(host)
         if not self.others:
             return port == self.address.port and name.partition("%")[0] in ("localhost", self.address.host)
-        return path in ("/metrics", "/healthz", "/readyz") or name in ("localhost", socket.gethostname().lower()) or is_ip(name)
+        return path in ("/metrics", *PROBED) or name in ("localhost", socket.gethostname().lower()) or is_ip(name)
 
 
 def split_host(text: str) -> Tuple[str, int]:

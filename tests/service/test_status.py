@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from typing import Any, Callable, List, Tuple
 
 import pytest
-from tests.conftest import LOCALHOST, TIMEOUT, Client, can_bind, eventually, exchange, needs_ipv6
+from tests.conftest import LOCALHOST, TIMEOUT, Client, can_bind, eventually, exchange, in_thread, needs_ipv6, within
 from tests.networks import LinkLocal
 from tests.service.conftest import Outcome, Service
 from tests.service.watched import Events, Watched
@@ -370,17 +370,44 @@ def test_only_so_many_may_watch_and_others_are_still_answered(watch: Start, monk
         assert events.next()["live"] == 0
 
 
-def test_more_than_all_who_may_come_are_turned_away_at_once(watch: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WATCHERS", 1)
-    monkeypatch.setattr(module, "REQUESTS", 1)
+def test_connections_that_say_nothing_keep_out_no_request(watch: Start) -> None:
+    """However many: the one that has been silent longest makes room."""
     page = watch()
     with ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(socket.create_connection((LOCALHOST, page.port), TIMEOUT))
-        eventually(lambda: len(page.page.http.connections) == 2)
-        assert page.raw(b"").startswith(b"HTTP/1.1 503 ")
+        silent = [stack.enter_context(socket.create_connection((LOCALHOST, page.port), TIMEOUT)) for _ in range(60)]
+        for _ in range(3):
+            began = time.monotonic()
+            for path in ("/", "/status.json", "/healthz", "/readyz"):
+                assert page.ask(path)[0].status == 200
+            assert time.monotonic() - began < within(1)
+        assert silent[0].recv(1) == b""
+        most = module.WATCHERS + module.REQUESTS + module.PROBES
+        eventually(lambda: len(page.page.http.connections) <= most)
     eventually(lambda: not page.page.http.connections)
-    assert page.ask("/healthz")[1] == b"ok\n"
+
+
+def test_when_all_are_busy_others_are_told_so_and_probes_are_answered(watch: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WATCHERS", 1)
+    monkeypatch.setattr(module, "REQUESTS", 1)
+    monkeypatch.setattr(module, "PROBES", 1)
+    page, release = watch(), threading.Event()
+    now = page.page.pulse.now
+
+    def slow() -> Any:
+        assert release.wait(TIMEOUT)
+        return now()
+
+    monkeypatch.setattr(page.page.pulse, "now", slow)
+    waiting = [in_thread(page.ask, "/status.json") for _ in range(2)]
+    eventually(lambda: len(page.page.http.busy) == 2)
+    for _ in range(3):
+        answer, _body = page.ask("/")
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+        assert page.ask("/healthz")[0].status == 200
+    release.set()
+    assert [result()[0].status for result in waiting] == [200, 200]
+    eventually(lambda: not page.page.http.connections)
+    assert page.ask("/")[0].status == 200
 
 
 def test_who_drips_a_request_is_hung_up_on(watch: Start, monkeypatch: pytest.MonkeyPatch) -> None:
