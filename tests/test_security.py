@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, List
 
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 def promises() -> List[str]:
     text = (ROOT / "SECURITY.rst").read_text(encoding="utf-8")
-    listed = text.partition("What is promised\n")[2].partition("\nWhat is not\n")[0]
+    listed = text.partition("What is promised\n")[2].partition("\nWhere it holds\n")[0]
     return [" ".join(item.split()) for item in re.findall(r"^- (.*?)\.$", listed, re.M | re.S)]
 
 
@@ -56,6 +57,11 @@ def users_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(f"anna:{users.hash_password('sesame')}\n")
     path.chmod(0o600)
     return path
+
+
+def test_for_every_promise_it_is_said_where_it_holds() -> None:
+    table = (ROOT / "SECURITY.rst").read_text(encoding="utf-8").partition("Where it holds\n")[2].partition("\nWhat is not\n")[0]
+    assert re.findall(r"^   \* - (.*)$", table, re.M) == ["Promise", *promises()]
 
 
 def test_as_started_it_serves_this_computer_only() -> None:
@@ -578,3 +584,32 @@ def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer() -> 
                 page.close()
         finally:
             service.terminate()
+
+
+def test_to_connect_to_the_status_page_and_say_nothing_keeps_out_nobody() -> None:
+    with subprocess.Popen([sys.executable, "-m", "socks5srv", "--status", "0", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as service:
+        try:
+            url = re.search(r"status=http://([^ /]+)/", service.stderr.readline())[1]       # type: ignore[union-attr,index]
+            host, _, port = url.rpartition(":")
+            with ExitStack() as stack:
+                for _ in range(60):
+                    stack.enter_context(socket.create_connection((host, int(port)), 10))
+                for path in ("/healthz", "/", "/readyz", "/status.json"):
+                    page = http.client.HTTPConnection(url, timeout=10)
+                    page.request("GET", path)
+                    assert page.getresponse().status == 200
+                    page.close()
+        finally:
+            service.terminate()
+
+
+def test_a_program_that_is_run_gets_no_option_of_the_proxys() -> None:
+    """In which there may be the password of an upstream."""
+    print_environment = "import os; print(*sorted(os.environ), sep=chr(10))"
+    done = subprocess.run(
+        [sys.executable, "-m", "socks5srv", "--run", sys.executable, "-c", print_environment], cwd=ROOT, capture_output=True, text=True, timeout=30,
+        check=False, env={**os.environ, "SOCKS5SRV_OPTIONS": "--upstream socks5h://anna:sesame@127.0.0.1:9", "SOCKS5SRV_PASSWORD": "sesame"},
+    )
+    assert done.returncode == 0
+    assert "ALL_PROXY" in done.stdout.splitlines()
+    assert "SOCKS5SRV_" not in done.stdout
