@@ -389,7 +389,7 @@ def test_connections_that_say_nothing_keep_out_no_request(watch: Start) -> None:
 def test_when_all_are_busy_others_are_told_so_and_probes_are_answered(watch: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WATCHERS", 1)
     monkeypatch.setattr(module, "REQUESTS", 1)
-    monkeypatch.setattr(module, "PROBES", 1)
+    monkeypatch.setattr(module, "PROBES", 8)        # among which are those that are just ending
     page, release = watch(), threading.Event()
     now = page.page.pulse.now
 
