@@ -15,8 +15,9 @@ target, and a source's address is the key to the header of what it sends, so tha
 costs two system calls and a look-up in a dict.
 
 The inner socket accepts datagrams from the client's host only: from the port that the client has
-named in its request, or else from that of the first good one, or a neighbour behind the same address could
-take the association, and its answers.  A client that has been silent for `SILENT` seconds may go on from another port.  On the outer side, only hosts that the client has written to are heard (on any
+named in its request, or else from that of the first good one, or a neighbour behind the same
+address could take the association, and its answers.  A client that has been silent for `SILENT`
+seconds may go on from another port.  On the outer side, only hosts that the client has written to are heard (on any
 port: a TFTP server answers from a new one).  A datagram that is wrong in any way is dropped
 in silence, as RFC 1928 section 7 asks, and costs nothing but itself.
 

@@ -1,5 +1,5 @@
 """
-Going out: a destination becomes a connected socket, or a reply code.
+Going out: a destination becomes a connected socket, or a reply code; and whose an address is.
 
 A name may have many addresses, in two families, and any of them may be dead.  So all are
 tried, in the way of RFC 8305 ("Happy Eyeballs"): families take turns, an address has 250 ms

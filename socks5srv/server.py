@@ -485,8 +485,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def forget_handshake(self, handler: Socks5Handler) -> None:
         """To be called with the lock."""
-        if self.handshakes.pop(handler.session.id, None) is not None:
-            self.slow.discard(handler)
+        if self.handshakes.pop(handler.session.id, None) is not None and not self.slow.discard(handler):
             self.logins.discard(handler)
 
     def session_over(self, handler: Socks5Handler) -> None:
