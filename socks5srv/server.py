@@ -500,7 +500,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.one_less(handler.session.client.host)
             self.live.pop(handler.session.id, None)
-            self.forget_handshake(handler)
+            if handler.session.id in self.handshakes:
+                self.forget_handshake(handler)
             if isinstance(handler.carried, Association):
                 self.udp_relays.discard(handler.carried.bound)
         if handler.reserved:
@@ -547,7 +548,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def is_own(self, command: Command, address: Address) -> bool:
         """Whether this leads to one of our own sockets, where the server would talk to itself."""
         is_ours = self.is_udp_relay if command is Command.UDP_ASSOCIATE else self.is_listener
-        return any(map(is_ours, (address, *behind(address))))
+        return is_ours(address) or any(map(is_ours, behind(address)))
 
     def is_udp_relay(self, address: Address) -> bool:
         return address in self.udp_relays
