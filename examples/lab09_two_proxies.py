@@ -21,7 +21,7 @@ You should see (the ports are others each time):
 
     now A goes out through B, and B through A
     A is asked   for db.internal 32 times
-    B's warning  the upstream socks5h://127.0.0.1:40006 leads back to this server: nobody can be served
+    B's warning  the upstream socks5h://127.0.0.1:40006 leads back to this server: no client can be served
     client       the proxy says: general SOCKS server failure (REP 01)
 
 The request passes A as it came, and B (40003) looks the name up.  A has logged in to B as anna; the client needed no login,

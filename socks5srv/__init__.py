@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .handler import Socks5Handler
+    from .observer import Observer
     from .protocol import (
         Address, AddressType, Command, LoginFailed, Method, ProtocolError, ReplyCode, Request, RequestFailed,
         Socks5Error,
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 # Where the public names live.  They are imported when they are first used, so that a program
 # that only has this package installed does not pay for it at its start.
 HOMES = {
-    "Socks5Server": "server", "Socks5Handler": "handler", "Session": "session",
+    "Socks5Server": "server", "Socks5Handler": "handler", "Session": "session", "Observer": "observer",
     "Address": "protocol", "AddressType": "protocol", "Command": "protocol", "Method": "protocol",
     "ReplyCode": "protocol", "Request": "protocol", "Socks5Error": "protocol", "ProtocolError": "protocol",
     "LoginFailed": "protocol", "RequestFailed": "protocol",
 }
 
 __all__ = [
-    "Address", "AddressType", "Command", "LoginFailed", "Method", "ProtocolError", "ReplyCode", "Request",
+    "Address", "AddressType", "Command", "LoginFailed", "Method", "Observer", "ProtocolError", "ReplyCode", "Request",
     "RequestFailed", "Session", "Socks5Error", "Socks5Handler", "Socks5Server",
 ]
 

@@ -1,10 +1,10 @@
 """
 Questions of RFC 1928 and RFC 1929 to any SOCKS5 server: ``python -m socks5srv.check HOST:PORT``.
 
-Each question is a function of a few lines: it talks to the server as a client, plays the target as
-well, and returns what it has observed, or raises `Wrong` (the RFC says otherwise, or octets are
-lost), `Odd` (the RFC leaves it open, and most servers do it in another way) or `Unasked`.  The
-decorator in front of it says what is asked, and what is expected.
+Each question is a function of a few lines, or a row in a table of such: it talks to the server as a
+client, plays the target as well, and returns what it has observed (nothing, if that is just what is
+expected), or raises `Wrong` (the RFC says otherwise, or octets are lost), `Odd` (the RFC leaves it open,
+and most servers do it in another way) or `Unasked`.
 
 The one idea: nothing waits for "nothing happens".  Whatever must not come is followed by something
 that must, and the order tells.  Every step has a deadline, and there is never more than one
@@ -18,31 +18,34 @@ from __future__ import annotations
 import argparse
 import json
 import socket
-import struct
 import sys
-import threading
 import time
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from io import BytesIO
 from ipaddress import ip_address
+from itertools import groupby
 from select import select
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 from .client import Conversation, Proxy, dial
+from .descriptors import on_error
 from .names import ascii_form
 from .protocol import (
     UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, Method, MethodSelection,
-    ProtocolError, Reply, ReplyCode, Request, Socks5Error,
+    ProtocolError, Reply, ReplyCode, Request, Socks5Error, read_exactly,
 )
+from .relay import RESET
 
 TIMEOUT = 5.0           # seconds for each step
 CLOSING = 10.0          # seconds from a failure to the end of the connection; RFC 1928 section 6
 PAUSE = 0.01            # seconds between octets that are not to travel together
 MUCH = bytes(range(256)) * 4096     # 1 MiB
-RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)    # SO_LINGER: close() sends RST
-NO_SUCH_HOST = "no-such-host.invalid"       # RFC 6761
 PRIVATE = 0x80          # a method that nobody has heard of
 NONE, LOGIN, FF = Method.NO_AUTHENTICATION_REQUIRED, Method.USERNAME_PASSWORD, Method.NO_ACCEPTABLE_METHODS
+CLOSED = ProtocolError, ConnectionError     # what a read raises if the server has closed the connection
 
 
 class Wrong(Exception):
@@ -62,7 +65,7 @@ class Question(NamedTuple):
     section: str
     text: str
     expected: str
-    ask: Callable[[Examiner], str]
+    ask: Ask
 
 
 class Answer(NamedTuple):
@@ -74,11 +77,12 @@ class Answer(NamedTuple):
     verdict: str            # pass, fail, warn or skip
 
 
+Ask = Callable[["Examiner"], Optional[str]]
 QUESTIONS: List[Question] = []
 
 
-def question(section: str, text: str, expected: str) -> Callable[[Callable[[Examiner], str]], Callable[[Examiner], str]]:
-    def add(ask: Callable[[Examiner], str]) -> Callable[[Examiner], str]:
+def question(section: str, text: str, expected: str) -> Callable[[Ask], Ask]:
+    def add(ask: Ask) -> Ask:
         QUESTIONS.append(Question(ask.__name__, section, text, expected, ask))
         return ask
 
@@ -88,20 +92,14 @@ def question(section: str, text: str, expected: str) -> Callable[[Callable[[Exam
 # --- the examiner ---
 
 class Talk(Conversation):
-    """A conversation with the server that remembers what was said, and closes at the end of its block."""
+    """A conversation with the server that remembers what the server says."""
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         super().__init__(sock, time.monotonic() + timeout)
         self.timeout = timeout
         self.heard = b""
 
-    def __enter__(self) -> Talk:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.socket.close()
-
-    def read(self, n: int = -1, /) -> bytes:
+    def read(self, n: int, /) -> bytes:
         octets = super().read(n)
         self.heard += octets
         return octets
@@ -118,16 +116,24 @@ class Talk(Conversation):
         self.send(Greeting(bytes(methods)))
         return self.receive(MethodSelection).method
 
-    def log_in_as(self, username: bytes, password: bytes) -> int:
-        """The status of the login."""
+    def choose_login(self) -> None:
         if self.choose(LOGIN) != LOGIN:
             raise Unasked("the server does not select method 02")
+
+    def log_in_as(self, username: bytes, password: bytes) -> int:
+        """The status of the login."""
+        self.choose_login()
         self.send(Credentials(username, password))
         return self.receive(CredentialsReply).status
 
     def request(self, command: Command, destination: Address) -> Reply:
         self.send(Request(command, destination))
         return self.receive(Reply)
+
+    def half_close(self) -> None:
+        """Say that no more comes, so that the server need not wait for it; it may have hung up by now."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
 
     def ends(self, seconds: float) -> bool:
         """Whether the server closes the connection, whatever it says before."""
@@ -140,11 +146,11 @@ class Talk(Conversation):
         except (ProtocolError, OSError):        # a reset is an end, too
             return True
 
-    def exactly(self, n: int) -> bytes:
-        octets = b""
-        while len(octets) < n:
-            octets += self.read(n - len(octets))
-        return octets
+    def closes(self, otherwise: Type[Exception] = Wrong) -> str:
+        """What is observed if the server closes the connection in time."""
+        if not self.ends(CLOSING):
+            raise otherwise(f"still open after {CLOSING:g} s")
+        return "closed"
 
 
 class Examiner:
@@ -162,52 +168,41 @@ class Examiner:
 
     def examine(self) -> List[Answer]:
         """Ask all questions.  OSError if there is nobody to ask."""
-        with self.talk() as talk:
-            talk.send(Greeting(bytes([NONE])))
-            try:
-                self.wants_a_login = talk.receive(MethodSelection).method != NONE
-            except (Socks5Error, OSError):      # which the questions will find out
-                pass
+        with self.talk() as talk, suppress(Socks5Error, OSError):       # which the questions will find out
+            self.wants_a_login = talk.choose(NONE) != NONE
         return [self.answer(question) for question in QUESTIONS]
 
     def answer(self, question: Question) -> Answer:
-        def found(observed: object, verdict: str) -> Answer:
-            return Answer(question.name, question.section, question.text, question.expected, str(observed), verdict)
-
         try:
-            return found(question.ask(self), "pass")
-        except Unasked as reason:
-            return found(reason, "skip")
-        except Odd as observed:
-            return found(observed, "warn")
+            observed, verdict = question.ask(self) or question.expected, "pass"
+        except (Wrong, Odd, Unasked, Socks5Error) as error:
+            observed, verdict = str(error), {Odd: "warn", Unasked: "skip"}.get(type(error), "fail")
         except socket.timeout:
-            return found(f"nothing within {self.timeout:g} s", "fail")
-        except (Wrong, Socks5Error) as observed:
-            return found(observed, "fail")
+            observed, verdict = f"nothing within {self.timeout:g} s", "fail"
         except OSError as error:
-            return found(f"the connection breaks: {error.strerror or error}", "fail")
+            observed, verdict = f"the connection breaks: {error.strerror or error}", "fail"
+        return Answer(*question[:4], observed, verdict)
 
     # --- what the questions need ---
 
-    def talk(self) -> Talk:
-        return Talk(dial(self.proxy, time.monotonic() + self.timeout), self.timeout)
+    @contextmanager
+    def talk(self) -> Iterator[Talk]:
+        with dial(self.proxy, time.monotonic() + self.timeout) as sock:
+            yield Talk(sock, self.timeout)
 
     def need_a_login(self) -> None:
         if self.wants_a_login and not self.proxy.username:
             raise Unasked("the server wants a login: --user NAME:PASSWORD")
 
-    def ready(self) -> Talk:
+    @contextmanager
+    def ready(self) -> Iterator[Talk]:
         """A talk in which the request comes next."""
         self.need_a_login()
-        talk = self.talk()
-        try:
+        with self.talk() as talk:
             talk.negotiate(self.proxy)
-        except BaseException:
-            talk.socket.close()
-            raise
-        return talk
+            yield talk
 
-    def host(self, kind: AddressType = AddressType.IPV4) -> str:
+    def host(self, kind: AddressType) -> str:
         if kind not in self.hosts or not can_bind(self.hosts[kind]):
             raise Unasked(f"no target of the type {kind.name}: see --target")
         return self.hosts[kind]
@@ -217,37 +212,36 @@ class Examiner:
         return next(iter(self.hosts.values()))
 
     def target(self, *hosts: str) -> Target:
-        """Somebody who listens, on the same port of all these addresses."""
+        """A target that listens on the same port of all these addresses."""
         for _ in range(10):
             try:
                 return Target(hosts or (self.any_host(),), self.timeout)
-            except OSError:         # at one of the others somebody has the port
+            except OSError:         # the port is taken at one of the others
                 pass
         raise Unasked("no port that is free at all addresses of this computer")
 
     @contextmanager
-    def tunnel(self) -> Iterator[Tuple[Talk, socket.socket]]:
-        """Both ends of a connection through the server."""
-        with self.target() as target, self.ready() as talk:
-            succeeded(talk.request(Command.CONNECT, target.address))
+    def tunnel(self, *hosts: str, name: Optional[str] = None) -> Iterator[Tuple[Talk, socket.socket]]:
+        """Both ends of a connection through the server to a target on these hosts, asked for by this name if any."""
+        with self.target(*hosts) as target, self.ready() as talk:
+            succeeded(talk.request(Command.CONNECT, named(target.address, name) if name else target.address))
             with target.accept() as accepted:
+                talk.socket.settimeout(self.timeout)
                 yield talk, accepted
 
     @contextmanager
-    def binding(self, expected: Optional[str] = None) -> Iterator[Tuple[Talk, Address]]:
+    def binding(self) -> Iterator[Tuple[Talk, Address]]:
         """A server that waits for a call, and where."""
         with self.ready() as talk:
-            reply = talk.request(Command.BIND, Address.numeric(expected or self.any_host(), 0))
-            offered(reply, Command.BIND)
-            yield talk, talk.here(reply.bound)
+            yield talk, offered(talk, Command.BIND, Address.numeric(self.any_host(), 0))
 
     @contextmanager
-    def association(self) -> Iterator[Tuple[Talk, Relay]]:
-        with self.ready() as talk:
-            reply = talk.request(Command.UDP_ASSOCIATE, UNSPECIFIED)
-            offered(reply, Command.UDP_ASSOCIATE)
-            with self.udp(Address.of(talk.socket.getsockname()).zoned) as sock:
-                yield talk, Relay(sock, talk.here(reply.bound))
+    def association(self, host: Optional[str] = None) -> Iterator[Relay]:
+        """The server's UDP relay, and a target on this host, or on any."""
+        with self.udp(host) as target, self.ready() as talk:
+            address = offered(talk, Command.UDP_ASSOCIATE, UNSPECIFIED)
+            with self.udp(Address.of(talk.socket.getsockname()).zoned) as client:
+                yield Relay(talk, address, client, target, as_told(target.getsockname()))
 
     def stranger(self) -> str:
         """Another address of this computer, from which nobody expects us."""
@@ -273,36 +267,20 @@ class Examiner:
         return sock
 
 
-class Target:
+class Target(ExitStack):
     """One or more sockets that listen on one port."""
 
     def __init__(self, hosts: Sequence[str], timeout: float) -> None:
+        super().__init__()
         self.timeout = timeout
         self.listeners: List[socket.socket] = []
-        try:
+        port = 0
+        with on_error(self.close):
             for host in hosts:
-                self.listeners.append(socket.socket(family_of(host)))
-                self.listeners[-1].bind(Address.numeric(host, self.address.port if len(self.listeners) > 1 else 0).sockaddr)
-                self.listeners[-1].listen(5)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> Target:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for listener in self.listeners:
-            listener.close()
-
-    @property
-    def address(self) -> Address:
-        return Address.of(self.listeners[0].getsockname())
-
-    @property
-    def called(self) -> bool:
-        """Whether somebody has connected."""
-        return bool(select(self.listeners, [], [], 0)[0])
+                listener = socket.create_server(Address.numeric(host, port).sockaddr, family=family_of(host))
+                self.listeners.append(self.enter_context(listener))
+                port = listener.getsockname()[1]
+        self.address = Address.of(self.listeners[0].getsockname())
 
     def accept(self) -> socket.socket:
         ready = select(self.listeners, [], [], self.timeout)[0]
@@ -313,19 +291,49 @@ class Target:
         return accepted
 
 
-class Relay:
-    """The server's UDP relay, and the socket that we use it with."""
+class Relay(NamedTuple):
+    """The server's UDP relay at `address`, the socket that we use it with, and a target at `there`."""
 
-    def __init__(self, sock: socket.socket, address: Address) -> None:
-        self.socket = sock
-        self.address = address
+    talk: Talk
+    address: Address
+    client: socket.socket
+    target: socket.socket
+    there: Address
 
-    def send(self, message: object) -> None:
-        """A `Datagram`, or octets that are none."""
-        self.socket.sendto(bytes(message), self.address.sockaddr)     # type: ignore[call-overload]
+    def send(self, data: bytes, destination: Optional[Address] = None, frag: int = 0) -> None:
+        """Have it sent to the target."""
+        self.send_octets(bytes(Datagram(destination or self.there, data, frag)))
 
-    def receive(self) -> Datagram:
-        return Datagram.read(BytesIO(self.socket.recv(65535)))
+    def send_octets(self, octets: bytes) -> None:
+        """A datagram, or octets that are none."""
+        self.client.sendto(octets, self.address.sockaddr)
+
+    def arrival(self, data: bytes, destination: Optional[Address] = None) -> Tuple[bytes, Any]:
+        """What the target gets when this is sent, and from where."""
+        self.send(data, destination)
+        with errors_as(Wrong, f"nothing arrives within {self.talk.timeout:g} s", socket.timeout):
+            return self.target.recvfrom(65535)
+
+    def echo(self, data: bytes, destination: Optional[Address] = None) -> Datagram:
+        """The answer of a target that sends the data back."""
+        received, source = self.arrival(data, destination)
+        if received != data:
+            raise Wrong(f"{len(received)} octets arrive, and not the {len(data)} that were sent")
+        self.target.sendto(received, source)
+        with errors_as(Wrong, f"no answer within {self.talk.timeout:g} s", socket.timeout):
+            answer = Datagram.read(BytesIO(self.client.recv(65535)))
+        if answer.data != data:
+            raise Wrong("the answer is another one")
+        return answer
+
+
+@contextmanager
+def errors_as(verdict: Type[Exception], text: str, *errors: Type[Exception]) -> Iterator[None]:
+    """Raise this verdict in place of these errors; `{}` in its text is the text of the error."""
+    try:
+        yield
+    except errors as error:
+        raise verdict(text.format(error)) from error
 
 
 def family_of(host: str) -> socket.AddressFamily:
@@ -337,13 +345,16 @@ def as_told(sockaddr: Tuple[Any, ...]) -> Address:
     return Address.of(sockaddr)._replace(scope=0)
 
 
+def named(address: Address, name: str) -> Address:
+    """The same port of a host that is written as a name."""
+    return Address(name, address.port, AddressType.DOMAINNAME)
+
+
 def can_bind(host: str) -> bool:
-    try:
-        with socket.socket(family_of(host)) as sock:
-            sock.bind(Address.numeric(host, 0).sockaddr)
-    except OSError:
-        return False
-    return True
+    with suppress(OSError), socket.socket(family_of(host)) as sock:
+        sock.bind(Address.numeric(host, 0).sockaddr)
+        return True
+    return False
 
 
 def words(reply: Reply) -> str:
@@ -366,10 +377,12 @@ def failed(reply: Reply, *usual: ReplyCode) -> str:
     return words(reply)
 
 
-def offered(reply: Reply, command: Command) -> None:
+def offered(talk: Talk, command: Command, destination: Address) -> Address:
+    """Where the server waits for the call, or for datagrams."""
+    reply = talk.request(command, destination)
     if reply.code == ReplyCode.COMMAND_NOT_SUPPORTED:
         raise Unasked(f"the server has no {command.name}")
-    succeeded(reply)
+    return talk.here(succeeded(reply).bound)
 
 
 def arrives(octets: bytes, one: socket.socket, other: socket.socket) -> None:
@@ -390,20 +403,12 @@ def rest(sock: socket.socket) -> bytes:
     return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
-def silent_refusal(talk: Talk) -> str:
-    """The failure reply that follows, or the end, which refuses as well."""
-    try:
-        return failed(talk.receive(Reply))
-    except (ProtocolError, ConnectionError):
-        return "closed"
-
-
 # --- RFC 1928 section 3: method negotiation ---
 
 NEGOTIATION = "RFC 1928 section 3"
 
 
-def selected(e: Examiner, methods: Sequence[int], *right: int) -> str:
+def selected(e: Examiner, methods: Sequence[int], right: Sequence[int]) -> str:
     """What the server selects of these methods."""
     with e.talk() as talk:
         method = talk.choose(*methods)
@@ -414,40 +419,33 @@ def selected(e: Examiner, methods: Sequence[int], *right: int) -> str:
 
 @question(NEGOTIATION, "A client offers method 00 alone: what is selected?", "00, or FF for a login")
 def no_login(e: Examiner) -> str:
-    method = selected(e, [NONE], NONE, FF)
+    method = selected(e, [NONE], [NONE, FF])
     if e.proxy.username and method == "00":
         raise Odd("00: nobody has to log in")
     return method
 
 
-@question(NEGOTIATION, "It offers 00 and 02?", "one of them")
-def both_methods(e: Examiner) -> str:
-    return selected(e, [NONE, LOGIN], NONE, LOGIN)
-
-
-@question(NEGOTIATION, "It offers only methods that nobody knows?", "FF")
-def unknown_methods(e: Examiner) -> str:
-    return selected(e, [PRIVATE, PRIVATE + 1], FF)
-
-
-@question(NEGOTIATION, "It offers FF, which is no method?", "FF")
-def offer_of_ff(e: Examiner) -> str:
-    return selected(e, [FF], FF)
+for name, text, expected, offer, right in (
+    ("both_methods", "It offers 00 and 02?", "one of them", [NONE, LOGIN], [NONE, LOGIN]),
+    ("unknown_methods", "It offers only methods that nobody knows?", "FF", [PRIVATE, PRIVATE + 1], [FF]),
+    ("offer_of_ff", "It offers FF, which is no method?", "FF", [FF], [FF]),
+):
+    QUESTIONS.append(Question(name, NEGOTIATION, text, expected, partial(selected, methods=offer, right=right)))
 
 
 @question(NEGOTIATION, "It offers 255, the last of them a good one?", "the last one")
 def many_methods(e: Examiner) -> str:
     wanted = LOGIN if e.wants_a_login else NONE
-    return selected(e, [PRIVATE] * 254 + [wanted], wanted)
+    return selected(e, [PRIVATE] * 254 + [wanted], [wanted])
 
 
 @question(NEGOTIATION, "It offers none (NMETHODS 00)?", "FF, or the end")
 def no_methods(e: Examiner) -> str:
     try:
-        return selected(e, [], FF)
+        return selected(e, [], [FF])
     except socket.timeout:
         raise Odd("nothing, and it waits") from None
-    except (ProtocolError, ConnectionError):
+    except CLOSED:
         return "closed"
 
 
@@ -455,19 +453,17 @@ def no_methods(e: Examiner) -> str:
 def end_after_ff(e: Examiner) -> str:
     with e.talk() as talk:
         talk.send(Greeting(bytes([PRIVATE])))
-        if talk.ends(CLOSING):
-            return "closed"
-    raise Odd(f"still open after {CLOSING:g} s")
+        return talk.closes(otherwise=Odd)
 
 
 @question(NEGOTIATION, "Is a method selected if VER is 04?", "no")
 def other_version(e: Examiner) -> str:
     with e.talk() as talk:
         talk.write(b"\x04" + bytes(Greeting(bytes([NONE])))[1:])
-        quietly(talk.socket.shutdown, socket.SHUT_WR)           # it may have hung up by now
+        talk.half_close()
         try:
-            talk.exactly(2)
-        except (ProtocolError, ConnectionError):
+            read_exactly(talk, 2)
+        except CLOSED:
             return "closed"
         except socket.timeout:
             raise Odd("nothing, and it waits") from None
@@ -477,7 +473,7 @@ def other_version(e: Examiner) -> str:
 
 
 @question(NEGOTIATION, "May messages come octet by octet?", "yes")
-def octet_by_octet(e: Examiner) -> str:
+def octet_by_octet(e: Examiner) -> None:
     e.need_a_login()
     with e.target() as target, e.talk() as talk:
         talk.drip(bytes(Greeting(bytes([LOGIN if e.wants_a_login else NONE]))))
@@ -488,24 +484,20 @@ def octet_by_octet(e: Examiner) -> str:
         talk.drip(bytes(Request(Command.CONNECT, target.address)))
         succeeded(talk.receive(Reply))
         target.accept().close()
-    return "yes"
 
 
 @question(NEGOTIATION, "May greeting and request come in one segment?", "yes")
-def one_segment(e: Examiner) -> str:
+def one_segment(e: Examiner) -> None:
     e.need_a_login()
     login = bytes(Credentials(e.proxy.username, e.proxy.password)) if e.wants_a_login else b""
     with e.target() as target, e.talk() as talk:
         talk.write(bytes(Greeting(bytes([LOGIN if login else NONE]))) + login + bytes(Request(Command.CONNECT, target.address)))
-        try:
+        with errors_as(Odd, "no: {}", Wrong, Socks5Error, OSError):
             talk.receive(MethodSelection)
             if login:
                 talk.receive(CredentialsReply)
             succeeded(talk.receive(Reply))
-        except (Wrong, Socks5Error, OSError) as error:
-            raise Odd(f"no: {error}") from error
         target.accept().close()
-    return "yes"
 
 
 # --- RFC 1929 ---
@@ -513,11 +505,15 @@ def one_segment(e: Examiner) -> str:
 RFC_1929 = "RFC 1929 section 2"
 
 
-def refused_login(e: Examiner, username: bytes, password: bytes) -> str:
+def refused_login(e: Examiner, wrong: Callable[[bytes, bytes], Tuple[bytes, bytes]]) -> str:
+    """What the server says to a login that is made a wrong one."""
+    login = wrong(*name_and_password(e))
+    if max(map(len, login)) > 255:
+        raise Unasked("the password is too long for it")
     with e.talk() as talk:
         try:
-            status = talk.log_in_as(username, password)
-        except (ProtocolError, ConnectionError) as error:
+            status = talk.log_in_as(*login)
+        except CLOSED as error:
             if talk.heard[2:]:
                 raise Wrong(str(error)) from error
             raise Odd("closed without an answer") from None
@@ -546,36 +542,15 @@ def right_login(e: Examiner) -> str:
     return "status 00"
 
 
-@question(RFC_1929, "Does a wrong password?", "no: another STATUS")
-def wrong_password(e: Examiner) -> str:
-    name, password = name_and_password(e)
-    return refused_login(e, name, other(password))
-
-
-@question(RFC_1929, "Does a wrong name?", "no: another STATUS")
-def wrong_name(e: Examiner) -> str:
-    name, password = name_and_password(e)
-    return refused_login(e, other(name), password)
-
-
-@question(RFC_1929, "Does the right password with a NUL and more?", "no: another STATUS")
-def password_with_nul(e: Examiner) -> str:
-    name, password = name_and_password(e)
-    if len(password) > 250:
-        raise Unasked("the password is too long for it")
-    return refused_login(e, name, password + b"\0more")
-
-
-@question(RFC_1929, "Does an empty login?", "no: another STATUS")
-def empty_login(e: Examiner) -> str:
-    name_and_password(e)
-    return refused_login(e, b"", b"")
-
-
-@question(RFC_1929, "Does a wrong one of 255 octets each?", "no: another STATUS")
-def long_login(e: Examiner) -> str:
-    name_and_password(e)
-    return refused_login(e, b"n" * 255, b"p" * 255)
+for name, text, wrong in (
+    ("wrong_password", "Does a wrong password?", lambda user, password: (user, other(password))),
+    ("wrong_name", "Does a wrong name?", lambda user, password: (other(user), password)),
+    ("password_with_nul", "Does the right password with a NUL and more?",
+     lambda user, password: (user, password + b"\0more")),
+    ("empty_login", "Does an empty login?", lambda _user, _password: (b"", b"")),
+    ("long_login", "Does a wrong one of 255 octets each?", lambda _user, _password: (b"n" * 255, b"p" * 255)),
+):
+    QUESTIONS.append(Question(name, RFC_1929, text, "no: another STATUS", partial(refused_login, wrong=wrong)))
 
 
 @question(RFC_1929, "Is the connection over after a wrong login?", "closed")
@@ -584,35 +559,34 @@ def end_after_wrong_login(e: Examiner) -> str:
     with e.talk() as talk:
         if talk.log_in_as(name, other(password)) == CredentialsReply.SUCCESS:
             raise Wrong("welcome")
-        if not talk.ends(CLOSING):
-            raise Wrong(f"still open after {CLOSING:g} s")
-    return "closed"
+        return talk.closes()
 
 
 @question(RFC_1929, "Is a request after a wrong login carried out?", "no")
-def request_after_wrong_login(e: Examiner) -> str:
+def request_after_wrong_login(e: Examiner) -> None:
     name, password = name_and_password(e)
-    with e.talk() as talk:
-        return not_carried_out(e, talk, bytes(Credentials(name, other(password))))
+    not_let_in(e, bytes(Credentials(name, other(password))))
 
 
 @question(RFC_1929, "Is a request instead of the login?", "no")
-def request_instead_of_login(e: Examiner) -> str:
+def request_instead_of_login(e: Examiner) -> None:
     name_and_password(e)
-    with e.talk() as talk:
-        return not_carried_out(e, talk, b"")
+    not_let_in(e, b"")
 
 
-def not_carried_out(e: Examiner, talk: Talk, before: bytes) -> str:
-    with e.target() as target:
-        if talk.choose(LOGIN) != LOGIN:
-            raise Unasked("the server does not select method 02")
-        talk.write(before + bytes(Request(Command.CONNECT, target.address)))
-        quietly(talk.socket.shutdown, socket.SHUT_WR)
-        talk.ends(e.timeout)
-        if target.called:
-            raise Wrong("yes")
-    return "no"
+def not_let_in(e: Examiner, login: bytes) -> None:
+    with e.target() as target, e.talk() as talk:
+        talk.choose_login()
+        not_carried_out(talk, target, login + bytes(Request(Command.CONNECT, target.address)))
+
+
+def not_carried_out(talk: Talk, target: Target, octets: bytes) -> None:
+    """Wrong if these octets, and no more, have the server connect to the target."""
+    talk.write(octets)
+    talk.half_close()
+    talk.ends(talk.timeout)
+    if select(target.listeners, [], [], 0)[0]:
+        raise Wrong("yes")
 
 
 # --- RFC 1928 sections 4 to 6: CONNECT ---
@@ -620,44 +594,33 @@ def not_carried_out(e: Examiner, talk: Talk, before: bytes) -> str:
 CONNECT, REPLIES = "RFC 1928 section 4", "RFC 1928 section 6"
 
 
-def connects(e: Examiner, target: Target, destination: Address) -> Reply:
-    with e.ready() as talk:
-        reply = succeeded(talk.request(Command.CONNECT, destination))
-        with target.accept() as accepted:
-            talk.socket.settimeout(e.timeout)
-            arrives(b"there", talk.socket, accepted)
-            arrives(b"and back", accepted, talk.socket)
-    return reply
+def connects(e: Examiner, *hosts: str, name: Optional[str] = None) -> str:
+    with e.tunnel(*hosts, name=name) as (talk, accepted):
+        arrives(b"there", talk.socket, accepted)
+        arrives(b"and back", accepted, talk.socket)
+    return words(Reply(ReplyCode.SUCCEEDED))
 
 
 @question(CONNECT, "CONNECT to an IPv4 address (ATYP 01)", "00, and octets both ways")
 def connect_ipv4(e: Examiner) -> str:
-    with e.target(e.host(AddressType.IPV4)) as target:
-        return words(connects(e, target, target.address))
+    return connects(e, e.host(AddressType.IPV4))
 
 
 @question(CONNECT, "CONNECT to a name (ATYP 03)", "00, and octets both ways")
 def connect_name(e: Examiner) -> str:
-    with e.target(*filter(can_bind, e.hosts.values())) as target:
-        return words(connects(e, target, Address(e.name, target.address.port, AddressType.DOMAINNAME)))
+    return connects(e, *filter(can_bind, e.hosts.values()), name=e.name)
 
 
 @question(CONNECT, "CONNECT to an IPv6 address (ATYP 04)", "00, and octets both ways")
 def connect_ipv6(e: Examiner) -> str:
-    with e.target(e.host(AddressType.IPV6)) as target:
-        try:
-            return words(connects(e, target, target.address))
-        except Wrong as error:
-            raise Odd(str(error)) from error        # it may have no IPv6
+    with errors_as(Odd, "{}", Wrong):       # it may have no IPv6
+        return connects(e, e.host(AddressType.IPV6))
 
 
 @question(CONNECT, "CONNECT to an address written as a name, as browsers do", "00, and octets both ways")
 def connect_literal_name(e: Examiner) -> str:
-    with e.target() as target:
-        try:
-            return words(connects(e, target, target.address._replace(address_type=AddressType.DOMAINNAME)))
-        except (Wrong, Socks5Error) as error:
-            raise Odd(str(error)) from error
+    with errors_as(Odd, "{}", Wrong, Socks5Error):
+        return connects(e, name=e.any_host().partition("%")[0])
 
 
 @question(CONNECT, "A request with an unknown CMD", "07")
@@ -676,20 +639,14 @@ def malformed(e: Examiner, place: int, octet: int, *usual: ReplyCode) -> str:
         request = bytearray(bytes(Request(Command.CONNECT, target.address)))
         request[place] = octet
         talk.write(bytes(request))
-        try:
+        with errors_as(Wrong, "closed without a reply", *CLOSED):
             return failed(talk.receive(Reply), *usual)
-        except (ProtocolError, ConnectionError):
-            raise Wrong("closed without a reply") from None
 
 
 @question(CONNECT, "Is a request with VER 04 carried out?", "no")
 def request_version(e: Examiner) -> str:
     with e.target() as target, e.ready() as talk:
-        talk.write(b"\x04" + bytes(Request(Command.CONNECT, target.address))[1:])
-        quietly(talk.socket.shutdown, socket.SHUT_WR)           # so that nobody waits for more of whatever it is
-        talk.ends(e.timeout)
-        if target.called:
-            raise Wrong("yes")
+        not_carried_out(talk, target, b"\x04" + bytes(Request(Command.CONNECT, target.address))[1:])
     return f"no: {talk.heard[2:].hex() or 'closed'}"
 
 
@@ -697,24 +654,27 @@ def request_version(e: Examiner) -> str:
 def request_rsv(e: Examiner) -> str:
     with e.target() as target, e.ready() as talk:
         talk.send(Request(Command.CONNECT, target.address, rsv=1))
-        try:
+        with errors_as(Odd, "closed without a reply", *CLOSED):
             return words(talk.receive(Reply))
-        except (ProtocolError, ConnectionError):
-            raise Odd("closed without a reply") from None
 
 
 @question(CONNECT, "CONNECT to a name of 0 octets", "a failure")
 def empty_name(e: Examiner) -> str:
-    with e.target() as target, e.ready() as talk:
-        talk.send(Request(Command.CONNECT, Address("", target.address.port, AddressType.DOMAINNAME)))
-        return silent_refusal(talk)
+    return refused_name(e, "")
 
 
 @question(CONNECT, "CONNECT to a name with a NUL in it", "a failure")
 def name_with_nul(e: Examiner) -> str:
+    return refused_name(e, e.any_host() + "\0.example")
+
+
+def refused_name(e: Examiner, name: str) -> str:
+    """The failure reply, or the end, which refuses as well."""
     with e.target() as target, e.ready() as talk:
-        talk.send(Request(Command.CONNECT, Address(e.any_host() + "\0.example", target.address.port, AddressType.DOMAINNAME)))
-        return silent_refusal(talk)
+        try:
+            return failed(talk.request(Command.CONNECT, named(target.address, name)))
+        except CLOSED:
+            return "closed"
 
 
 @question(REPLIES, "CONNECT to a target that refuses", "05")
@@ -726,11 +686,9 @@ def refused(e: Examiner) -> str:
 
 @question(REPLIES, "CONNECT to a name that does not exist", "04")
 def unknown_name(e: Examiner) -> str:
-    with e.ready() as talk:
-        try:
-            return failed(talk.request(Command.CONNECT, Address(NO_SUCH_HOST, 80, AddressType.DOMAINNAME)), ReplyCode.HOST_UNREACHABLE)
-        except socket.timeout:
-            raise Odd(f"nothing within {e.timeout:g} s") from None      # its resolver may be slow
+    with e.ready() as talk, errors_as(Odd, f"nothing within {e.timeout:g} s", socket.timeout):      # a slow resolver
+        reply = talk.request(Command.CONNECT, Address("no-such-host.invalid", 80, AddressType.DOMAINNAME))  # RFC 6761
+        return failed(reply, ReplyCode.HOST_UNREACHABLE)
 
 
 @question(REPLIES, "Is the connection over soon after a failure?", f"within {CLOSING:g} s")
@@ -738,20 +696,17 @@ def end_after_failure(e: Examiner) -> str:
     with socket.socket(family_of(e.any_host())) as sock, e.ready() as talk:
         sock.bind(e.free_port())
         failed(talk.request(Command.CONNECT, Address.of(sock.getsockname())))
-        if not talk.ends(CLOSING):
-            raise Wrong(f"still open after {CLOSING:g} s")
-    return "closed"
+        return talk.closes()
 
 
 @question(REPLIES, "Is RSV of a reply 00?", "00")
-def reply_rsv(e: Examiner) -> str:
+def reply_rsv(e: Examiner) -> None:
     with e.target() as target, e.ready() as talk:
         before = len(talk.heard)
         succeeded(talk.request(Command.CONNECT, target.address))
         rsv = talk.heard[before + 2]
     if rsv:
         raise Wrong(f"{rsv:02x}")
-    return "00"
 
 
 @question(REPLIES, "BND.ADDR and BND.PORT of CONNECT", "what the target sees")
@@ -768,19 +723,18 @@ def bound_address(e: Examiner) -> str:
 # --- what is carried ---
 
 @question(REPLIES, "Does the reply come before what the target says?", "yes")
-def reply_first(e: Examiner) -> str:
+def reply_first(e: Examiner) -> None:
     with e.target() as target, e.ready() as talk:
         talk.send(Request(Command.CONNECT, target.address))
         with target.accept() as accepted:
             accepted.sendall(b"220 hello")
             succeeded(talk.receive(Reply))
-            if talk.exactly(9) != b"220 hello":
+            if read_exactly(talk, 9) != b"220 hello":
                 raise Wrong("other octets than were sent")
-    return "yes"
 
 
 @question(REPLIES, "Are octets right behind the request kept for the target?", "yes")
-def early_data(e: Examiner) -> str:
+def early_data(e: Examiner) -> None:
     with e.target() as target, e.ready() as talk:
         talk.write(bytes(Request(Command.CONNECT, target.address)) + b"early, ")
         with target.accept() as accepted:
@@ -790,54 +744,31 @@ def early_data(e: Examiner) -> str:
             received = rest(accepted)
     if received != b"early, late":
         raise Wrong(f"{received!r} arrives")
-    return "yes"
 
 
 @question(REPLIES, "Do a million octets each way arrive, at the same time?", "yes")
-def much_both_ways(e: Examiner) -> str:
-    with e.tunnel() as (talk, target):
-        talk.socket.settimeout(e.timeout)
-        senders = [threading.Thread(target=send_all, args=(sock, MUCH), daemon=True) for sock in (talk.socket, target)]
-        for sender in senders:
-            sender.start()
-        try:
-            for sock in (target, talk.socket):
-                if Talk(sock, e.timeout).exactly(len(MUCH)) != MUCH:
-                    raise Wrong("other octets than were sent")
-        finally:
-            for sock in (target, talk.socket):
-                quietly(sock.shutdown, socket.SHUT_RDWR)     # or a sender might wait for ever
-            for sender in senders:
-                sender.join(e.timeout)
-    return "yes"
-
-
-def send_all(sock: socket.socket, octets: bytes) -> None:
-    quietly(sock.sendall, octets)
-
-
-def quietly(function: Callable[[Any], object], argument: object) -> None:
-    try:
-        function(argument)
-    except OSError:         # which the other end will tell
-        pass
+def much_both_ways(e: Examiner) -> None:
+    with e.tunnel() as (talk, target), ThreadPoolExecutor() as senders:
+        for sock in (talk.socket, target):
+            senders.submit(sock.sendall, MUCH)      # if it fails, the other end will tell
+        for sock in (target, talk.socket):
+            if read_exactly(Talk(sock, e.timeout), len(MUCH)) != MUCH:
+                raise Wrong("other octets than were sent")
 
 
 @question(REPLIES, "Can the client end its way and still hear the answer?", "yes")
-def half_close_up(e: Examiner) -> str:
+def half_close_up(e: Examiner) -> None:
     with e.tunnel() as (talk, target):
-        return half_closed(e, talk.socket, target)
+        half_closed(talk.socket, target)
 
 
 @question(REPLIES, "Can the target end its way and still hear the client?", "yes")
-def half_close_down(e: Examiner) -> str:
+def half_close_down(e: Examiner) -> None:
     with e.tunnel() as (talk, target):
-        return half_closed(e, target, talk.socket)
+        half_closed(target, talk.socket)
 
 
-def half_closed(e: Examiner, one: socket.socket, other: socket.socket) -> str:
-    one.settimeout(e.timeout)
-    other.settimeout(e.timeout)
+def half_closed(one: socket.socket, other: socket.socket) -> None:
     one.sendall(b"question")
     one.shutdown(socket.SHUT_WR)
     if rest(other) != b"question":
@@ -852,22 +783,17 @@ def half_closed(e: Examiner, one: socket.socket, other: socket.socket) -> str:
         heard = b""
     if heard != b"answer":
         raise Wrong("no: the answer is lost")
-    return "yes"
 
 
 @question(REPLIES, "Does a reset arrive as one (and not as if all had come)?", "yes")
-def reset(e: Examiner) -> str:
+def reset(e: Examiner) -> None:
     with e.tunnel() as (talk, target):
         arrives(b"half of it", target, talk.socket)
         target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         target.close()
-        try:
+        with suppress(ConnectionError), errors_as(Odd, "as a clean end", ProtocolError):
             talk.read(1)
-        except ConnectionError:
-            return "yes"
-        except ProtocolError:
-            raise Odd("as a clean end") from None
-    raise Wrong("as octets")
+            raise Wrong("as octets")
 
 
 # --- BIND ---
@@ -881,11 +807,8 @@ def bind_there(e: Examiner) -> str:
 
 
 def there_is(e: Examiner, command: Command, destination: Address) -> str:
-    with e.ready() as talk:
-        try:
-            reply = talk.request(command, destination)
-        except (ProtocolError, ConnectionError):
-            raise Wrong("closed without a reply, where 07 would say no") from None
+    with e.ready() as talk, errors_as(Wrong, "closed without a reply, where 07 would say no", *CLOSED):
+        reply = talk.request(command, destination)
     if reply.code == ReplyCode.COMMAND_NOT_SUPPORTED:
         raise Odd(words(reply))
     if succeeded(reply).bound.is_unspecified or not reply.bound.port:
@@ -922,18 +845,14 @@ def bind_stranger(e: Examiner) -> str:
 
 
 @question(BIND, "Does it still listen when the client has gone?", "no")
-def bind_client_gone(e: Examiner) -> str:
+def bind_client_gone(e: Examiner) -> None:
     with e.binding() as (_talk, address):
         pass
-    for _ in range(5):
-        time.sleep(e.timeout / 10)          # it may need a moment to notice
-        try:
+    with suppress(OSError), errors_as(Odd, "yes", socket.timeout):
+        for _ in range(5):
+            time.sleep(e.timeout / 10)          # it may need a moment to notice
             dial(Proxy(address.zoned, address.port), time.monotonic() + e.timeout).close()
-        except socket.timeout:
-            break
-        except OSError:
-            return "no"
-    raise Odd("yes")
+        raise Odd("yes")
 
 
 # --- UDP ASSOCIATE ---
@@ -947,44 +866,17 @@ def udp_there(e: Examiner) -> str:
 
 
 @question(UDP, "Does the association end with its TCP connection?", "yes")
-def udp_lifetime(e: Examiner) -> str:
-    with e.udp() as target, e.association() as (talk, relay):
-        there = Address.of(target.getsockname())
-        echoes(e, relay, target, there, b"question")
-        talk.socket.close()
+def udp_lifetime(e: Examiner) -> None:
+    with e.association() as relay:
+        relay.echo(b"question")
+        relay.talk.socket.close()
         until = time.monotonic() + e.timeout
-        target.settimeout(0.25)
-        while time.monotonic() < until:         # it may need a moment to notice
-            try:
-                relay.send(Datagram(there, b"still there?"))
-                target.recv(100)
-            except OSError:
-                return "yes"
-    raise Wrong(f"no, not within {e.timeout:g} s")
-
-
-def datagram_arrives(e: Examiner, relay: Relay, target: socket.socket, destination: Address, data: bytes) -> Tuple[bytes, Any]:
-    """What the target gets, and from where."""
-    relay.send(Datagram(destination, data))
-    try:
-        return target.recvfrom(65535)
-    except socket.timeout:
-        raise Wrong(f"nothing arrives within {e.timeout:g} s") from None
-
-
-def echoes(e: Examiner, relay: Relay, target: socket.socket, destination: Address, data: bytes) -> Datagram:
-    """The answer of a target that sends the data back."""
-    received, source = datagram_arrives(e, relay, target, destination, data)
-    if received != data:
-        raise Wrong(f"{len(received)} octets arrive, and not the {len(data)} that were sent")
-    target.sendto(received, source)
-    try:
-        answer = relay.receive()
-    except socket.timeout:
-        raise Wrong(f"no answer within {e.timeout:g} s") from None
-    if answer.data != data:
-        raise Wrong("the answer is another one")
-    return answer
+        relay.target.settimeout(0.25)
+        with suppress(OSError):
+            while time.monotonic() < until:         # it may need a moment to notice
+                relay.send(b"still there?")
+                relay.target.recv(100)
+            raise Wrong(f"no, not within {e.timeout:g} s")
 
 
 @question(HEADER, "Datagrams to an IPv4 address, and the answers", "the target's address in front")
@@ -994,18 +886,14 @@ def udp_ipv4(e: Examiner) -> str:
 
 @question(HEADER, "Datagrams to an IPv6 address, and the answers", "the target's address in front")
 def udp_ipv6(e: Examiner) -> str:
-    host = e.host(AddressType.IPV6)
-    try:
-        return udp_to(e, host)
-    except (Wrong, OSError) as error:
-        raise Odd(str(error)) from error
+    with errors_as(Odd, "{}", Wrong, OSError):
+        return udp_to(e, e.host(AddressType.IPV6))
 
 
 def udp_to(e: Examiner, host: str) -> str:
-    with e.udp(host) as target, e.association() as (_talk, relay):
-        destination = as_told(target.getsockname())
-        answer = echoes(e, relay, target, destination, b"question")
-    if answer.address != destination:
+    with e.association(host) as relay:
+        answer = relay.echo(b"question")
+    if answer.address != relay.there:
         raise Wrong(f"the answer is said to be from {answer.address}")
     if answer.rsv or answer.frag:
         raise Wrong(f"RSV {answer.rsv:04x}, FRAG {answer.frag:02x}")
@@ -1014,20 +902,17 @@ def udp_to(e: Examiner, host: str) -> str:
 
 @question(HEADER, "Datagrams to a name, and the answers", "both arrive")
 def udp_name(e: Examiner) -> str:
-    with ExitStack() as stack:
-        target = stack.enter_context(e.udp(e.any_host()))
-        _talk, relay = stack.enter_context(e.association())
-        echoes(e, relay, target, Address(e.name, target.getsockname()[1], AddressType.DOMAINNAME), b"question")
+    with e.association() as relay:
+        relay.echo(b"question", named(relay.there, e.name))
     return "yes"
 
 
 @question(HEADER, "Fragments (FRAG not 00)", "dropped, or put together")
 def udp_fragments(e: Examiner) -> str:
-    with e.udp() as target, e.association() as (_talk, relay):
-        there = Address.of(target.getsockname())
-        relay.send(Datagram(there, b"one ", 0x01))
-        relay.send(Datagram(there, b"two", 0x02 | Datagram.LAST_FRAGMENT))
-        received, _source = datagram_arrives(e, relay, target, there, b"whole")
+    with e.association() as relay:
+        relay.send(b"one ", frag=0x01)
+        relay.send(b"two", frag=0x02 | Datagram.LAST_FRAGMENT)
+        received, _source = relay.arrival(b"whole")
     verdicts = {b"whole": "dropped", b"one two": "put together"}
     if received not in verdicts:
         raise Wrong(f"{received!r} arrives")
@@ -1035,51 +920,44 @@ def udp_fragments(e: Examiner) -> str:
 
 
 @question(HEADER, "Are datagrams of another host than the client's dropped?", "yes")
-def udp_stranger(e: Examiner) -> str:
+def udp_stranger(e: Examiner) -> None:
     stranger = e.stranger()
-    with e.udp() as target, e.association() as (_talk, relay), e.udp(stranger) as sock:
+    with e.association() as relay, e.udp(stranger) as sock:
         if ":" in relay.address.host:
             raise Unasked("only for a relay on 127.0.0.1")
-        there = Address.of(target.getsockname())
-        sock.sendto(bytes(Datagram(there, b"stranger")), relay.address.sockaddr)
-        received, _source = datagram_arrives(e, relay, target, there, b"client")
+        sock.sendto(bytes(Datagram(relay.there, b"stranger")), relay.address.sockaddr)
+        received, _source = relay.arrival(b"client")
     if received != b"client":
         raise Wrong("no")
-    return "yes"
 
 
 @question(HEADER, "Does the relay outlive datagrams without a sense?", "yes")
-def udp_nonsense(e: Examiner) -> str:
-    with e.udp() as target, e.association() as (_talk, relay):
-        there = Address.of(target.getsockname())
-        whole = bytes(Datagram(there, b""))
+def udp_nonsense(e: Examiner) -> None:
+    with e.association() as relay:
+        whole = bytes(Datagram(relay.there, b""))
         for octets in (b"", b"\0", whole[:3], whole[:-1], whole[:3] + b"\x02" + whole[4:], b"\xff" * 64):
-            relay.send(octets)
-        echoes(e, relay, target, there, b"question")
-    return "yes"
+            relay.send_octets(octets)
+        relay.echo(b"question")
 
 
 @question(HEADER, "Does an empty payload arrive?", "yes")
-def udp_empty(e: Examiner) -> str:
-    with e.udp() as target, e.association() as (_talk, relay):
-        there = Address.of(target.getsockname())
-        relay.send(Datagram(there, b""))
-        received, _source = datagram_arrives(e, relay, target, there, b"next")
+def udp_empty(e: Examiner) -> None:
+    with e.association() as relay:
+        relay.send(b"")
+        received, _source = relay.arrival(b"next")
         if received:
             raise Odd("no: it is dropped")
-        if target.recv(100) != b"next":
+        if relay.target.recv(100) != b"next":
             raise Wrong("and then nothing does")
-    return "yes"
 
 
 @question(HEADER, "How large may a payload be?", "8192 octets at least")
 def udp_large(e: Examiner) -> str:
-    with e.udp() as target, e.association() as (_talk, relay):
-        there = Address.of(target.getsockname())
+    with e.association() as relay:
         largest = 0
         for size in (512, 1472, 8192, 32768, 65000):
             try:
-                echoes(e, relay, target, there, b"x" * size)
+                relay.echo(b"x" * size)
             except (Wrong, OSError):
                 break
             largest = size
@@ -1092,19 +970,12 @@ def udp_large(e: Examiner) -> str:
 
 def table(answers: Sequence[Answer]) -> str:
     """The answers for people, section by section."""
-    widths = [max(len(answer[column]) for answer in answers) for column in (2, 3)]
+    text, expected = (max(len(answer[column]) for answer in answers) for column in (2, 3))
     lines: List[str] = []
-    section = ""
-    for answer in answers:
-        if answer.section != section:
-            section = answer.section
-            lines += [*[""] * bool(lines), section]
-        lines.append(f"  {answer.verdict}  {answer.question:<{widths[0]}}  {answer.expected:<{widths[1]}}  {answer.observed}")
-    return "\n".join(lines)
-
-
-def counts(answers: Sequence[Answer]) -> Dict[str, int]:
-    return {verdict: sum(answer.verdict == verdict for answer in answers) for verdict in ("pass", "fail", "warn", "skip")}
+    for section, of_section in groupby(answers, lambda answer: answer.section):
+        lines += ["", section]
+        lines += [f"  {a.verdict}  {a.question:<{text}}  {a.expected:<{expected}}  {a.observed}" for a in of_section]
+    return "\n".join(lines[1:])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1159,7 +1030,8 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         print(f"{parser.prog}: error: nobody to ask at {options.server}: {error.strerror or error}", file=sys.stderr)
         return 1
-    summary = counts(answers)
+    found = Counter(answer.verdict for answer in answers)
+    summary = {verdict: found[verdict] for verdict in ("pass", "fail", "warn", "skip")}
     if options.json:
         print(json.dumps({"server": options.server, "counts": summary, "answers": [answer._asdict() for answer in answers]}, indent=2))
     else:

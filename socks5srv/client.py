@@ -24,19 +24,20 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 import time
+from contextlib import suppress
 from io import BytesIO
-from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Callable, ContextManager, List, Mapping, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
+from .descriptors import on_error
 from .names import ascii_form
 from .protocol import (
     UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed,
     Message, Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
 )
+from .relay import RESET
 
-RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)    # SO_LINGER on, 0 s: close() sends RST
 TIMEOUT = 30.0      # seconds; servers give a target 10 or more to answer
 
 M = TypeVar("M", MethodSelection, CredentialsReply, Reply)
@@ -84,15 +85,15 @@ class Conversation:
     """
     What is said on one connection to a proxy, until its command has succeeded.
 
-    It is a binary stream of what the proxy sends.  `socket` is the connection; who authenticates
-    with a method that encapsulates what follows puts another one in its place.
+    It is a binary stream of what the proxy sends.  `socket` is the connection; an authentication
+    method that encapsulates what follows puts another one in its place.
     """
 
     def __init__(self, sock: socket.socket, until: float) -> None:
         self.socket = sock
         self.until = until          # the deadline, by time.monotonic()
 
-    def read(self, n: int = -1, /) -> bytes:
+    def read(self, n: int, /) -> bytes:
         """1 to `n` octets."""
         if n == 0:
             return b""
@@ -117,7 +118,7 @@ class Conversation:
 
     def negotiate(self, proxy: Proxy, methods: Methods = NO_OTHERS) -> None:
         """Agree on a method and carry it out.  RFC 1928 section 3."""
-        ways = {Method.NO_AUTHENTICATION_REQUIRED: no_authentication, **methods}
+        ways = {Method.NO_AUTHENTICATION_REQUIRED: lambda _conversation: None, **methods}
         if proxy.username:
             ways.setdefault(Method.USERNAME_PASSWORD, lambda conversation: conversation.log_in(proxy))
         self.send(Greeting(bytes(ways)))
@@ -150,17 +151,11 @@ class Conversation:
 
     def here(self, bound: Address) -> Address:
         """
-        The address in a reply as one that can be reached: zeros stand for the proxy's own host, and a link-local
-        one is on the link on which we reach the proxy.
-
-        The RFC does not say so, but servers that listen on a wildcard answer with it.
+        The address in a reply as one that can be reached: a link-local one is on the link on which we reach the proxy,
+        and zeros stand for its own host (not by the RFC, but servers that listen on a wildcard answer with them).
         """
         peer = Address.of(self.socket.getpeername())
         return peer._replace(port=bound.port) if bound.is_unspecified else bound.on_the_link_of(peer)
-
-
-def no_authentication(conversation: Conversation) -> None:
-    """Method 00: there is nothing to do."""
 
 
 def connect(proxy: Union[str, Proxy], host: str, port: int, *, timeout: float = TIMEOUT, methods: Methods = NO_OTHERS) -> socket.socket:
@@ -178,7 +173,7 @@ def bind(proxy: Union[str, Proxy], host: str = "0.0.0.0", port: int = 0, *, time
     return Waiting(*asked_for_one(Proxy.parse(proxy), Command.BIND, host, port, time.monotonic() + timeout, methods), timeout)
 
 
-class Waiting:
+class Waiting(ContextManager["Waiting"]):
     """A proxy that listens for us: at `address`, which the peer has to be told."""
 
     def __init__(self, conversation: Conversation, bound: Address, timeout: float) -> None:
@@ -191,11 +186,8 @@ class Waiting:
         if self.conversation is None:
             raise ValueError("BIND is for one connection, and it has been taken, or closed")
         self.conversation.until = time.monotonic() + self.timeout
-        try:
+        with on_error(self.close):
             peer = self.conversation.success()
-        except BaseException:
-            self.close()
-            raise
         sock, self.conversation = self.conversation.socket, None
         sock.settimeout(None)
         return sock, peer
@@ -206,9 +198,6 @@ class Waiting:
             self.conversation.socket.close()
             self.conversation = None
 
-    def __enter__(self) -> Waiting:
-        return self
-
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
@@ -218,19 +207,15 @@ def udp_associate(proxy: Union[str, Proxy], *, timeout: float = TIMEOUT, methods
     proxy = Proxy.parse(proxy)
     # All zeros: we cannot know the address that the proxy will see.
     conversation, bound = asked(proxy, Command.UDP_ASSOCIATE, UNSPECIFIED, time.monotonic() + timeout, methods)
-    try:
+    with on_error(conversation.socket.close):
         return DatagramRelay(proxy, conversation.socket, conversation.here(bound))
-    except BaseException:
-        conversation.socket.close()
-        raise
 
 
-class DatagramRelay:
+class DatagramRelay(ContextManager["DatagramRelay"]):
     """
     A proxy's UDP relay.  `address` is where it is; it lives as long as `control`, the TCP connection.
 
-    `socket` is a UDP socket connected to the relay: to wait for, or to give a timeout (it has
-    none, and UDP may lose what is waited for).
+    `socket` is a UDP socket connected to the relay, without a timeout: give it one, since UDP may lose datagrams.
     """
 
     def __init__(self, proxy: Proxy, control: socket.socket, address: Address) -> None:
@@ -240,14 +225,11 @@ class DatagramRelay:
         place = address.literal or address
         family, kind, number, _name, there = socket.getaddrinfo(ascii_form(place.zoned), place.port, type=socket.SOCK_DGRAM)[0]
         self.socket = socket.socket(family, kind, number)
-        try:
+        with on_error(self.socket.close):
             if family == control.family:        # the proxy hears only the host that it has been asked by
                 here: Tuple[Any, ...] = control.getsockname()
                 self.socket.bind((here[0], 0, *here[2:]))
             self.socket.connect(there)
-        except BaseException:
-            self.socket.close()
-            raise
 
     def sendto(self, data: bytes, destination: Tuple[str, int]) -> None:
         """Send a datagram to a host and port.  As UDP is, it may get lost."""
@@ -257,21 +239,15 @@ class DatagramRelay:
     def recvfrom(self) -> Tuple[bytes, Tuple[str, int]]:
         """The next datagram, and the host and port that have sent it."""
         while True:
-            octets = self.socket.recv(65535)
-            try:
-                datagram = Datagram.read(BytesIO(octets))
-            except (ProtocolError, RequestFailed):
-                continue
-            if not datagram.frag:       # without reassembly, the RFC has fragments dropped
-                return datagram.data, (datagram.address.host, datagram.address.port)
+            with suppress(ProtocolError, RequestFailed):
+                datagram = Datagram.read(BytesIO(self.socket.recv(65535)))
+                if not datagram.frag:       # without reassembly, the RFC has fragments dropped
+                    return datagram.data, (datagram.address.host, datagram.address.port)
 
     def close(self) -> None:
         """End the association."""
         self.socket.close()
         self.control.close()
-
-    def __enter__(self) -> DatagramRelay:
-        return self
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
@@ -283,23 +259,18 @@ def asked_for_one(proxy: Proxy, command: Command, host: str, port: int, until: f
     """asked(), for the first of the host's addresses for which the proxy says yes."""
     *others, last = destinations(proxy, host, port)
     for destination in others:
-        try:
+        with suppress(RequestFailed):       # a name may have a dead address first
             return asked(proxy, command, destination, until, methods)
-        except RequestFailed:       # a name may have a dead address first
-            pass
     return asked(proxy, command, last, until, methods)
 
 
 def asked(proxy: Proxy, command: Command, destination: Address, until: float, methods: Methods) -> Tuple[Conversation, Address]:
     """A conversation in which `command` has succeeded, its socket blocking again, and the reply's address."""
     conversation = Conversation(dial(proxy, until), until)
-    try:
+    with on_error(lambda: conversation.socket.close()):     # a method may put another one in its place
         conversation.negotiate(proxy, methods)
         bound = conversation.ask(command, destination)
         conversation.socket.settimeout(None)
-    except BaseException:
-        conversation.socket.close()
-        raise
     return conversation, bound
 
 
@@ -307,10 +278,8 @@ def dial(proxy: Proxy, until: float) -> socket.socket:
     """A connection to the proxy itself, to the first of its addresses that answers."""
     *others, last = socket.getaddrinfo(ascii_form(proxy.host), proxy.port, type=socket.SOCK_STREAM)
     for row in others:
-        try:
+        with suppress(OSError):
             return dial_address(row, until)
-        except OSError:
-            pass
     return dial_address(last, until)
 
 
@@ -319,14 +288,11 @@ def dial_address(row: Tuple[Any, ...], until: float) -> socket.socket:
     family, kind, number, _name, there = row
     for _ in range(2):
         sock = socket.socket(family, kind, number)
-        try:
+        with on_error(sock.close):
             sock.settimeout(seconds_until(until))
             sock.connect(there)
             if sock.getsockname()[1] != there[1] or sock.getsockname() != sock.getpeername():
                 return sock
-        except BaseException:
-            sock.close()
-            raise
         # The system had chosen the very port that was dialled to go out from, and where nobody listens TCP lets
         # a socket call itself.  The next time it chooses another.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)     # or the port could not be used for a minute

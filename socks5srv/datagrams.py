@@ -1,28 +1,28 @@
 """
 The UDP association: datagrams to and from any number of hosts, for one client.
 
-UDP has no connections, so SOCKS gives each datagram an envelope: the client sends to the
-relay a header that names the target, and the payload; the relay sends the payload on, and
-wraps what comes back in a header that names the sender.  Only the TCP connection on which
-UDP ASSOCIATE was asked for shows that the client still lives; when it ends, so does this.
+UDP has no connections, so SOCKS gives each datagram an envelope: the client sends to the relay a header that names
+the target, and the payload; the relay sends the payload on, and wraps what comes back in a header that names the
+sender.  Only the TCP connection on which UDP ASSOCIATE was asked for shows that the client still lives; when it
+ends, so does this.
 
-    client  == TCP ==  control           (says nothing any more; its end is the end)
-    client  <- UDP ->  inner socket      bound where the control connection came in
-                       outer sockets  <- UDP ->  targets        (one per family, made on demand)
+    client  == TCP ==  ControlConnection  (says nothing any more; its end is the end)
+    client  <- UDP ->  ClientSocket       bound where the control connection came in
+                       TargetSocket  <- UDP ->  targets     (one per family, made on demand)
 
-The one idea: a header already seen is not parsed again.  As octets it is the key to the
-target, and a source's address is the key to the header of what it sends, so that a datagram
-costs two system calls and a look-up in a dict.
+The one idea: a header already seen is not parsed again.  As octets it is the key to the target, and a source's
+address is the key to the header of what it sends, so that a datagram costs two system calls and a look-up in a dict.
 
-The inner socket accepts datagrams from the client's host only: from the port that the client has
-named in its request, or else from that of the first good one, or a neighbour behind the same
-address could take the association, and its answers.  A client that has been silent for `SILENT`
-seconds may go on from another port.  On the outer side, only hosts that the client has written to are heard (on any
-port: a TFTP server answers from a new one).  A datagram that is wrong in any way is dropped
-in silence, as RFC 1928 section 7 asks, and costs nothing but itself.
+The client's socket accepts datagrams from the client's host only: from the port that the client has named in its
+request, or else from that of the first good one, or a neighbour behind the same address could take the association,
+and its answers.  A client that has been silent for a while may go on from another port.  The targets' sockets accept
+them only from hosts that the client has written to (from any port: a TFTP server answers from a new one).  A datagram
+that is wrong in any way is dropped in silence, as RFC 1928 section 7 asks, and costs nothing but itself.
 
-An association lives in the relay thread, next to the tunnels (relay.py).  A name is looked up
-in a thread of its own, while other datagrams go on.
+An association lives in the relay thread, next to the tunnels (relay.py).  A name is looked up in a thread of its
+own, while other datagrams go on.
+
+Not here: what may be reached (policy.py), and how to look up a name (resolver.py).
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ import os
 import socket
 import time
 from io import BytesIO
-from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Protocol, Sequence, Tuple, Union
 
 from . import outbound
-from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, RequestFailed
-from .relay import READ, Relay, broken
+from .observer import Hooks
+from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, ReplyCode, RequestFailed
+from .relay import READ, Pollable, Relay, reason_of
 from .resolver import NO_SUCH_NAME, LookUp, look_ups
+from .rules import Verdict
 from .session import Session, word
 
 logger = logging.getLogger("socks5srv")
@@ -46,16 +48,12 @@ logger = logging.getLogger("socks5srv")
 TURN = 32               # datagrams moved in one turn at most, so that a flood leaves room for the others: under 1 ms
 SPACE = 22              # octets in front of what is received: the longest header of an answer
 REMEMBERED = 4096       # targets, sources and hosts known at a time; then the oldest are forgotten
-FORGET = 60.0           # seconds after which all targets are found out afresh: names may move
-DEAD = 2.0              # seconds that a failed look-up, or an address without a route, is remembered: it may work the next moment
-MISSING = 10.0          # seconds that a name is remembered which does not exist
 QUEUED = 64             # datagrams that wait for their names to be looked up
 LOOK_UPS = 16           # names being looked up at a time, for one client
-SILENT = 30.0           # seconds after which the client may go on from another port: NATs forget, and phones move
-REASSEMBLY = 5.0        # seconds that fragments wait for the rest; RFC 1928 section 7 asks for 5 at least
 
 SockAddr = Tuple[Any, ...]
-Target = Tuple[socket.socket, SockAddr]     # the outer socket that can reach it, and its address
+Target = Tuple[socket.socket, SockAddr]     # the socket that can reach it, and its address
+Outcome = Union[Target, str]                # of a datagram: where it went, or in a sentence what happened instead
 
 
 def header_length(octets: memoryview) -> int:
@@ -68,11 +66,12 @@ def header_length(octets: memoryview) -> int:
     return 7 + octets[4] if atyp == AddressType.DOMAINNAME else 0
 
 
-K = TypeVar("K")
-V = TypeVar("V")
+def dropped(reason: object) -> str:
+    """The outcome for this reason, or error."""
+    return f"Dropped: {reason_of(reason)}."
 
 
-def keep(known: Dict[K, V], key: K, value: V) -> None:
+def keep(known: Dict[Any, Any], key: Any, value: Any) -> None:
     """Remember it as the newest, and forget the oldest if there are too many."""
     known.pop(key, None)
     if len(known) >= REMEMBERED:
@@ -84,76 +83,58 @@ class Conversation(Protocol):
     """What an association asks of the conversation that it comes from: handler.py's."""
 
     session: Session
+    hooks: Hooks
 
-    def may_reach(self, command: Command, address: Address, name: Optional[str] = None) -> bool: ...
+    def judge(self, command: Command, address: Address, name: Optional[str] = None) -> Verdict: ...
     def look_up_of(self, host: str) -> LookUp: ...
     def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None: ...
-    def finished(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Association:
-    """
-    One client's UDP relay.  `bound` is where the client has to send to: on `host`, this
-    computer's address as the client sees it.
+    """One client's UDP relay, on `host`: this computer's address as the client sees it."""
 
-    Made in the conversation's thread, which tells the client; after start() it belongs to the
-    relay thread.  OSError if there is no socket to be had.
-    """
+    # In seconds:
+    idle_timeout = 30.0         # until the client may go on from another port: NATs forget, and phones move
+    forget = 60.0               # until all targets are found out afresh: names may move
+    dead = 2.0                  # that a failed look-up, or an address without a route, is remembered: it may work the next moment
+    missing = 10.0              # that a name is remembered which does not exist
 
-    def __init__(self, conversation: Conversation, relay: Relay, host: str, route: outbound.Route,
-                 reassemble: bool = False) -> None:
-        self.relay = relay
-        self.conversation = conversation
+    def __init__(self, conversation: Conversation, relay: Relay, host: str, route: outbound.Route, reassemble: bool = False) -> None:
+        """In the conversation's thread; from start() on it is the relay thread's.  OSError if there is no socket."""
+        self.relay, self.conversation, self.route = relay, conversation, route
         self.session = conversation.session
-        self.route = route
         self.client_host = self.session.client.host
-        self.inner = Inner(self, self.inner_socket((host, 0)))
-        self.outer: Dict[int, Outer] = {}                   # by address family
-        self.control: Optional[Control] = None
-        self.bound = Address.of(self.inner.socket.getsockname())
+        traced = bool(conversation.hooks.datagram)
+        self.client_socket = (TracedClientSocket if traced else ClientSocket)(self, route.udp((host, 0)))
+        self.target_sockets: Dict[int, TargetSocket] = {}   # by address family
+        self.sockets: List[AssociationSocket] = [self.client_socket]    # all of them
+        self.closed = False
+        self.bound = Address.of(self.client_socket.socket.getsockname())    # where the client has to send to
         # What has been found out, each to be thrown away at any time, and the oldest if there is too much:
         self.targets: Dict[bytes, Target] = {}              # by header
         self.stale: Dict[bytes, Target] = {}                # names that are to be looked up again when they are used again
-        self.dead: Dict[bytes, float] = {}                  # headers that lead nowhere, and until when
+        self.nowhere: Dict[bytes, Tuple[float, str]] = {}   # until when, and why, by header
         self.headers: Dict[SockAddr, bytes] = {}            # by source
         self.contacted: Dict[str, None] = {}                # hosts that may answer
         self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
-        self.forget_at = time.monotonic() + FORGET
-        self.patience = SILENT                              # how often look() is called follows from it
+        self.forget_at = time.monotonic() + self.forget
         self.fragments: Optional[Fragments] = Fragments() if reassemble else None
-
-    def __enter__(self) -> Association:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self.control is None:
-            self.inner.socket.close()
 
     def start(self, connection: socket.socket) -> None:
         """Hand it to the relay thread, with the TCP connection that it lives by."""
         connection.setblocking(False)
-        self.control = Control(self, connection)
+        self.sockets.append(ControlConnection(self, connection))
         try:
-            if self.named_port:
-                self.inner.expect(self.session.client._replace(port=self.named_port))
-            self.relay.watch((connection, self.control, READ), (self.inner.socket, self.inner, READ))
-            self.relay.call(lambda: self.relay.watch_idleness(self))
-        except (OSError, ValueError) as error:
-            if self.inner.socket.fileno() < 0:      # it has been aborted already, and did not know this one
-                connection.close()
-            else:                                   # so it is being, just now, or the system will not watch any more
-                self.abort_soon(str(error))
-
-    @property
-    def named_port(self) -> int:
-        """
-        DST.PORT, where the client says that it sends from; 0 if it leaves that open, or is wrong about its own host.
-
-        A wrong host is behind a NAT, which gives it another port as well, or has written its target there.
-        """
-        destination = self.session.destination
-        named = destination.literal if destination is not None else None
-        return named.port if named is not None and named.host == self.client_host else 0
+            named = self.session.destination.literal if self.session.destination is not None else None
+            # DST.PORT is where the client sends from, if it says so.  With a host that is not its own it is behind a NAT,
+            # which gives it another port as well, or has written its target there.
+            if named is not None and named.port and named.host == self.client_host:
+                self.client_socket.expect(self.session.client._replace(port=named.port))
+            self.relay.watch(*((each.socket, each, READ) for each in reversed(self.sockets)))
+            self.relay.call(lambda: self.relay.watch_idle(self.check_idle, self.idle_timeout))
+        except (OSError, ValueError) as error:      # it has been aborted already, or the system will not watch any more
+            self.abort_soon(reason_of(error))
 
     def abort_soon(self, reason: str) -> None:
         """abort(), called in any thread."""
@@ -167,150 +148,145 @@ class Association:
         if now >= self.forget_at:
             self.stale = {header: target for header, target in self.targets.items() if header[3] == AddressType.DOMAINNAME}
             self.targets.clear()
-            self.forget_at = now + FORGET
+            self.forget_at = now + self.forget
         return now
 
-    def look(self, now: float) -> None:
-        """Called several times in SILENT seconds: if the client has been silent for so long, it may have another port by now."""
-        if self.ended:
-            self.relay.impatient.discard(self)
-        elif self.inner.locked and now - self.inner.heard_at >= SILENT:
+    def check_idle(self, now: float) -> None:
+        """If the client has been silent for so long, it may have another port by now."""
+        if self.closed:
+            self.relay.idle_watch.pop(self.check_idle, None)
+        elif self.client_socket.locked and now - self.client_socket.heard_at >= self.idle_timeout:
             self.unlock()
 
     def unlock(self) -> None:
-        """
-        Hear the client's host on any port again.
-
-        No call takes back the connect() that keeps the others out, so the socket is made anew, on the same port.
-        """
-        sockaddr = self.inner.socket.getsockname()
-        self.relay.unwatch(self.inner.socket.fileno())
-        self.inner.socket.close()
+        """Hear the client's host on any port again.  No call takes back connect(), so the socket is made anew, on the same port."""
+        sockaddr = self.client_socket.socket.getsockname()
+        self.relay.discard(self.client_socket.socket)
         try:
-            self.inner.listen_on(self.inner_socket(sockaddr))
-            self.relay.watch((self.inner.socket, self.inner, READ))
+            self.client_socket.listen_on(self.route.udp(sockaddr))
+            self.relay.watch((self.client_socket.socket, self.client_socket, READ))
         except OSError as error:        # another program has taken the port meanwhile
-            self.abort(f"its UDP port is lost: {error.strerror or error}")
-
-    def inner_socket(self, sockaddr: SockAddr) -> socket.socket:
-        """The socket that the client sends to."""
-        return self.route.udp(sockaddr)
-
-    @property
-    def ended(self) -> bool:
-        return self.session.seconds is not None
+            self.abort(f"its UDP port is lost: {reason_of(error)}")
 
     def abort(self, reason: str) -> None:
-        if self.ended:
-            return
-        self.relay.impatient.discard(self)
-        for owner in (self.control, self.inner, *self.outer.values()):
-            if owner is not None:
-                self.relay.unwatch(owner.socket.fileno())
-                owner.socket.close()
-        self.session.end(reason)
-        self.conversation.finished()
+        was_closed = self.closed
+        self.close()                # again, for a start() that came later
+        if not was_closed:
+            self.relay.idle_watch.pop(self.check_idle, None)
+            self.session.end(reason)
+            self.conversation.close()
 
-    def send_out(self, header: bytes, payload: memoryview) -> None:
+    def close(self) -> None:
+        self.closed = True
+        for each in self.sockets:
+            self.relay.discard(each.socket)
+
+    def send_out(self, header: bytes, payload: memoryview) -> Outcome:
         """A datagram of the client's: on to where its header says, if that is known."""
         target = self.targets.get(header) or self.find(header, payload)
-        if target is not None:
-            outer, sockaddr = target
+        if not isinstance(target, str):
             try:
-                self.session.up += outer.sendto(payload, sockaddr)
-            except OSError:             # too long, unroutable, no room: UDP may lose it
-                pass
+                self.session.up += target[0].sendto(payload, target[1])
+            except OSError as error:    # too long, unroutable, no room: UDP may lose it
+                return dropped(error)
+        return target
 
-    def find(self, header: bytes, payload: memoryview) -> Optional[Target]:
-        """What a header not seen before stands for; None if it leads nowhere, or not yet."""
-        if self.dead.get(header, 0.0) > time.monotonic():
-            return None
+    def find(self, header: bytes, payload: memoryview) -> Outcome:
+        """What a header not seen before stands for, unless it leads nowhere, or not yet."""
+        until, outcome = self.nowhere.get(header, (0.0, ""))
+        if until > time.monotonic():
+            return outcome
         try:
             datagram = Datagram.read(BytesIO(header))
-        except (ProtocolError, RequestFailed):
-            return None                 # not remembered: nonsense has no end
+        except (ProtocolError, RequestFailed) as error:
+            return dropped(error)       # not remembered: nonsense has no end
         if datagram.frag:
-            self.add_fragment(datagram, bytes(payload))
-            return None
+            return self.add_fragment(datagram, bytes(payload))
         literal = datagram.address.literal
         if literal is None:
             return self.look_up(header, datagram.address, bytes(payload))
-        target = self.open_towards([literal.dialled.on_the_link_of(self.session.client)], None)
-        if target is None:
-            keep(self.dead, header, time.monotonic() + DEAD)
-            return None
-        return self.remember(header, target)
+        return self.remember(header, self.open_towards([literal.dialled.on_the_link_of(self.session.client)], None))
 
-    def remember(self, header: bytes, target: Target) -> Target:
-        keep(self.targets, header, target)
-        return target
+    def remember(self, header: bytes, found: Outcome, missing: bool = False) -> Outcome:
+        """From now on the header leads there; or for a while nowhere, longer if its name is missing."""
+        if isinstance(found, str):
+            self.targets.pop(header, None)
+            keep(self.nowhere, header, (time.monotonic() + (self.missing if missing else self.dead), found))
+        else:
+            keep(self.targets, header, found)
+        return found
 
-    def open_towards(self, addresses: Sequence[Address], name: Optional[str]) -> Optional[Target]:
+    def open_towards(self, addresses: Sequence[Address], name: Optional[str]) -> Outcome:
         """The first of the addresses that is allowed and can be sent to."""
+        failures: List[object] = []
         for address in addresses:
             try:
-                if not self.may_reach(address, name):
-                    continue
+                self.check(address, name)
                 if len(addresses) > 1:
                     outbound.local_address_towards(address, self.route)     # an error if there is no route
-                outer = self.outer_socket(address)
-            except (OSError, RequestFailed):
+                sock = self.socket_towards(address)
+            except (OSError, RequestFailed) as error:
+                failures.append(error)
                 continue
             keep(self.contacted, address.host, None)
-            return outer, address.sockaddr
-        return None
+            return sock, address.sockaddr
+        return dropped((failures or ["the name has no address"])[0])
 
-    def may_reach(self, address: Address, name: Optional[str] = None) -> bool:
-        try:
-            return self.conversation.may_reach(Command.UDP_ASSOCIATE, address, name)
-        except RequestFailed:           # of an allow() that says so in its own words
-            return False
+    def check(self, address: Address, name: Optional[str] = None) -> None:
+        """RequestFailed if the address may not be reached."""
+        verdict = self.conversation.judge(Command.UDP_ASSOCIATE, address, name)
+        if not verdict.allowed:
+            raise RequestFailed(ReplyCode.NOT_ALLOWED, verdict.reason)
 
-    def outer_socket(self, address: Address) -> socket.socket:
+    def socket_towards(self, address: Address) -> socket.socket:
         """The socket for all targets of this family."""
         family = outbound.family_of(address)
-        if family not in self.outer:
+        if family not in self.target_sockets:
             sock = self.route.socket(address, socket.SOCK_DGRAM)
             outbound.enlarge(sock)
             if sock.getsockname()[1] == 0:      # a port is needed before it can be waited for
                 sock.bind(("", 0))
-            self.outer[family] = Outer(self, sock)
-            self.relay.watch((sock, self.outer[family], READ))
-        return self.outer[family].socket
+            self.target_sockets[family] = TargetSocket(self, sock)
+            self.sockets.append(self.target_sockets[family])
+            self.relay.watch((sock, self.target_sockets[family], READ))
+        return self.target_sockets[family].socket
+
+    def way_to(self, target: Target) -> str:
+        """The outcome of a datagram that has been sent there."""
+        return f"It goes to {Address.of(target[1])} without the header, from port {target[0].getsockname()[1]}."
 
     # --- names ---
 
-    def look_up(self, header: bytes, address: Address, payload: bytes) -> Optional[Target]:
+    def look_up(self, header: bytes, address: Address, payload: bytes) -> Outcome:
         """Have the name looked up aside.  Until the answer comes its datagrams wait, or go where they went before."""
         target = self.stale.pop(header, None)
+        try:
+            if header not in self.looking_up:
+                self.start_look_up(header, address)
+        except (OSError, RequestFailed) as error:
+            if target is None:
+                return dropped(error)
         if target is not None:
-            self.remember(header, target)
-        waiting = self.looking_up.get(header)
-        if waiting is None:
-            self.start_look_up(header, address)
-            waiting = self.looking_up.get(header)
-        if target is None and waiting is not None and sum(map(len, self.looking_up.values())) < QUEUED:
-            waiting.append(payload)
-        return target
+            return self.remember(header, target)
+        if sum(map(len, self.looking_up.values())) >= QUEUED:
+            return dropped("too many wait until their names have been looked up")
+        self.looking_up[header].append(payload)
+        return "It waits until the name has been looked up."
 
     def start_look_up(self, header: bytes, address: Address) -> None:
-        """Ask the resolver, unless too many questions are open: then a datagram is lost, as on a bad line."""
-        if len(self.looking_up) >= LOOK_UPS or not self.may_reach(address):
-            return
+        """Ask the resolver.  OSError or RequestFailed if too many questions are open, or this one may not be asked."""
+        if len(self.looking_up) >= LOOK_UPS:
+            raise OSError(errno.EAGAIN, "too many names are being looked up")
+        self.check(address)
         began = time.monotonic()
+        look_up = self.conversation.look_up_of(address.host)
+        look_ups.begin(look_up, lambda answer: self.relay.call(lambda: self.resolved(header, address, answer, began)), patient=False)
         self.looking_up[header] = []
-        try:
-            look_ups.begin(
-                self.conversation.look_up_of(address.host),
-                lambda answer: self.relay.call(lambda: self.resolved(header, address, answer, began)), patient=False,
-            )
-        except (OSError, RequestFailed):
-            del self.looking_up[header]
 
     def resolved(self, header: bytes, address: Address, answer: LookUp, began: float) -> None:
         """The answer has come: send what has waited for it."""
         waiting = self.looking_up.pop(header, [])
-        if self.ended:
+        if self.closed:
             return
         self.conversation.resolved(address.host, answer.hosts, began, answer.error)
         try:
@@ -323,83 +299,77 @@ class Association:
             self.send_out(header, memoryview(payload))
 
     def found(self, header: bytes, addresses: List[Address], name: str) -> None:
-        """
-        Where the name leads from now on.
-
-        To the first of its addresses that is allowed and has a route.  But an address in use stays, as long as
-        the name has it: resolvers turn the order round, and the host that knows the client is the one that it has spoken to.
-        """
+        """The name leads to the first of its addresses that is allowed and has a route."""
+        # But an address in use stays, as long as the name has it: resolvers turn the order round, and the host that
+        # knows the client is the one that it has spoken to.
         current = self.targets.get(header)
         if current is not None:
             addresses.sort(key=lambda each: (each.host, each.port) != current[1][:2])
-        target = self.open_towards(addresses, name)
-        if target is None:
-            self.targets.pop(header, None)
-            keep(self.dead, header, time.monotonic() + (DEAD if addresses else MISSING))
-        else:
-            self.remember(header, target)
+        self.remember(header, self.open_towards(addresses, name), missing=not addresses)
 
     def not_found(self, header: bytes, address: Address, error: Exception) -> None:
         """A name that does not exist any more leads nowhere; other failures change nothing for an address in use."""
         missing = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
         if not isinstance(error, (OSError, ValueError, RequestFailed)):
             logger.error("a bug, met while looking up %s", word(str(address)), exc_info=error)
-        if missing:
-            self.targets.pop(header, None)
-        if header not in self.targets:
-            keep(self.dead, header, time.monotonic() + (MISSING if missing else DEAD))
+        if missing or header not in self.targets:
+            self.remember(header, dropped(error), missing)
 
     # --- fragments ---
 
-    def add_fragment(self, datagram: Datagram, payload: bytes) -> None:
+    def add_fragment(self, datagram: Datagram, payload: bytes) -> str:
         """RFC 1928 section 7: without reassembly every fragment must be dropped."""
         if self.fragments is None:
-            return
-        self.fragments.add(datagram, payload)
-        whole = self.fragments.take_whole()
-        if whole is not None:
-            header = bytes(Datagram(whole.address, b""))
-            self.send_out(header, memoryview(whole.data))
+            return dropped("this proxy puts no fragments together")
+        whole = self.fragments.add(datagram, payload)
+        if whole is None:
+            return "It waits for the other fragments."
+        outcome = self.send_out(bytes(Datagram(whole.address, b"")), memoryview(whole.data))
+        return outcome if isinstance(outcome, str) else self.way_to(outcome)
 
 
-class Control:
-    """The TCP connection of the association: it says nothing, but its end ends everything."""
+class AssociationSocket(Pollable):
+    """One of the sockets of an association."""
 
-    def __init__(self, association: Association, connection: socket.socket) -> None:
-        self.association = association
-        self.socket = connection
+    side = ""
 
-    def ready(self, events: int) -> None:
-        try:
-            if not self.socket.recv(4096):
-                self.association.abort("client closed")
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.association.abort(broken("client", error))
+    def __init__(self, association: Association, sock: socket.socket) -> None:
+        self.association, self.socket = association, sock
 
     def abort(self, reason: str) -> None:
         self.association.abort(reason)
 
 
-class Inner:
+class ControlConnection(AssociationSocket):
+    """A TCP connection that the association lives by: it says nothing, but its end ends everything."""
+
+    side = "client"                 # whose it is
+
+    def ready(self, events: int) -> None:
+        if not self.socket.recv(4096):
+            self.association.abort(f"{self.side} closed")
+
+
+class ClientSocket(AssociationSocket):
     """The socket that the client sends to, and gets its answers from."""
 
+    receive: Callable[[memoryview], int]        # the length of the next datagram
+    length = 10                     # octets, of the header that came last
+
     def __init__(self, association: Association, sock: socket.socket) -> None:
-        self.association = association
+        super().__init__(association, sock)
         self.client: Optional[SockAddr] = None      # its host and port: where it has sent from last
         self.there: SockAddr = ()                   # the same, as its socket address
         self.heard_at = 0.0             # when it has last sent something, by time.monotonic()
-        self.listen_on(sock)
-        self.length = 10                # octets, of the header that came last
         self.turn = TURN                # datagrams in the next one: to ask in vain costs as much as to move one
+        self.listen_on(sock)
 
     def listen_on(self, sock: socket.socket) -> None:
         """Hear the client's host on any port, until the first good datagram locks one."""
         self.socket = sock
         self.locked = False
-        self.receive: Callable[[memoryview], int] = self.receive_from_anyone
-        self.send: Callable[[memoryview], int] = self.send_unlocked
+        self.receive = self.receive_from_anyone
+        self.send_by(self.send_unlocked)
 
     def expect(self, client: Address) -> None:
         """Hear this port only, from now on; if it is silent for long, any."""
@@ -410,15 +380,15 @@ class Inner:
         """From now on the kernel keeps all others out."""
         self.client, self.there, self.locked = source, sockaddr, True
         self.socket.connect(sockaddr)
-        self.send = self.socket.send
+        self.send_by(self.socket.send)
 
-    def abort(self, reason: str) -> None:
-        self.association.abort(reason)
+    def send_by(self, send: Callable[[memoryview], int]) -> None:
+        self.send = send
 
     def ready(self, events: int) -> None:
-        now, errors = self.association.forget_old(), 0
-        chunk, targets, length = self.association.relay.chunk, self.association.targets, self.length
-        receive, up = self.receive, 0
+        association, receive, length = self.association, self.receive, self.length
+        now, chunk, targets = association.forget_old(), association.relay.chunk, association.targets
+        up = errors = 0
         for moved in range(self.turn):
             try:
                 n = receive(chunk)
@@ -427,14 +397,15 @@ class Inner:
                     self.receive = self.socket.recv_into
                 self.turn = moved or 1
                 break
-            except OSError:             # an ICMP error of an earlier answer
+            except OSError:             # an ICMP error of an earlier answer; or this is not the client's
                 errors += 1
                 continue
-            # Most datagrams have a header like the one before.  A header tells its own
-            # length, so if these octets are a known one, they are all of it.
+            # Usually the header equals the previous one, so try that length first.  A known header of this length is a
+            # complete header: its length follows from its content.
             target = targets.get(bytes(chunk[:length])) if n >= length else None
             if target is None:
-                length = self.slow(chunk[:n]) or length
+                self.pass_on(chunk[:n])
+                length = self.length
                 continue
             try:
                 up += target[0].sendto(chunk[length:n], target[1])
@@ -444,31 +415,31 @@ class Inner:
             moved, self.turn = self.turn, min(2 * self.turn, TURN)
         if moved > errors:
             self.heard_at = now
-        self.association.session.up += up
+        association.session.up += up
 
-    def slow(self, octets: memoryview) -> int:
-        """A datagram unlike the one before; the length of its header, 0 if it has none."""
+    def pass_on(self, octets: memoryview) -> Outcome:
+        """A datagram unlike the one before."""
         length = header_length(octets)
         if not 0 < length <= len(octets):
-            return 0
+            return dropped("its header cannot be read")
         self.length = length
-        self.association.send_out(bytes(octets[:length]), octets[length:])
-        return length
+        return self.association.send_out(bytes(octets[:length]), octets[length:])
 
     def receive_from_anyone(self, chunk: memoryview) -> int:
-        """
-        The next datagram's length; 0 if a stranger sent it.
-
-        The first good one locks the client's port.  Those that have been queued before are still
-        checked here, until the queue is empty.
-        """
+        """The next datagram's length; OSError if it is not the client's.  The first good one locks its port."""
         n, sockaddr = self.socket.recvfrom_into(chunk)
-        source = (Address.of(sockaddr).host, sockaddr[1])
-        if not self.locked and source[0] == self.association.client_host:
-            if not 0 < header_length(chunk[:n]) <= n:
-                return 0
+        source, octets = (Address.of(sockaddr).host, sockaddr[1]), chunk[:n]
+        if source[0] != self.association.client_host:
+            self.drop(octets, f"it comes from {source[0]}, and the client is {self.association.client_host}")
+        if not self.locked and 0 < header_length(octets) <= n:
             self.lock(source, sockaddr)
-        return n if self.locked and source == self.client else 0
+        if self.locked and source != self.client:       # it has been queued before
+            self.drop(octets, f"it comes from port {source[1]}, and the client sends from another")
+        return n
+
+    def drop(self, octets: memoryview, reason: str) -> NoReturn:
+        """Not the client's datagram."""
+        raise OSError(errno.EACCES, reason)
 
     def send_unlocked(self, octets: memoryview) -> int:
         """To where the client was last; it may still listen there although it is silent."""
@@ -477,22 +448,44 @@ class Inner:
         return self.socket.sendto(octets, self.there)
 
 
-class Outer:
+class TracedClientSocket(ClientSocket):
+    """One whose datagrams are observed: each is told with its outcome, and so none of them takes the fast way."""
+
+    length = 0                      # no header is as short
+
+    def pass_on(self, octets: memoryview) -> Outcome:
+        outcome = super().pass_on(octets)
+        self.length = 0
+        self.tell(False, octets, outcome if isinstance(outcome, str) else self.association.way_to(outcome))
+        return outcome
+
+    def drop(self, octets: memoryview, reason: str) -> NoReturn:
+        self.tell(False, octets, dropped(reason))
+        super().drop(octets, reason)
+
+    def send_by(self, send: Callable[[memoryview], int]) -> None:
+        def send_and_tell(octets: memoryview) -> int:
+            sent = send(octets)
+            self.tell(True, octets, "")
+            return sent
+
+        self.send = send_and_tell
+
+    def tell(self, to_client: bool, octets: memoryview, outcome: str) -> None:
+        for datagram in self.association.conversation.hooks.datagram:
+            datagram(self.association.session, to_client, bytes(octets), outcome)
+
+
+class TargetSocket(AssociationSocket):
     """The socket that all targets of one family are written to and heard on."""
 
-    def __init__(self, association: Association, sock: socket.socket) -> None:
-        self.association = association
-        self.socket = sock
-        self.turn = TURN                # as Inner's
-
-    def abort(self, reason: str) -> None:
-        self.association.abort(reason)
+    turn = TURN                     # as ClientSocket's
 
     def ready(self, events: int) -> None:
         association = self.association
         chunk = association.relay.chunk
         room = chunk[SPACE:]
-        headers, receive, answer = association.headers, self.socket.recvfrom_into, association.inner.send
+        headers, receive, answer = association.headers, self.socket.recvfrom_into, association.client_socket.send
         down = 0
         for moved in range(self.turn):
             try:
@@ -522,36 +515,30 @@ class Outer:
 
 
 class Fragments:
-    """
-    The reassembly queue of RFC 1928 section 7, for one client.
+    """The reassembly queue of RFC 1928 section 7, for one client."""
 
-    Fragments come in order: one that does not follow the one before drops the queue, and so
-    does another destination, too much, or too long a wait.
-    """
+    timeout = 5.0           # seconds that they wait for the rest; RFC 1928 section 7 asks for 5 at least
 
     def __init__(self) -> None:
         self.parts: List[Datagram] = []
         self.expires = 0.0          # by time.monotonic()
 
-    def add(self, datagram: Datagram, payload: bytes) -> None:
-        """Queue a fragment, if it belongs to the queue or begins a new one."""
+    def add(self, datagram: Datagram, payload: bytes) -> Optional[Datagram]:
+        """Queue a fragment, if it belongs to the queue or begins a new one; the datagram, if it is whole now."""
+        # One that does not follow the one before drops the queue; so does another target, too much, or too long a wait.
         position = datagram.frag & ~Datagram.LAST_FRAGMENT
         if not self.follows(position, datagram.address) or time.monotonic() >= self.expires:
             self.parts = []
         if position == 1:
-            self.expires = time.monotonic() + REASSEMBLY
+            self.expires = time.monotonic() + self.timeout
         if position == len(self.parts) + 1:
             self.parts.append(Datagram(datagram.address, payload, datagram.frag))
+        if not self.parts or not self.parts[-1].frag & Datagram.LAST_FRAGMENT:
+            return None
+        parts, self.parts = self.parts, []
+        return Datagram(datagram.address, b"".join(part.data for part in parts))
 
     def follows(self, position: int, address: Address) -> bool:
         if not self.parts or position <= len(self.parts) or sum(len(part.data) for part in self.parts) > DATAGRAM_MAX:
             return False
         return self.parts[0].address == address
-
-    def take_whole(self) -> Optional[Datagram]:
-        """The whole datagram, once its last fragment is there."""
-        if not self.parts or not self.parts[-1].frag & Datagram.LAST_FRAGMENT:
-            return None
-        whole = Datagram(self.parts[0].address, b"".join(part.data for part in self.parts))
-        self.parts = []
-        return whole

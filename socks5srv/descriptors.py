@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import contextmanager
+from typing import Callable, Iterator
 
 from .protocol import Command
 
@@ -115,3 +117,13 @@ def open_at_once(path: str, flags: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextmanager
+def on_error(undo: Callable[..., object], *arguments: object) -> Iterator[None]:
+    """Call this, mostly a close(), if the block raises; what has been opened stays open if it does not."""
+    try:
+        yield
+    except BaseException:
+        undo(*arguments)
+        raise

@@ -13,10 +13,10 @@ stands it hands both sockets to the relay thread (relay.py) and is free for the 
 
 The one idea: a failure is raised where it is noticed, carries its answer, and is answered in
 one place, `refuse()`.  After a success reply nothing is answered any more: it would land in the
-middle of somebody's data.
+middle of the target's data.
 
 Not here: the octets (protocol.py), how to reach a target (resolver.py, outbound.py), who may log in (users.py),
-what may be reached (rules.py), and who is let in at all (server.py).
+what may be reached (policy.py), and how many clients are served (registry.py).
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ import socket
 import socketserver
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Type, TypeVar, Union
+from contextlib import suppress
+from enum import Enum
+from typing import Any, Callable, FrozenSet, List, Optional, Protocol, Sequence, Tuple, Type, TypeVar, Union
 
-from . import outbound, resolver, strangers
+from . import foreign, outbound, resolver
 from .datagrams import Association
-from .descriptors import COMMANDS, USED_UP, descriptors
+from .descriptors import COMMANDS, USED_UP, descriptors, on_error
 from .listener import OUT_OF, RETRY
-from .outbound import ClientGone
+from .observer import Attempt, Hooks
+from .outbound import ClientGone, Route
+from .policy import Policy
 from .protocol import (
-    UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
+    UNSPECIFIED, VER, Address, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
     MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed, Socks5Error, UnknownCommand,
 )
-from .relay import READ, Tunnel, broken, tune
+from .registry import Registry
+from .relay import READ, Relay, Tunnel, broken, tune
+from .rules import Rules, Verdict
 from .session import Session
+from .users import Users
 
-if TYPE_CHECKING:
-    from .rules import Rule
-    from .server import Socks5Server
-
-logger = logging.getLogger("socks5srv")         # a session at its end: INFO; at its success reply: DEBUG
-wire = logging.getLogger("socks5srv.wire")      # every message, at DEBUG
+logger = logging.getLogger("socks5srv")         # a session at its end: INFO
 
 M = TypeVar("M", Greeting, Credentials, Request)
 
@@ -56,6 +58,36 @@ DO = {command: f"do_{command.name}" for command in Command}
 LOOK = 1.0          # seconds between two looks whether a client still waits for its turn to log in
 LINGER = 1.0        # seconds that a refused client has to take its reply and hang up
 EARLY = 64 * 1024   # octets that a client may send ahead while BIND waits for its peer
+
+
+class Host(Protocol):
+    """What a handler asks of its server; server.py is one."""
+
+    policy: Policy
+    registry: Registry[Socks5Handler]
+    route: Route
+    users: Optional[Users]
+    rules: Rules
+    commands: FrozenSet[Command]
+    connect_timeout: float
+    bind_timeout: float
+    idle_timeout: Optional[float]
+    reassemble: bool
+    upstream: Any
+
+    def hooks_for(self, session: Session) -> Hooks: ...
+    def relay_thread(self) -> Relay: ...
+    def warn_once(self, kind: str, message: str, *details: object) -> None: ...
+    def log_foreign(self, session: Session) -> None: ...
+    def shutdown_request(self, request: Any, /) -> None: ...
+
+
+class Stage(Enum):
+    """How far a conversation is, as for what may still be answered."""
+
+    NEGOTIATING = 1     # a failure gets its reply
+    REPLIED = 2         # the last reply is sent: nothing is answered any more
+    HANDED_OVER = 3     # the sockets are the relay thread's
 
 
 class ClientStream:
@@ -69,12 +101,14 @@ class ClientStream:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.buffer = b""
+        self.consumed = b""         # of the message at hand: what its observers are shown
 
-    def read(self, n: int = -1, /) -> bytes:
+    def read(self, n: int, /) -> bytes:
         """`n` octets, or fewer if the client has ended."""
         while len(self.buffer) < n and self.fill():
             pass
         octets, self.buffer = self.buffer[:n], self.buffer[n:]
+        self.consumed += octets
         return octets
 
     def fill(self) -> bool:
@@ -111,11 +145,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     Attributes to read: `session`, `server`, `client_address`, `connection`.
     """
 
-    server: Socks5Server
+    server: Host                    # type: ignore[assignment]  # that is all it asks of it
     connection: socket.socket
-    in_tunnel = False               # the last reply is sent: nothing is answered any more
-    handed_over = False             # the sockets are the relay thread's, in what is
-    carried: Union[Tunnel, Association, None] = None
+    hooks = Hooks()                 # those of the server when the client came
+    stage = Stage.NEGOTIATING
+    answered: Optional[Socks5Error] = None      # what the message that is sent is the answer to
+    tunnel: Union[Tunnel, Association, None] = None     # what the relay thread has, once it is handed over
     turn: Optional[threading.Event] = None      # to try a login, which it waits for; set by hang_up(), too
     reserved = 0                    # descriptors beyond those of every client
     reported = False                # session_ended() has been called, or will soon be
@@ -123,7 +158,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
         """As the base has it, but finish() follows a setup() that has failed, too: the client has a place to give back."""
         self.request, self.client_address, self.server = request, client_address, server
-        self.session = Session(server.next_id(), Address.of(client_address))
+        self.session = Session(server.registry.next_id(), Address.of(client_address))
         try:
             self.setup()
             self.handle()
@@ -135,13 +170,16 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         # after one timeout never be readable again.
         self.connection = self.request
         self.stream = ClientStream(self.connection)
-        self.server.begin(self)
+        self.hooks = self.server.hooks_for(self.session)    # it keeps those it has begun with
+        for started in self.hooks.started:      # before its place may be given to another
+            started(self.session)
+        self.server.registry.add(self)
 
     def handle(self) -> None:
         try:
             self.session.user = self.negotiate()
             request = self.receive(Request)
-            self.server.handshake_done(self)
+            self.server.registry.request_complete(self)
             self.perform(request)
         except Socks5Error as error:
             self.refuse(error)
@@ -153,23 +191,38 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             raise
 
     def finish(self) -> None:
-        if not self.handed_over:
+        if self.stage is not Stage.HANDED_OVER:
             self.session.end()
             self.server.shutdown_request(self.request)      # before its place is given to another
-            self.finished()
+            self.close()
 
     # --- method negotiation: RFC 1928 section 3 ---
 
     def negotiate(self) -> str:
-        """Agree on a method and carry it out.  The user's name; empty for nobody in particular."""
-        self.turn_strangers_away()
+        """Agree on a method and carry it out.  The user's name; empty if none was asked for."""
+        self.reject_foreign()
         greeting = self.receive(Greeting)
         method = self.select_method(greeting.methods)
         if method is Method.NO_ACCEPTABLE_METHODS:
-            raise NoAcceptableMethod(self.why_no_method(greeting.methods))
+            raise NoAcceptableMethod(self.why_no_method(greeting.methods), self.wanted_method())
         self.send(MethodSelection(method))
+        return self.carry_out(method)
+
+    def carry_out(self, method: Method) -> str:
+        """The user's name that auth_<METHOD>() finds."""
         authenticate: Callable[[], str] = getattr(self, AUTH[method])
-        return authenticate()
+        if not self.hooks.authenticated:
+            return authenticate()
+        error: Optional[LoginFailed] = None
+        try:
+            user = authenticate()
+        except LoginFailed as failed:
+            error = failed
+        for authenticated in self.hooks.authenticated:
+            authenticated(self.session, method, error)
+        if error is not None:
+            raise error
+        return user
 
     def select_method(self, offered: Sequence[int]) -> Method:
         """Choose among the methods that the client offers, or NO_ACCEPTABLE_METHODS."""
@@ -178,7 +231,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def wanted_method(self) -> Method:
         """With a password if there are users, or a subclass that knows some; not for trusted networks."""
-        if self.server.trusts(self.session.client):
+        if self.server.policy.trusts(self.session.client):
             return Method.NO_AUTHENTICATION_REQUIRED
         if self.server.users is not None or type(self).authenticate is not Socks5Handler.authenticate:
             return Method.USERNAME_PASSWORD
@@ -197,16 +250,23 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             return "the client offers only a login, and its network (--allow-from) needs none: let it offer to need no login"
         return "the client offers only a login, and there are no users: start with -u NAME, or let it offer to need no login"
 
-    def turn_strangers_away(self) -> None:
+    def reject_foreign(self) -> None:
         """Tell a client that does not speak SOCKS5 what it has found."""
-        if not self.stream.buffer and not self.stream.fill():
-            raise ProtocolError("the client closed without a word")
-        if self.stream.buffer[0] == VER:
+        if (self.stream.buffer or self.stream.fill()) and self.stream.buffer[0] == VER:
             return
-        while strangers.unsettled(self.stream.buffer) and self.stream.fill():
+        error = self.identify()
+        for malformed in self.hooks.malformed:
+            malformed(self.session, Greeting, self.stream.buffer, error, 0)
+        raise error
+
+    def identify(self) -> ProtocolError:
+        """What client has begun like this."""
+        if not self.stream.buffer:
+            return ProtocolError("the client closed without a word")
+        while foreign.unsettled(self.stream.buffer) and self.stream.fill():
             pass
-        here = Address.of(self.connection.getsockname())
-        raise strangers.recognise(self.stream.buffer, here, pac=self.server.beyond_loopback or self.is_here)
+        here, policy = Address.of(self.connection.getsockname()), self.server.policy
+        return foreign.identify(self.stream.buffer, here, pac=policy.serves_others or policy.is_here(self.session.client.zoned))
 
     def auth_NO_AUTHENTICATION_REQUIRED(self) -> str:
         return ""
@@ -219,38 +279,37 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         except UnicodeDecodeError as error:
             raise LoginFailed("a login that is no UTF-8", repr(credentials.username)) from error
         self.session.user = username    # before it is looked at: the user may be removed meanwhile
-        self.server.login_begins(self)
+        self.server.registry.login_begins(self)
         try:
-            if not self.authenticate_unhurried(username, password):
+            if not self.authenticate_throttled(username, password):
                 raise LoginFailed("wrong name or password", username)
         finally:
-            self.server.login_over(self)
+            self.server.registry.login_over(self)
         self.send(CredentialsReply(CredentialsReply.SUCCESS))
         return username
 
     def authenticate(self, username: str, password: str) -> bool:
         """Whether this is a user.  The default asks the server's `users`."""
-        return self.server.users is not None and self.server.users.check_for(self.still_there, username, password)
+        users = self.server.users
+        return users is not None and users.check_for(self.still_there, username, password)
 
     def still_there(self) -> None:
         """ClientGone if another thread has hung up on the client: nothing more is to be done for it."""
         if self.session.reason:
             raise ClientGone(self.session.reason)
 
-    def authenticate_unhurried(self, username: str, password: str) -> bool:
+    def authenticate_throttled(self, username: str, password: str) -> bool:
         """authenticate(), for which a client that has failed too often has to wait; its tries take turns."""
-        guessing, host = self.server.guessing, self.session.client.host
-        self.turn = guessing.begin(host)
+        throttle, host = self.server.policy.throttle, self.session.client.host
+        self.turn = throttle.begin(host)
         try:
             self.await_turn()
-            seconds = guessing.wait(host)
-            if seconds:
-                outbound.wait({}, self.connection, time.monotonic() + seconds)
+            self.await_delay(throttle.delay(host))
             right = self.authenticate(username, password)
-            (guessing.succeeded if right else guessing.failed)(host)
+            (throttle.succeeded if right else throttle.failed)(host)
             return right
         finally:
-            guessing.end(host, self.turn)
+            throttle.end(host, self.turn)
 
     def await_turn(self) -> None:
         """ClientGone if the client has left, or hang_up() has been called, meanwhile."""
@@ -260,6 +319,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             if over:
                 return
 
+    def await_delay(self, seconds: float) -> None:
+        if seconds:
+            for throttled in self.hooks.throttled:
+                throttled(self.session, seconds)
+            outbound.wait({}, self.connection, time.monotonic() + seconds)
+
     # --- commands: RFC 1928 sections 4 and 6 ---
 
     def perform(self, request: Request) -> None:
@@ -268,27 +333,23 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         do = getattr(self, DO[request.command], None)
         if do is None or request.command not in self.server.commands:
             raise RequestFailed(ReplyCode.COMMAND_NOT_SUPPORTED, f"{request.command.name} is switched off")
-        if request.command in COMMANDS:
-            self.reserve(COMMANDS[request.command])
+        number = COMMANDS.get(request.command, 0)       # of descriptors beyond those of every client
+        if number and not descriptors.take(number):
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, USED_UP)
+        self.reserved = number
         do(request)
 
-    def reserve(self, number: int) -> None:
-        """Have so many more descriptors until the session ends; RequestFailed 01 if they are used up."""
-        if not descriptors.take(number):
-            raise RequestFailed(ReplyCode.GENERAL_FAILURE, USED_UP)
-        self.reserved += number
-
     def do_CONNECT(self, request: Request) -> None:
-        with outbound.reporting(request.destination):
+        with outbound.errors_as_replies(request.destination):
             target = self.connect(request)
-        self.open_tunnel(target, Address.of(target.getsockname()))
+        self.open_tunnel(target, self.session.bound or Address.of(target.getsockname()))
 
     def do_BIND(self, request: Request) -> None:
         """Listen for one connection from the destination: two replies, then a tunnel."""
         until = time.monotonic() + self.server.bind_timeout
         expected = self.expected_peers(request, until)
-        with outbound.reporting(request.destination):
-            listener = outbound.listen(self.bind_host(expected))
+        with outbound.errors_as_replies(request.destination):
+            listener = self.server.route.listener(self.bind_host(expected))
         with listener:
             self.succeed(Address.of(listener.getsockname()))    # and it listens already
             target, peer = self.await_peer(listener, expected, until)
@@ -299,14 +360,14 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """A relay for datagrams, which lives as long as this connection.  RFC 1928 section 7."""
         # DST, where the client will send from, is taken at its word if it names the client's own host and a port.
         # Behind NAT it is wrong, and many write zeros or nonsense: the connection's own peer is the better witness then.
-        with outbound.reporting("UDP relay"):
+        with outbound.errors_as_replies("UDP relay"):
             association = self.association()
-        with association:       # closes it, unless it has been handed over
-            self.server.udp_relays.add(association.bound)
+        with on_error(association.close):
+            self.server.policy.relays.add(association.bound)
             self.succeed(association.bound)
-            self.in_tunnel = self.handed_over = True
-            self.carried = association
-            association.start(self.connection)
+            self.opened(None)
+        self.tunnel, self.stage = association, Stage.HANDED_OVER
+        association.start(self.connection)
 
     def association(self) -> Association:
         """The relay for do_UDP_ASSOCIATE, not started yet."""
@@ -320,7 +381,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         Whether `command` may reach `address`; refused with reply 02.
 
         Asked for the destination as the client wrote it, then for each IP address that its
-        name has, and for whoever calls back to BIND.  For UDP ASSOCIATE it is asked for each
+        name has, and for the peer that calls back to BIND.  For UDP ASSOCIATE it is asked for each
         new destination of a datagram, in the relay thread: it must not block then.
         """
         return True
@@ -335,11 +396,22 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return look_up(host, self.server.route.family)
 
     def connect(self, request: Request) -> socket.socket:
-        """A TCP socket connected to the request's destination; RequestFailed if there is none."""
+        """
+        A TCP socket connected to the request's destination; RequestFailed if there is none.
+
+        Where the client is to be told another address than the socket's own, it is set as `self.session.bound`.
+        """
         until = time.monotonic() + self.server.connect_timeout
-        addresses = self.addresses(request, until)
-        target, self.session.peer = outbound.connect(addresses, self.server.route, self.connection, until)
+        target, self.session.peer = self.dial(self.addresses(request, until), until)
         return target
+
+    def dial(self, addresses: List[Address], until: float) -> Tuple[socket.socket, Address]:
+        """A connection to one of these, and to which; of each that is tried the observers are told."""
+        return outbound.connect(addresses, self.server.route, self.connection, until, self.tell_tried if self.hooks.tried else None)
+
+    def tell_tried(self, attempt: Attempt) -> None:
+        for tried in self.hooks.tried:
+            tried(self.session, attempt)
 
     def addresses(self, request: Request, until: float) -> List[Address]:
         """Where the destination can be reached, as far as it is allowed; never empty."""
@@ -349,17 +421,17 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.check(request.command, address)
             return [address]
         found, name = self.look_up(request, until), request.destination.host
-        refusals = {address: self.refusal(request.command, address, name) for address in found}
-        allowed = [address for address in found if not refusals[address]]
+        verdicts = [self.judge(request.command, address, name) for address in found]
+        allowed = [verdict.address for verdict in verdicts if verdict.allowed]
         if not allowed:
-            raise RequestFailed(ReplyCode.NOT_ALLOWED, refusals[found[0]])
+            raise RequestFailed(ReplyCode.NOT_ALLOWED, verdicts[0].reason)
         return allowed
 
     def look_up(self, request: Request, until: float) -> List[Address]:
         """The addresses of a name; RequestFailed if it has none, or may not be asked for."""
         destination = request.destination
         self.check(request.command, destination)
-        with outbound.reporting(destination):
+        with outbound.errors_as_replies(destination):
             hosts = self.ask_resolver(destination.host, until)
         found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
         if not found:
@@ -385,46 +457,34 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return resolver.LookUp(self.resolve, host, self.session.client.host, question if ordinary else None)
 
     def resolved(self, host: str, hosts: Sequence[str], began: float, error: Optional[Exception] = None) -> None:
-        """
-        Told when a name has been looked up, or could not be, and how long ago that `began` (`time.monotonic()`).
-
-        For watching.  For UDP ASSOCIATE it is called in the relay thread: it must not block then.
-        """
+        """Tell the observers that a name has been looked up, or could not be; it `began` at this `time.monotonic()`."""
+        for resolved in self.hooks.resolved:
+            resolved(self.session, host, hosts, time.monotonic() - began, error)
 
     def check(self, command: Command, address: Address) -> None:
-        reason = self.refusal(command, address)
+        """RequestFailed 02 if it may not be reached."""
+        reason = self.judge(command, address).reason
         if reason:
             raise RequestFailed(ReplyCode.NOT_ALLOWED, reason)
 
-    def may_reach(self, command: Command, address: Address, name: Optional[str] = None) -> bool:
-        return not self.refusal(command, address, name)
-
-    def refusal(self, command: Command, address: Address, name: Optional[str] = None) -> str:
+    def judge(self, command: Command, address: Address, name: Optional[str] = None) -> Verdict:
         """
-        Why `address`, which `name` has led to, may not be reached; empty if it may.
+        Whether `address`, which `name` has led to, may be reached.  RequestFailed of an allow() that has its own words.
 
         Asked with a name as the address before that is looked up, too.
         """
-        if address.address_type is AddressType.DOMAINNAME:
-            rule = self.rule_for_name(address)
-        elif self.server.is_own(command, address):      # it would call itself until all descriptors are gone
-            return f"{address} is this server itself"
-        else:
-            rule = self.server.rules.decide(address, name)
-            if not (self.is_here or self.server.allow_local_targets) and self.server.is_local(address):
-                return f"{address} is for this computer only"
-        if rule is not None and not rule.allows:
-            return f"rule: {rule.text}"
-        return "" if self.allow(command, address) else f"{address} is not allowed"
-
-    def rule_for_name(self, address: Address) -> Optional[Rule]:
-        """The rule that decides before this name is looked up; None if its addresses have to be known."""
-        return self.server.rules.decide_by_name(address)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the client is a program on this computer."""
-        return self.server.is_here(self.session.client.zoned)
+        verdict, failed = self.server.policy.judge(self.session.client, command, address, name, self.session.upstream is not None), None
+        if not verdict.reason:
+            try:
+                if not self.allow(command, address):
+                    verdict = Verdict(address, f"{address} is not allowed")
+            except RequestFailed as error:
+                verdict, failed = Verdict(address, str(error)), error
+        for judged in self.hooks.judged:
+            judged(self.session, verdict)
+        if failed is not None:
+            raise failed
+        return verdict
 
     # --- BIND ---
 
@@ -436,7 +496,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return self.addresses(request, until)
 
     def check_anyone(self, command: Command) -> None:
-        """Zeros are no place that could be reached, so neither rules nor networks are asked; whoever calls is judged then."""
+        """Zeros are no place that could be reached, so neither rules nor networks are asked; the peer that connects is judged then."""
         if not self.allow(command, UNSPECIFIED):
             raise RequestFailed(ReplyCode.NOT_ALLOWED, f"{UNSPECIFIED} is not allowed")
 
@@ -468,9 +528,9 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             peer = Address.of(sockaddr)
             welcome = False
             try:
-                welcome = (not hosts or peer.host in hosts) and self.may_reach(Command.BIND, peer, name)
+                welcome = (not hosts or peer.host in hosts) and self.judge(Command.BIND, peer, name).allowed
             finally:
-                if not welcome:         # a stranger; the one we wait for may still come
+                if not welcome:         # another peer; the expected one may still come
                     target.close()
             if welcome:
                 tune(target)
@@ -482,7 +542,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return destination.host if expected and destination is not None and destination.literal is None else None
 
     def wait_for_peer(self, listener: socket.socket, until: float) -> None:
-        """Wait until somebody calls, while the client may send ahead, or leave."""
+        """Wait until a peer connects, while the client may send ahead, or leave."""
         client = self.connection.fileno()
         while True:
             interests = {listener.fileno(): READ}
@@ -494,19 +554,30 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             if listener.fileno() in ready:
                 return
             if not ready:
-                raise RequestFailed(ReplyCode.TTL_EXPIRED, "nobody connected in time")
+                raise RequestFailed(ReplyCode.TTL_EXPIRED, "no peer connected in time")
 
     # --- the tunnel ---
 
     def open_tunnel(self, target: socket.socket, bound: Address) -> None:
-        """Send the last reply, and let the bytes flow."""
+        """Send the last reply, and let the octets flow."""
         try:
             self.succeed(bound)
-            self.in_tunnel = True
+            self.stage = Stage.REPLIED
+            self.opened(target)
             self.relay(target)
         finally:
-            if not self.handed_over:
+            if self.stage is not Stage.HANDED_OVER:
                 target.close()
+
+    def opened(self, target: Optional[socket.socket]) -> None:
+        """Tell the observers that a tunnel, or a relay for datagrams, stands."""
+        if self.hooks.opened:
+            local = self.session.bound if target is not None else None
+            if target is not None and self.session.upstream is not None:        # whose end that is
+                with suppress(OSError):     # the connection may be over
+                    local = Address.of(target.getsockname())
+            for opened in self.hooks.opened:
+                opened(self.session, local)
 
     def relay(self, target: socket.socket) -> None:
         """
@@ -518,24 +589,28 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         sent ahead.  Count them in ``self.session.up`` and ``.down``, and return when it is over.
         """
         relay, early = self.server.relay_thread(), self.stream.take()
-        self.handed_over = True
-        self.carried = Tunnel(relay, self.connection, target, self.session, self.finished, self.server.idle_timeout, early)
-        self.carried.start()
+        self.stage = Stage.HANDED_OVER
+        self.tunnel = Tunnel(relay, self.connection, target, self.session, self.close, self.server.idle_timeout, early)
+        self.tunnel.start()
 
-    def finished(self) -> None:
-        """The client is gone, its sockets are closed; called by whoever had it last."""
-        self.server.finished(self)
+    def close(self) -> None:
+        """The client is gone, its sockets are closed; called by the thread that had them last."""
+        if isinstance(self.tunnel, Association):
+            self.server.policy.relays.discard(self.tunnel.bound)
+        if self.reserved:
+            descriptors.give_back(self.reserved)
+        self.server.registry.remove(self)
 
     def session_ended(self) -> None:
         """
         The client has been served, or has not: `self.session` is complete.
 
-        The default logs its line; a stranger's only once a minute, and the next one says how many were left out.  Called
+        The default logs its line; of what is not SOCKS5 only once a minute, and the next one says how many were left out.  Called
         once for every client, in the thread that runs serve_forever(): no tunnel waits for it, but the other sessions'
         log lines do.
         """
-        if self.session.event == "bad_protocol":
-            self.server.tell_of_stranger(self.session)
+        if self.session.outcome == "bad_protocol":
+            self.server.log_foreign(self.session)
         else:
             logger.info("%s", self.session, extra={"session": self.session})
 
@@ -543,12 +618,21 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def receive(self, message: Type[M]) -> M:
         """Read one message.  The deadline of the handshake is kept by the server, which hangs up."""
-        received = message.read(self.stream)
-        wire.debug("#%d < %s", self.session.id, received)
+        self.stream.consumed = b""
+        try:
+            received = message.read(self.stream)
+        except (Socks5Error, OSError) as error:
+            for malformed in self.hooks.malformed:
+                malformed(self.session, message, self.stream.consumed, error, len(self.stream.buffer))
+            raise
+        for hook in self.hooks.received:
+            hook(self.session, received, self.stream.consumed, len(self.stream.buffer))
         return received
 
     def send(self, message: Message) -> None:
-        wire.debug("#%d > %s", self.session.id, message)
+        """Send one message.  ClientGone if the connection has broken."""
+        for sending in self.hooks.sending:
+            sending(self.session, message, self.answered)
         try:
             self.connection.sendall(bytes(message))
         except OSError as error:
@@ -558,7 +642,6 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.session.reply = ReplyCode.SUCCEEDED
         self.session.bound = self.session.bound or bound    # BIND's second reply has the peer instead
         self.send(Reply(ReplyCode.SUCCEEDED, bound))
-        logger.debug("%s", self.session, extra={"session": self.session})
 
     def refuse(self, error: Socks5Error) -> None:
         """
@@ -566,7 +649,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
         The session is over then, and told of; the client may linger, and keeps its place until its socket is closed.
         """
-        if self.in_tunnel:
+        if self.stage is not Stage.NEGOTIATING:
             self.session.end(str(error))
             return
         if isinstance(error, RequestFailed):
@@ -578,10 +661,11 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if isinstance(error, UnknownCommand):
             self.session.unknown_command, self.session.destination = error.octet, error.destination
         self.session.end(str(error))
+        self.answered = error
         try:
             if error.answer is not None:
                 self.send(error.answer)
-                self.server.session_over(self)
+                self.server.registry.session_over(self)
                 self.linger()
         except OSError:             # the client has not waited for it
             pass
@@ -602,8 +686,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def hang_up(self, reason: str) -> None:
         """Called in another thread: end the tunnel, or make whatever this conversation waits for fail now."""
-        if self.carried is not None:
-            self.carried.abort_soon(reason)
+        if self.tunnel is not None:
+            self.tunnel.abort_soon(reason)
             return
         if self.session.seconds is None:
             self.session.reason = self.session.reason or reason

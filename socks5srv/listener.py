@@ -3,7 +3,7 @@ A listening socket, and the threads that take turns at it.
 
 A conversation needs a thread of its own, and a new thread costs more than the conversation
 does.  So threads are kept, in the pattern called *leader and followers*: the thread that
-accepts a client also talks to it, and before it starts talking makes sure that somebody else
+accepts a client also talks to it, and before it starts talking makes sure that another thread
 is waiting at accept().  No queue stands between accepting and talking, and no other thread
 has to be woken: the kernel hands the next client to the next thread in accept().
 
@@ -17,13 +17,14 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Callable, Set, Tuple
 
 from .protocol import Address
 
 logger = logging.getLogger("socks5srv")
 
-# What we can be out of when somebody comes: descriptors, memory, buffers.
+# What we can be out of when a client comes: descriptors, memory, buffers.
 OUT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 RETRY = 0.1     # seconds until we try again to accept then
 
@@ -119,7 +120,7 @@ class Listener:
         for _ in range(waiting):
             try:
                 socket.create_connection((dialled.zoned, dialled.port), timeout=0.2).close()
-            except OSError:         # then nobody is waiting any more
+            except OSError:         # then no thread is waiting any more
                 return
 
     def join(self, timeout: float) -> None:
@@ -133,9 +134,6 @@ class Listener:
 
     def close(self) -> None:
         self.stopping = True
-        try:
-            # On Linux this makes accept() fail, should stop() have had no descriptors to call with.
+        with suppress(OSError):     # on Linux this makes accept() fail, should stop() have had no descriptors to call with
             self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self.socket.close()

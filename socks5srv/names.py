@@ -35,7 +35,7 @@ def quoted(text: object) -> str:
 
 
 @lru_cache(maxsize=256)     # a long list asks for the same name again and again
-def normal(name: str) -> str:
+def canonical(name: str) -> str:
     """A name as it is compared: in ASCII and lower case, without the dot at its end."""
     if name.isascii():
         return name.rstrip(".").lower()

@@ -1,5 +1,5 @@
 """
-Going out: a destination becomes a connected socket, or a reply code; and whose an address is.
+Going out: a destination becomes a connected socket, or a reply code.
 
 A name may have many addresses, in two families, and any of them may be dead.  So all are
 tried, in the way of RFC 8305 ("Happy Eyeballs"): families take turns, an address has 250 ms
@@ -20,16 +20,15 @@ import errno
 import os
 import select
 import socket
-import struct
 import time
 from collections import deque
-from functools import lru_cache
 from itertools import zip_longest
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
-from .descriptors import descriptors
+from .descriptors import descriptors, on_error
 from .names import ascii_form
-from .protocol import LINK_LOCAL, Address, AddressType, ReplyCode, RequestFailed
+from .observer import Attempt
+from .protocol import Address, AddressType, ReplyCode, RequestFailed
 from .relay import READ, RESET, WRITE, tune
 
 BUFFER = 1024 * 1024    # octets of datagrams that the kernel may queue for us; its default loses bursts
@@ -37,24 +36,38 @@ STAGGER = 0.25      # seconds that an address has before the next one starts; RF
 
 
 class ClientGone(OSError):
-    """The client has left, or the server is stopping: there is nobody to answer."""
+    """The client has left, or the server is stopping: a reply would reach no process."""
 
 
 class Route(NamedTuple):
-    """How to go out: to which family, and from where."""
+    """How to go out: to which family, from where, and by what kind of socket: it makes every one of ours."""
 
     family: int = socket.AF_UNSPEC                      # or AF_INET, or AF_INET6, for that one only
     source: Union[str, Tuple[str, ...], None] = None    # an address of this computer, or one of each family
+    socket_factory: Callable[..., socket.socket] = socket.socket    # called like it: family, type, proto, fileno
 
     def udp(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
         """A non-blocking UDP socket at this address of ours, with room to queue bursts."""
-        sock = non_blocking_socket(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
-        try:
+        sock = self.new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        with on_error(sock.close):
             sock.bind(with_scope(sockaddr))
             enlarge(sock)
-        except BaseException:
-            sock.close()
-            raise
+        return sock
+
+    def listener(self, host: str) -> socket.socket:
+        """A non-blocking socket that listens on a free port of this address of ours, which has its zone with it if it has one."""
+        listener = self.new(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        with on_error(listener.close):
+            listener.bind(with_scope((host, 0)))
+            listener.listen(16)     # other peers may queue before the expected one
+        return listener
+
+    def new(self, family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """A non-blocking socket; `kind` may reach the factory with SOCK_NONBLOCK in it."""
+        if hasattr(socket, "SOCK_NONBLOCK"):        # Linux: born so, which saves a call
+            return self.socket_factory(family, kind | socket.SOCK_NONBLOCK)
+        sock = self.socket_factory(family, kind)
+        sock.setblocking(False)
         return sock
 
     def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
@@ -62,7 +75,7 @@ class Route(NamedTuple):
         family, source = family_of(address), self.source_towards(address)
         if self.family not in (socket.AF_UNSPEC, family):
             raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is not of the family in use")
-        sock = non_blocking_socket(family, kind)
+        sock = self.new(family, kind)
         try:
             if kind == socket.SOCK_STREAM:
                 tune(sock)          # before it is connected, or each option would set its timer anew
@@ -123,14 +136,6 @@ def family_of(address: Address) -> socket.AddressFamily:
     return socket.AF_INET6 if address.address_type is AddressType.IPV6 else socket.AF_INET
 
 
-def non_blocking_socket(family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
-    if hasattr(socket, "SOCK_NONBLOCK"):        # Linux: born so, which saves a call
-        return socket.socket(family, kind | socket.SOCK_NONBLOCK)
-    sock = socket.socket(family, kind)
-    sock.setblocking(False)
-    return sock
-
-
 # --- errors and reply codes ---
 
 REPLY_CODES = {
@@ -176,8 +181,8 @@ def failure(error: Exception, about: object) -> RequestFailed:
     return RequestFailed(code, f"{about}: {getattr(error, 'strerror', None) or error}")
 
 
-class reporting:
-    """Turn errors of the operating system and the resolver into RequestFailed: ``with reporting(address)``."""
+class errors_as_replies:
+    """Turn errors of the operating system and the resolver into RequestFailed: ``with errors_as_replies(address)``."""
 
     def __init__(self, about: object) -> None:
         self.about = about
@@ -255,14 +260,15 @@ def interleave(addresses: Iterable[Address]) -> List[Address]:
     return [a for pair in zip_longest(first, other) for a in pair if a is not None]
 
 
-def connect(addresses: Sequence[Address], route: Route, client: socket.socket, until: float) -> Tuple[socket.socket, Address]:
+def connect(addresses: Sequence[Address], route: Route, client: socket.socket, until: float,
+            tried: Optional[Callable[[Attempt], None]] = None) -> Tuple[socket.socket, Address]:
     """
     A connection to one of the addresses (numeric, at least one), and which one it is.
 
     RequestFailed with the most telling code if none can be had by `until`, a time of
-    `time.monotonic()`.  The socket is non-blocking.
+    `time.monotonic()`.  The socket is non-blocking.  `tried` is called with each attempt when it is over.
     """
-    race = Race(addresses, route)
+    race = HappyEyeballs(addresses, route, tried)
     try:
         while True:
             won = race.start_next()
@@ -279,34 +285,36 @@ def connect(addresses: Sequence[Address], route: Route, client: socket.socket, u
         race.close()
 
 
-class Race:
+class HappyEyeballs:
     """The attempts of one connect(): those that wait for their start, run, and failed."""
 
-    def __init__(self, addresses: Sequence[Address], route: Route) -> None:
+    def __init__(self, addresses: Sequence[Address], route: Route, tried: Optional[Callable[[Attempt], None]] = None) -> None:
         self.waiting = deque(addresses)
-        self.running: Dict[int, Tuple[socket.socket, Address]] = {}
+        self.running: Dict[int, Tuple[socket.socket, Address, float]] = {}     # with when each was started
         self.failures: List[RequestFailed] = []
         self.met_itself: Set[Address] = set()       # where a socket has connected with itself
         self.route = route
+        self.tried = tried
         self.next_start = 0.0
         self.beside = 0             # descriptors for attempts beside the first
 
     def start_next(self) -> Optional[Tuple[socket.socket, Address]]:
         """Begin with the next address if its time has come; the winner, if it connects at once."""
         while self.waiting and (not self.running or time.monotonic() >= self.next_start):
-            self.next_start = time.monotonic() + STAGGER
+            now = time.monotonic()
+            self.next_start = now + STAGGER
             if self.running and not self.may_run_beside():
                 break
             address = self.waiting.popleft()
             try:
                 sock = self.route.socket(address)
             except (OSError, RequestFailed) as error:
-                self.failures.append(failure(error, address))
+                self.lost(address, now, None, error)
                 continue
             code = begin_connecting(sock, address.sockaddr)
             if code in UNDER_WAY:
-                self.running[sock.fileno()] = sock, address
-            elif self.won(sock, address, code):
+                self.running[sock.fileno()] = sock, address, now
+            elif self.won(sock, address, now, code):
                 return sock, address
         if not self.waiting:
             self.next_start = float("inf")
@@ -321,16 +329,16 @@ class Race:
     def finish(self, ready: Iterable[int]) -> Optional[Tuple[socket.socket, Address]]:
         """See how those that have finished did; the winner, if there is one."""
         for fd in ready:
-            sock, address = self.running.pop(fd)
-            if self.won(sock, address, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+            sock, address, started = self.running.pop(fd)
+            if self.won(sock, address, started, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
                 return sock, address
         return None
 
-    def won(self, sock: socket.socket, address: Address, code: int) -> bool:
+    def won(self, sock: socket.socket, address: Address, started: float, code: int) -> bool:
         """Whether an attempt that has ended with this errno, 0 for none, has its connection; else it is closed."""
         if code == 0 and is_its_own_peer(sock, address):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)     # or the port could not be used for a minute
-            code = errno.ECONNREFUSED       # nobody listens there
+            code = errno.ECONNREFUSED       # no program listens there
             if address not in self.met_itself:
                 self.met_itself.add(address)
                 self.waiting.appendleft(address)
@@ -339,12 +347,21 @@ class Race:
                 return False
         if code:
             sock.close()
-            self.failures.append(failure(OSError(code, os.strerror(code)), address))
+            self.lost(address, started, time.monotonic() - started, OSError(code, os.strerror(code)))
+        elif self.tried is not None:
+            self.tried(Attempt(address, started, time.monotonic() - started, connected=True))
         return code == 0
 
+    def lost(self, address: Address, started: float, seconds: Optional[float], error: Exception) -> None:
+        self.failures.append(failure(error, address))
+        if self.tried is not None:
+            self.tried(Attempt(address, started, seconds, error))
+
     def close(self) -> None:
-        for sock, _address in self.running.values():
+        for sock, address, started in self.running.values():
             sock.close()
+            if self.tried is not None:      # another was first, or none in time
+                self.tried(Attempt(address, started, time.monotonic() - started))
         if self.beside:
             descriptors.give_back(self.beside)
 
@@ -353,7 +370,7 @@ def is_its_own_peer(sock: socket.socket, address: Address) -> bool:
     """
     Whether a socket that is connected to `address` is so with itself: it talks, and hears what it has said.
 
-    The system may have chosen the very port that is dialled to go out from.  Where nobody listens on it the
+    The system may have chosen the very port that is dialled to go out from.  Where no program listens on it the
     SYN then meets its own sender, which TCP takes for two ends that call each other (RFC 9293 section 3.5).
     """
     own = sock.getsockname()
@@ -384,18 +401,6 @@ def local_address_towards(address: Address, route: Route) -> str:
         return Address.of(sock.getsockname()).zoned
 
 
-def listen(host: str) -> socket.socket:
-    """A non-blocking socket that listens on a free port of this address of ours, which has its zone with it if it has one."""
-    listener = non_blocking_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listener.bind(with_scope((host, 0)))
-        listener.listen(16)     # strangers may queue before the one who is expected
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
 def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
     """
     ``("fe80::1%eth0", 1080)`` or ``("fe80::1%2", 1080)`` as bind() needs it; any other as it is.
@@ -411,90 +416,3 @@ def with_scope(sockaddr: Tuple[Any, ...]) -> Tuple[Any, ...]:
         pass
     rows = socket.getaddrinfo(ascii_form(host), port, socket.AF_INET6, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     return rows[0][4]
-
-
-# --- whose address this is ---
-
-# What becomes of a packet to an address, in the numbers that Linux has for it: rtnetlink(7).
-NO_ROUTE, LOCAL, BROADCAST, ANYCAST, MULTICAST = 0, 2, 3, 4, 5
-OWN = {LOCAL, ANYCAST}
-HEARD_HERE = OWN | {BROADCAST, MULTICAST}
-
-ROUTE, GET_ROUTE, REQUEST, TO, BY_INTERFACE = 24, 26, 1, 1, 4        # RTM_NEWROUTE, RTM_GETROUTE, NLM_F_REQUEST, RTA_DST, RTA_OIF
-NOBODYS = {socket.AF_INET: "240.0.0.1", socket.AF_INET6: "100::1"}      # no computer has these: RFC 1112 section 4, RFC 6666
-
-
-def is_own_address(host: str) -> bool:
-    """Whether this IP address, with its zone if it has one, is one of this computer's; those of IPv6 anycast are, too."""
-    return kind_of_route(host) in OWN
-
-
-def is_heard_here(host: str) -> bool:
-    """Whether programs of this computer may hear what is sent there: an own address, or one of broadcast or multicast."""
-    return kind_of_route(host) in HEARD_HERE
-
-
-def kind_of_route(host: str) -> int:
-    """
-    What becomes of a packet to this IP address, with its zone if it has one.  OSError if the system cannot be asked now.
-
-    Linux is asked for its route.  Its bind() takes any address where ip_nonlocal_bind is set, as it is beside keepalived
-    or HAProxy, and every client would seem to be on this computer.  Its connect() goes out from the first of the
-    addresses in a network, whichever of them is called.
-    """
-    try:
-        address = Address.of(with_scope((host, 0))).dialled
-    except OSError:                 # there is no such zone
-        return NO_ROUTE
-    return ask_kernel(address) if kernel_answers() else guess(address)
-
-
-@lru_cache(maxsize=None)
-def kernel_answers() -> bool:
-    """Whether there are routes to ask for: on Linux, unless a sandbox keeps that from us (AF_NETLINK) or answers nonsense."""
-    if not hasattr(socket, "AF_NETLINK"):
-        return False
-    try:
-        return ask_kernel(Address("127.0.0.1", 0, AddressType.IPV4)) == LOCAL
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            raise                   # they may be there the next moment
-        return False
-
-
-def ask_kernel(address: Address) -> int:
-    """The kind of the route to this address.  RTM_GETROUTE of rtnetlink(7): a header, a struct rtmsg, and attributes."""
-    octets = address.octets()
-    question = struct.pack("=BB10x", family_of(address), 8 * len(octets)) + struct.pack("=HH", 4 + len(octets), TO) + octets
-    if address.address_type is AddressType.IPV6 and address.host.startswith(LINK_LOCAL):
-        if not address.scope:       # without its zone it is no address of any computer
-            return NO_ROUTE
-        question += struct.pack("=HHI", 8, BY_INTERFACE, address.scope)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
-        sock.send(struct.pack("=IHHII", 16 + len(question), GET_ROUTE, REQUEST, 0, 0) + question)
-        answer = sock.recv(4096, socket.MSG_DONTWAIT)       # the kernel has answered within send()
-    return answer[16 + 7] if answer[4] == ROUTE else NO_ROUTE
-
-
-def guess(address: Address) -> int:
-    """The same where there is nothing to ask: to call an own address is to go out from it, and as a rule no other can be bound.  Broadcast is refused."""
-    family = family_of(address)
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect(address._replace(port=9).sockaddr)         # for UDP this sends nothing
-            if Address.of(sock.getsockname()).host == address.host:
-                return LOCAL
-    except PermissionError:         # which a socket has to ask for first (SO_BROADCAST)
-        return BROADCAST
-    except OSError:                 # there is no way to it
-        pass
-    return LOCAL if can_be_bound(address) and not can_be_bound(Address.numeric(NOBODYS[family], 0)) else NO_ROUTE
-
-
-def can_be_bound(address: Address) -> bool:
-    try:
-        with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
-            sock.bind(address.sockaddr)
-    except OSError:
-        return False
-    return True

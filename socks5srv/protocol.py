@@ -30,7 +30,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from operator import attrgetter
 from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple
 
@@ -45,7 +45,7 @@ DATAGRAM_MAX = 65507        # octets; the largest payload that UDP over IPv4 has
 class BinaryStream(Protocol):
     """Anything with `read(n)`: at most `n` octets, or all that are left; none at the end."""
 
-    def read(self, n: int = -1, /) -> bytes: ...
+    def read(self, n: int, /) -> bytes: ...
 
 
 # --- the codes, under the names that the RFCs give them ---
@@ -111,10 +111,7 @@ CODES: Dict[str, Mapping[int, Enum]] = {
 class Socks5Error(Exception):
     """A conversation that cannot go on; its text is for the person who reads the log."""
 
-    @property
-    def answer(self) -> Optional[Message]:
-        """The message to send before hanging up, if there is one."""
-        return None
+    answer: Optional[Message] = None        # to send before hanging up
 
 
 class ProtocolError(Socks5Error):
@@ -122,11 +119,12 @@ class ProtocolError(Socks5Error):
 
 
 class NoAcceptableMethod(Socks5Error):
-    """The client offers no method that this server would take."""
+    """The client offers no method that this server would take; `wanted` is the one that it asks for."""
 
-    @property
-    def answer(self) -> Message:
-        return MethodSelection(Method.NO_ACCEPTABLE_METHODS)
+    def __init__(self, reason: str, wanted: Optional[Method] = None) -> None:
+        super().__init__(reason)
+        self.wanted = wanted
+        self.answer = MethodSelection(Method.NO_ACCEPTABLE_METHODS)
 
 
 class LoginFailed(Socks5Error):
@@ -135,10 +133,7 @@ class LoginFailed(Socks5Error):
     def __init__(self, reason: str, username: str = "") -> None:
         super().__init__(reason)
         self.username = username
-
-    @property
-    def answer(self) -> Message:
-        return CredentialsReply(CredentialsReply.FAILURE)
+        self.answer = CredentialsReply(CredentialsReply.FAILURE)
 
 
 class RequestFailed(Socks5Error):
@@ -147,10 +142,7 @@ class RequestFailed(Socks5Error):
     def __init__(self, code: ReplyCode, reason: str = "") -> None:
         super().__init__(reason or code.phrase)
         self.code = code
-
-    @property
-    def answer(self) -> Message:
-        return Reply(self.code)
+        self.answer = Reply(code)
 
 
 class UnknownCommand(RequestFailed):
@@ -192,6 +184,7 @@ def code_field(name: str, code: int) -> Field:
 
 
 VERSION = Field("VER", octet(VER), VER)         # the boxes that are the same in every message
+CREDENTIALS_VERSION = Field("VER", octet(CREDENTIALS_VER), CREDENTIALS_VER)
 RESERVED = Field("RSV", octet(RSV), f"{RSV:02x}")
 
 
@@ -213,6 +206,14 @@ def read_exactly(stream: BinaryStream, n: int) -> bytes:
     return octets
 
 
+def read_versioned(stream: BinaryStream, n: int, what: str, version: int = VER) -> bytes:
+    """Read `n` octets that begin with VER; ProtocolError if it is another one."""
+    octets = read_exactly(stream, n)
+    if octets[0] != version:
+        raise ProtocolError(f"VER of the {what} is {octets[0]:02x}, not {version:02x}")
+    return octets
+
+
 class Message:
     """What all messages share: octets and text, both from the fields."""
 
@@ -229,14 +230,12 @@ class Message:
 
 # --- addresses: the part that Request, Reply and Datagram have in common ---
 
-# Host names as they are used: letters, digits, hyphen, underscore, dots; beyond ASCII
-# whatever can be printed, and the joiners, for names.py to spell.  Not a NUL, where C libraries would cut the name
-# in two; not a control character, which would forge log lines; not %, which in fe80::1%eth0
-# picks an interface of this computer.
+# Host names as they are used: letters, digits, hyphen, underscore, dots; beyond ASCII whatever can be printed, and
+# the joiners, for names.py to spell.  Not a NUL, where C libraries would cut the name in two; not a control
+# character, which would forge log lines; not %, which in fe80::1%eth0 picks an interface of this computer.
 NAME = re.compile(r"[A-Za-z0-9._\-\u00a1-\U0010ffff]+")
 
 LINK_LOCAL = ("fe8", "fe9", "fea", "feb")       # how the text of an address in fe80::/10 begins
-SCOPES = 1 << 32                                # that there are numbers for: 32 bits in a sockaddr_in6
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}     # what the system takes all zeros for
 
@@ -251,9 +250,8 @@ class Address(NamedTuple):
         |  1   | Variable |  2   |
         +------+----------+------+
 
-    `host` is an IP address in its usual spelling, or a name; `address_type` is how it stands
-    on the wire.  Browsers send ``127.0.0.1`` as a name, others ``[::1]`` as it stands in a URL: ask for its
-    `literal`, not for the type.
+    `host` is an IP address in its usual spelling, or a name; `address_type` is how it stands on the wire.  Browsers
+    send ``127.0.0.1`` as a name, others ``[::1]`` as it stands in a URL: ask for its `literal`, not for the type.
 
     Every link has a fe80::1 of its own, so a link-local address needs to be told which: its zone (RFC 4007).
     `scope` is the interface of this computer by which that link is reached, as a number.  It means
@@ -279,7 +277,7 @@ class Address(NamedTuple):
             length = read_exactly(stream, 1)[0]
             octets = read_exactly(stream, length + 2)
             return cls(read_name(octets[:length]), int.from_bytes(octets[length:], "big"), AddressType.DOMAINNAME)
-        # How long such an address is, nobody knows: this is the end of what can be read.
+        # Its length is unknown, so nothing after it can be parsed.
         raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"unknown ATYP {atyp:02x}")
 
     @classmethod
@@ -301,14 +299,13 @@ class Address(NamedTuple):
         """
         text, _, zone = host.partition("%")
         ip = ip_address(text)
-        if isinstance(ip, IPv6Address):
-            if ip.ipv4_mapped is None:
-                text = str(ip)
-                if not text.startswith(LINK_LOCAL):
-                    return cls(text, port, AddressType.IPV6)
-                return cls(text, port, AddressType.IPV6, scope_of(zone) if zone else scope)
-            ip = ip.ipv4_mapped
-        return cls(str(ip), port, AddressType.IPV4)
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        text = str(ip)
+        if isinstance(ip, IPv4Address):
+            return cls(text, port, AddressType.IPV4)
+        if not text.startswith(LINK_LOCAL):
+            return cls(text, port, AddressType.IPV6)
+        return cls(text, port, AddressType.IPV6, scope_of(zone) if zone else scope)
 
     @classmethod
     def named(cls, host: str, port: int) -> Address:
@@ -388,7 +385,7 @@ UNSPECIFIED = Address("0.0.0.0", 0, AddressType.IPV4)   # "no address", and the 
 
 def scope_of(zone: str) -> int:
     """The number of an interface, from its text; ValueError if it is none."""
-    if not (zone.isascii() and zone.isdigit() and len(zone) < 11 and int(zone) < SCOPES):
+    if not (zone.isascii() and zone.isdigit() and len(zone) < 11 and int(zone) < 1 << 32):      # as in a sockaddr_in6
         raise ValueError(f"{zone!r} is no number of an interface")
     return int(zone)
 
@@ -399,17 +396,11 @@ def read_name(octets: bytes) -> str:
         name = octets.decode()
     except UnicodeDecodeError as error:
         raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that is no text: {quoted(octets)}") from error
-    if (NAME.fullmatch(name) and (name.isprintable() or name.translate(JOINERS).isprintable())) or is_ipv6(without_brackets(name)):
+    if NAME.fullmatch(name) and (name.isprintable() or name.translate(JOINERS).isprintable()):
+        return name
+    if ":" in name and "%" not in name and Address.named(name, 0).literal:      # an IPv6 address without a zone
         return name
     raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"a name that cannot exist: {quoted(name)}")
-
-
-def is_ipv6(text: str) -> bool:
-    """Whether this is an IPv6 address without a zone."""
-    try:
-        return "%" not in text and bool(IPv6Address(text).packed)
-    except ValueError:
-        return False
 
 
 # --- method negotiation ---
@@ -425,16 +416,14 @@ class Greeting(Message):
         |  1  |    1     | 1 to 255 |
         +-----+----------+----------+
 
-    `methods` are octets, not `Method`s: a client may offer what nobody has heard of.
+    `methods` are octets, not `Method`s: a client may offer any number.
     """
 
     methods: bytes
 
     @classmethod
     def read(cls, stream: BinaryStream) -> Greeting:
-        ver, nmethods = read_exactly(stream, 2)
-        if ver != VER:
-            raise ProtocolError(f"VER of the greeting is {ver:02x}, not 05")
+        _ver, nmethods = read_versioned(stream, 2, "greeting")
         return cls(read_exactly(stream, nmethods))
 
     def fields(self) -> List[Field]:
@@ -461,16 +450,10 @@ class MethodSelection(Message):
 
     @classmethod
     def read(cls, stream: BinaryStream) -> MethodSelection:
-        ver, method = read_exactly(stream, 2)
-        if ver != VER:
-            raise ProtocolError(f"VER of the method selection is {ver:02x}, not 05")
-        return cls(method)
+        return cls(read_versioned(stream, 2, "method selection")[1])
 
     def fields(self) -> List[Field]:
-        return [
-            VERSION,
-            code_field("METHOD", self.method),
-        ]
+        return [VERSION, code_field("METHOD", self.method)]
 
 
 # --- username and password ---
@@ -508,7 +491,7 @@ class Credentials(Message):
     def fields(self) -> List[Field]:
         uname, passwd = counted(self.username, "a username"), counted(self.password, "a password")
         return [
-            Field("VER", octet(CREDENTIALS_VER), CREDENTIALS_VER),
+            CREDENTIALS_VERSION,
             Field("ULEN", uname[:1], uname[0]),
             Field("UNAME", self.username, quoted(self.username)[2:-1]),
             Field("PLEN", passwd[:1], passwd[0], secret=True),
@@ -535,16 +518,10 @@ class CredentialsReply(Message):
 
     @classmethod
     def read(cls, stream: BinaryStream) -> CredentialsReply:
-        ver, status = read_exactly(stream, 2)
-        if ver != CREDENTIALS_VER:
-            raise ProtocolError(f"VER of the login's reply is {ver:02x}, not 01")
-        return cls(status)
+        return cls(read_versioned(stream, 2, "login's reply", CREDENTIALS_VER)[1])
 
     def fields(self) -> List[Field]:
-        return [
-            Field("VER", octet(CREDENTIALS_VER), CREDENTIALS_VER),
-            Field("STATUS", octet(self.status), "failure" if self.status else "success"),
-        ]
+        return [CREDENTIALS_VERSION, Field("STATUS", octet(self.status), "failure" if self.status else "success")]
 
 
 # --- request and reply ---
@@ -606,19 +583,12 @@ class Reply(Message):
 
     @classmethod
     def read(cls, stream: BinaryStream) -> Reply:
-        ver, rep, _rsv = read_exactly(stream, 3)
-        if ver != VER:
-            raise ProtocolError(f"VER of the reply is {ver:02x}, not 05")
+        _ver, rep, _rsv = read_versioned(stream, 3, "reply")
         bound = Address.read(stream)
         return cls(REPLY_CODES.get(rep, rep), bound)
 
     def fields(self) -> List[Field]:
-        return [
-            VERSION,
-            code_field("REP", self.code),
-            RESERVED,
-            *self.bound.fields("BND"),
-        ]
+        return [VERSION, code_field("REP", self.code), RESERVED, *self.bound.fields("BND")]
 
 
 # --- UDP ---
@@ -649,7 +619,7 @@ class Datagram(Message):
     def read(cls, stream: BinaryStream) -> Datagram:
         rsv_high, rsv_low, frag = read_exactly(stream, 3)
         address = Address.read(stream)
-        return cls(address, stream.read(), frag, rsv_high << 8 | rsv_low)
+        return cls(address, stream.read(DATAGRAM_MAX), frag, rsv_high << 8 | rsv_low)
 
     def fields(self) -> List[Field]:
         return [

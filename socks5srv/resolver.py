@@ -19,44 +19,38 @@ import errno
 import socket
 import threading
 from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any, Callable, Counter as CounterType, Dict, List, Optional, Sequence
 
 from .descriptors import LOOK_UP, USED_UP, WAIT, descriptors
-from .names import ascii_form, normal
+from .names import ascii_form, canonical
 from .outbound import wait
 from .protocol import Address, ReplyCode, RequestFailed
 from .relay import READ
-
+from .waker import Waker
 
 # What a resolver says about a name that does not exist; all other errors may be gone the next moment.
 NO_SUCH_NAME = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)}
 
 
 def look_up(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
-    """
-    The IP addresses of a host, as text, best first; of a link-local one with the number of its zone.  Blocks,
-    for as long as the resolver likes.
-
-    OSError or UnicodeError if there are none.
-    """
+    """The IP addresses of a host, best first, link-local ones with a zone.  OSError or UnicodeError if it has none."""
     # As octets a name passes Python's IDNA codec by, which chokes on a..b and long labels.
     rows = socket.getaddrinfo(ascii_form(host).encode("ascii"), None, family, socket.SOCK_STREAM)
     return [Address.of(row[4]).zoned for row in rows]
 
 
 def look_up_as_it_is(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
-    """
-    The same, but of no other name: systems complete names (``search`` in resolv.conf), and `secret` may lead to secret.corp.example.
-
-    A dot at the end keeps them from it, but with one they find nothing in /etc/hosts.  So it is only put there where
-    the answer tells another name than was asked for: a completed one, or that of an alias (CNAME).
-    """
+    """The same, but of no other name: systems complete names (``search`` in resolv.conf), nas to nas.corp.example."""
+    # A dot at the end keeps them from it, but with one they find nothing in /etc/hosts.  So it is only put there where
+    # the answer tells another name than was asked for: a completed one, or that of an alias (CNAME).
     name = ascii_form(host)
     if name.endswith(".") or is_number(name):
         return look_up(name, family)
     rows = socket.getaddrinfo(ascii_form(name).encode("ascii"), None, family, socket.SOCK_STREAM, 0, socket.AI_CANONNAME)
     found = rows[0][3]
-    if normal(found) == normal(name):
+    if canonical(found) == canonical(name):
         return [Address.of(row[4]).zoned for row in rows]
     try:
         return look_up(name + ".", family)
@@ -66,24 +60,17 @@ def look_up_as_it_is(host: str, family: int = socket.AF_UNSPEC) -> List[str]:
 
 # --- look-ups in threads ---
 
+@dataclass(eq=False)
 class LookUp:
-    """
-    One question to the resolver, and all who wait for its answer.
+    """One question to the resolver, and all that wait for its answer: ``function(host)`` is called in a thread."""
 
-    ``function(host)`` is called in a thread; then there are `hosts`, or an `error`, and each of
-    `waiting` is called with this look-up, in that thread.  `client` is whose share it is counted in.
-    `name` is the same for questions that have the same answer; None: it is like no other.
-    """
-
-    hosts: Sequence[str] = ()
-    error: Optional[Exception] = None
-
-    def __init__(self, function: Callable[[str], Sequence[str]], host: str, client: str = "", name: Any = None) -> None:
-        self.function = function
-        self.host = host
-        self.client = client
-        self.name = name
-        self.waiting: List[Callable[[LookUp], None]] = []
+    function: Callable[[str], Sequence[str]]
+    host: str
+    client: str = ""                    # in whose share it is counted
+    name: Any = None                    # the same for questions that have the same answer; None: it is like no other
+    hosts: Sequence[str] = ()           # the answer,
+    error: Optional[Exception] = None   # or why there is none
+    waiting: List[Callable[[LookUp], None]] = field(default_factory=list)   # called with it then, in that thread
 
     def ask(self) -> None:
         try:
@@ -135,11 +122,7 @@ class LookUps:
             return look_up
 
     def leave(self, look_up: LookUp, answer: Callable[[LookUp], None]) -> bool:
-        """
-        `answer` is not wanted any more; whether the look-up still waits for its place, and does so no longer.
-
-        One that runs goes on, since nothing can stop it.
-        """
+        """`answer` is not wanted any more.  Nothing stops a look-up that runs; whether this one was still queued."""
         with self.lock:
             for asked in (look_up, self.named.get(look_up.name)):
                 if asked is not None and answer in asked.waiting:
@@ -176,14 +159,11 @@ class LookUps:
                 del self.queue[look_up]
             elif self.has_place(look_up):
                 del self.queue[look_up]
-                self.start_late(look_up)
-
-    def start_late(self, look_up: LookUp) -> None:
-        try:
-            self.start(look_up)
-        except (OSError, RequestFailed) as error:
-            look_up.error = error
-            self.tell(look_up)
+                try:
+                    self.start(look_up)
+                except (OSError, RequestFailed) as error:
+                    look_up.error = error
+                    self.tell(look_up)
 
     def tell(self, look_up: LookUp) -> None:
         for answer in look_up.waiting:
@@ -198,9 +178,7 @@ class LookUps:
         with self.lock:
             self.named.pop(look_up.name, None)
             self.total -= 1
-            self.running[look_up.client] -= 1
-            if not self.running[look_up.client]:
-                del self.running[look_up.client]
+            self.running -= Counter([look_up.client])       # which keeps no zeros
             self.tell(look_up)
             self.start_waiting()
 
@@ -226,26 +204,23 @@ def in_time(look_up: LookUp, client: socket.socket, until: float) -> Sequence[st
     if not descriptors.take(WAIT):
         raise RequestFailed(ReplyCode.GENERAL_FAILURE, USED_UP)
     try:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            answered = wait_for(look_up, ours, theirs, client, until)
+        with closing(Waker()) as waker:
+            return wait_for(look_up, waker, client, until).result()
     finally:
         descriptors.give_back(WAIT)
-    return answered.result()
 
 
-def wait_for(look_up: LookUp, ours: socket.socket, theirs: socket.socket, client: socket.socket, until: float) -> LookUp:
-    """The look-up that has the answer, of which the other end of a socket pair tells by being closed."""
+def wait_for(look_up: LookUp, waker: Waker, client: socket.socket, until: float) -> LookUp:
+    """The look-up that has the answer."""
     answered: List[LookUp] = []
 
     def answer(found: LookUp) -> None:
         answered.append(found)
-        theirs.close()
+        waker.wake()
 
     look_ups.begin(look_up, answer)
-    queued = False
     try:
-        wait({ours.fileno(): READ}, client, until)
+        wait({waker.fileno(): READ}, client, until)
     finally:
         queued = look_ups.leave(look_up, answer)
     if answered:

@@ -24,10 +24,10 @@ This file opens nothing and resolves nothing.
 from __future__ import annotations
 
 import re
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 from typing import Iterable, List, NamedTuple, Optional, Set, Tuple, Union
 
-from .names import ascii_form, normal
+from .names import ascii_form, canonical
 from .protocol import Address, AddressType
 
 IPAddress = Union[IPv4Address, IPv6Address]
@@ -77,10 +77,10 @@ class Rule(NamedTuple):
         if address.port not in self.ports:
             return False
         if self.network is not None:
-            return any(ip in self.network for ip in meanings(address, every=not self.allows))
-        if self.denies_loopback and any(ip.is_loopback for ip in meanings(address, every=True)):
+            return any(ip in self.network for ip in addresses_within(address, every=not self.allows))
+        if self.denies_loopback and any(ip.is_loopback for ip in addresses_within(address, every=True)):
             return True
-        return self.name is None or (name is not None and self.names(normal(name)))
+        return self.name is None or (name is not None and self.names(canonical(name)))
 
     @property
     def denies_loopback(self) -> bool:
@@ -92,6 +92,18 @@ class Rule(NamedTuple):
         if self.name.startswith("*."):
             return name == self.name[2:] or name.endswith(self.name[1:])
         return name == self.name
+
+
+class Verdict(NamedTuple):
+    """Whether an address may be reached: `reason` is why not, `rule` the one that has decided, if one has."""
+
+    address: Address
+    reason: str = ""
+    rule: Optional[Rule] = None
+
+    @property
+    def allowed(self) -> bool:
+        return not self.reason
 
 
 class Rules(List[Rule]):
@@ -116,7 +128,7 @@ class Rules(List[Rule]):
         It is the first that matches by name (or by all networks that there are).  Networks before
         it, and localhost, may match as well, which changes nothing as long as they have the same answer.
         """
-        name = normal(address.host)
+        name = canonical(address.host)
         answers: Set[bool] = set()      # of the networks: each may match or not
         families: Set[int] = set()      # of those that are all of their family
         for rule in self:
@@ -145,10 +157,11 @@ def split_target(text: str) -> Tuple[str, range]:
         if not bracket:
             raise BadRule(f"{text!r} lacks its closing bracket")
         bits, colon, ports = rest.partition(":")
-        return host + bits, parse_ports(text, ports) if colon else ALL_PORTS
-    if text.count(":") > 1:         # IPv6 without brackets has no port
+        host += bits
+    elif text.count(":") > 1:       # IPv6 without brackets has no port
         return text, ALL_PORTS
-    host, colon, ports = text.partition(":")
+    else:
+        host, colon, ports = text.partition(":")
     return host, parse_ports(text, ports) if colon else ALL_PORTS
 
 
@@ -168,13 +181,13 @@ def parse_host(host: str) -> Tuple[Optional[str], Optional[Network]]:
     if "%" in host:
         raise BadRule(f"{host!r} has a zone, and rules do not know them: leave the % and what follows away")
     try:
-        return None, ip_network(host)
+        network = ip_network(host, strict=False)
     except ValueError:
-        meant = network_around(host)
-        if meant is not None:
-            raise BadRule(f"{host!r} is no network: {meant} would be one") from None
-    star = "*." if host.startswith("*.") else ""
-    return star + parse_name(host, host[len(star):]), None
+        star = "*." if host.startswith("*.") else ""
+        return star + parse_name(host, host[len(star):]), None
+    if ip_interface(host).ip != network.network_address:
+        raise BadRule(f"{host!r} is no network: {network} would be one")
+    return None, network
 
 
 def parse_name(host: str, bare: str) -> str:
@@ -187,20 +200,12 @@ def parse_name(host: str, bare: str) -> str:
         raise BadRule(f"{host!r} is no address: write it out, as in 127.0.0.1 or 10.0.0.0/8")
     if not name or "*" in name or not name.isprintable() or " " in name:
         raise BadRule(f"{host!r} is no host: NAME, *.DOMAIN, an IP address or NETWORK/BITS is")
-    return normal(name)
-
-
-def network_around(text: str) -> Optional[Network]:
-    """What 10.0.0.1/8, which is no network, seems to mean; None if it is nothing of the kind."""
-    try:
-        return ip_network(text, strict=False)
-    except ValueError:
-        return None
+    return canonical(name)
 
 
 # --- what an address means ---
 
-def meanings(address: Address, every: bool) -> List[IPAddress]:
+def addresses_within(address: Address, every: bool) -> List[IPAddress]:
     """
     The address itself, and with `every` also the IPv4 addresses within it.
 
@@ -213,9 +218,8 @@ def meanings(address: Address, every: bool) -> List[IPAddress]:
 
 def behind(address: Address) -> List[Address]:
     """Where a gateway would take what is sent to this IP address."""
-    if address.address_type is AddressType.IPV4:
-        return []
-    return [Address(str(ip), address.port, AddressType.IPV4) for ip in embedded(ip_address(address.host))]
+    found = [] if address.address_type is AddressType.IPV4 else embedded(ip_address(address.host))
+    return [Address(str(ip), address.port, AddressType.IPV4) for ip in found]
 
 
 def embedded(ip: IPAddress) -> List[IPv4Address]:
@@ -244,5 +248,5 @@ def is_local(address: Address) -> bool:
     """
     return any(
         ip.is_loopback or ip.is_link_local or ip.is_multicast or ip in METADATA or ip == LIMITED_BROADCAST
-        for ip in meanings(address, every=True)
+        for ip in addresses_within(address, every=True)
     )

@@ -2,7 +2,7 @@
 What is known of one client: the record that the log, tests and metrics read.
 
 A `Session` begins when the client is accepted and is filled in as the conversation goes on;
-after `end()` it no longer changes.  It holds plain values and does nothing but put them
+after `end()` nothing changes any more.  It holds plain values and does nothing but put them
 into words: no sockets, no threads, no passwords.
 """
 
@@ -20,7 +20,7 @@ class Session:
     """
     One client, from accept() to the end of its tunnel.
 
-    `event` says how far it got: ``open`` (it is live), ``close`` (it was served, and is
+    `outcome` says how far it got: ``open`` (it is live), ``close`` (it was served, and is
     over), ``denied`` (by a rule), ``failed`` (any other reply, or the client left first),
     ``login_failed``, ``no_acceptable_method`` (none that it offered to log in by would do), or ``bad_protocol`` (what came was not SOCKS5, or not in time).
     """
@@ -33,6 +33,7 @@ class Session:
     destination: Optional[Address] = None   # as the client wrote it
     peer: Optional[Address] = None          # what it was connected to
     bound: Optional[Address] = None         # the proxy's end of that
+    upstream: Optional[Address] = None      # the proxy that it goes out through, which looks up names
     reply: Optional[ReplyCode] = None       # the last one sent
     login_failed = False
     no_acceptable_method = False
@@ -40,6 +41,7 @@ class Session:
     up = 0                                  # octets of payload, client to target
     down = 0                                # octets of payload, target to client
     seconds: Optional[float] = None         # how long it took; None while it lives
+    tunnel: Any = None                      # the relay.Tunnel that has the octets of a TCP session until it has ended
 
     def __init__(self, id: int, client: Address) -> None:
         self.id = id
@@ -53,8 +55,20 @@ class Session:
             self.reason = self.reason or reason
             self.seconds = time.monotonic() - self.clock
 
+    def octets(self) -> Tuple[int, int]:
+        """
+        Octets of payload, up and down, by now; any thread may ask.
+
+        A tunnel adds its own to `up` and `down` when it ends: until then those are zero, and then both are the
+        same, so there is no moment at which the larger one is wrong.
+        """
+        tunnel = self.tunnel
+        if tunnel is None:
+            return self.up, self.down
+        return max(self.up, tunnel.up.octets), max(self.down, tunnel.down.octets)
+
     @property
-    def event(self) -> str:
+    def outcome(self) -> str:
         if self.login_failed:
             return "login_failed"
         if self.no_acceptable_method:
@@ -67,6 +81,8 @@ class Session:
             return "close"
         return "denied" if self.reply is ReplyCode.NOT_ALLOWED else "failed"
 
+    event = outcome     # under its name in the JSON log, for one release
+
     def as_dict(self) -> Dict[str, Any]:
         """
         What `--log-format json` prints.  Names and meanings are stable: more may come,
@@ -74,7 +90,7 @@ class Session:
         """
         return {
             "time": rfc3339(self.started + (self.seconds or 0)),
-            "event": self.event,
+            "event": self.outcome,
             "id": self.id,
             "client": str(self.client),
             "user": self.user,
@@ -91,14 +107,17 @@ class Session:
 
     def __str__(self) -> str:
         """One line for people, its columns in a fixed order, with a hyphen for nothing."""
-        words = [f"#{self.id}", str(self.client), word(self.user or "-"), *self.target_words()]
-        if self.event == "close":
-            words += ["ok", amount(self.up), "up", amount(self.down), "down", f"{self.seconds:.1f}s"]
-        elif self.event == "open":
-            words += ["open"]
-        else:
-            words += [self.event.replace("_", "-") + (f"({self.reply:02x})" if self.reply else "")]
+        words = [f"#{self.id}", str(self.client), word(self.user or "-"), *self.target_words(), self.outcome_word]
+        if self.outcome == "close":
+            words += [amount(self.up), "up", amount(self.down), "down", f"{self.seconds:.1f}s"]
         return " ".join(words + [shown(self.reason)] * bool(self.reason))
+
+    @property
+    def outcome_word(self) -> str:
+        """``ok``, ``open``, or what went wrong, with the reply: ``denied(02)``."""
+        if self.outcome == "close":
+            return "ok"
+        return self.outcome.replace("_", "-") + (f"({self.reply:02x})" if self.reply and self.seconds is not None else "")
 
     @property
     def command_word(self) -> Optional[str]:

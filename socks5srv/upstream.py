@@ -15,8 +15,8 @@ The one idea: what is judged is what is sent on.  A name or a literal address ca
 the addresses that a name has over there cannot.  So a rule that allows a network allows no names,
 and one that denies a network does not see what is behind a name.
 
-A chain may lead back to us, and would go in circles until nobody has descriptors left.  When
-suspiciously many clients wait for the upstream, we ask it for a name that nobody has; if we
+A chain may lead back to us, and would go in circles until the descriptors are used up.  When
+suspiciously many clients wait for the upstream, we ask it for a name that does not exist; if we
 are asked for that name ourselves, there is a loop, and all who wait are told so.
 """
 
@@ -28,32 +28,33 @@ import threading
 import time
 from contextlib import contextmanager
 from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union, cast
+from weakref import WeakKeyDictionary
 
 from . import outbound, resolver
 from .client import Conversation, Proxy
-from .datagrams import TURN, Association, Outer, Target, header_length
+from .descriptors import on_error
+from .datagrams import TURN, Association, ControlConnection, Outcome, Target, TargetSocket, dropped, header_length
 from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
-from .relay import READ, WRITE, broken
-from .rules import Rule, Rules
+from .relay import READ, WRITE
 from .handler import Socks5Handler
 
 SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
-UPSTREAM = "upstream"       # whose share of the look-ups it is: one runs at a time, whoever waits for it
+UPSTREAM = "upstream"       # whose share of the look-ups it is: one runs at a time, for all clients that wait for it
 LOOK_AGAIN = 60.0   # seconds until we ask once more whether there is a loop
 
 
 class UpstreamHandler(Socks5Handler):
     """A handler that reaches everything through the proxy `upstream`."""
 
-    upstream: Union[str, Proxy]             # to be set in a subclass; see Proxy.parse()
-    loop: Loop
-    far_end: Optional[Address] = None       # where the upstream's own connection to the target begins
+    upstream: Union[str, Proxy, None] = None    # to be set in a subclass, or on the server; see Proxy.parse()
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        cls.loop = Loop()
+    def setup(self) -> None:
+        self.upstream_proxy = Proxy.parse(self.upstream if self.upstream is not None else self.server.upstream)
+        self.loop = loops.setdefault(self.server, LoopDetector())
+        self.session.upstream = Address.named(self.upstream_proxy.host, self.upstream_proxy.port)
+        super().setup()
 
     # --- commands ---
 
@@ -61,38 +62,30 @@ class UpstreamHandler(Socks5Handler):
         if request.destination.host.lower() == self.loop.name:
             self.session.command, self.session.destination = request.command, request.destination
             self.loop.found()
-            self.server.warn("loop", "the upstream %s leads back to this server: nobody can be served", Proxy.parse(self.upstream))
+            self.server.warn_once("loop", "the upstream %s leads back to this server: no client can be served", self.upstream_proxy)
             raise RequestFailed(ReplyCode.GENERAL_FAILURE, LEADS_BACK)
         super().perform(request)
-
-    def do_CONNECT(self, request: Request) -> None:
-        with outbound.reporting(request.destination):
-            target = self.connect(request)
-        self.open_tunnel(target, self.far_end or Address.of(target.getsockname()))
 
     def connect(self, request: Request) -> socket.socket:
         """A non-blocking socket to the upstream, on which it carries our client's octets."""
         call, bound = self.ask(request.command, self.judged(request), time.monotonic() + self.server.connect_timeout)
-        self.far_end = bound.literal or UNSPECIFIED         # some clients cannot read a name here
+        self.session.bound = bound.literal or UNSPECIFIED   # some clients cannot read a name here
         return call.socket
 
     def do_BIND(self, request: Request) -> None:
         """The upstream's two replies become ours."""
         until = time.monotonic() + self.server.bind_timeout
         call, bound = self.ask(request.command, self.judged(request), min(until, time.monotonic() + self.server.connect_timeout))
-        try:
+        with on_error(call.socket.close):
             self.succeed(call.here(bound))
             self.wait_for_peer(call.socket, until)
             peer = self.peer(call)
-        except BaseException:
-            call.socket.close()
-            raise
         self.open_tunnel(call.socket, peer)
 
-    def peer(self, call: Call) -> Address:
+    def peer(self, call: UpstreamConversation) -> Address:
         """Who has called the upstream, which says so already; not everybody may."""
         call.until = time.monotonic() + self.server.connect_timeout
-        with self.told():
+        with self.target_errors():
             peer = call.success()
         call.socket.setblocking(False)
         peer = peer.literal or UNSPECIFIED
@@ -101,14 +94,11 @@ class UpstreamHandler(Socks5Handler):
 
     def association(self) -> Association:
         call, bound = self.ask(Command.UDP_ASSOCIATE, UNSPECIFIED, time.monotonic() + self.server.connect_timeout)
-        try:
+        with on_error(call.socket.close):
             relay = call.here(bound).literal
             if relay is None:
                 raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"the upstream's UDP relay is {bound}, and that is no address")
             return ChainedAssociation(self, call, relay)
-        except BaseException:
-            call.socket.close()
-            raise
 
     # --- decisions ---
 
@@ -121,13 +111,9 @@ class UpstreamHandler(Socks5Handler):
         self.check(request.command, address)
         return address
 
-    def rule_for_name(self, address: Address) -> Optional[Rule]:
-        """It will not be looked up here, so no network will ever match, and the rules for names decide."""
-        return Rules(rule for rule in self.server.rules if rule.network is None).decide_by_name(address)
-
     # --- the upstream ---
 
-    def ask(self, command: Command, destination: Address, until: float) -> Tuple[Call, Address]:
+    def ask(self, command: Command, destination: Address, until: float) -> Tuple[UpstreamConversation, Address]:
         """A call in which the upstream has said yes, its socket non-blocking, and the address in its reply."""
         with self.loop.one_more_waits() as suspicious:
             if suspicious:
@@ -136,31 +122,27 @@ class UpstreamHandler(Socks5Handler):
                 raise RequestFailed(ReplyCode.GENERAL_FAILURE, LEADS_BACK)
             return self.ask_anyway(command, destination, until)
 
-    def ask_anyway(self, command: Command, destination: Address, until: float) -> Tuple[Call, Address]:
-        with self.in_trouble():
+    def ask_anyway(self, command: Command, destination: Address, until: float) -> Tuple[UpstreamConversation, Address]:
+        with self.upstream_errors():
             call = self.call(until)
-        try:
-            with self.in_trouble():
-                call.negotiate(Proxy.parse(self.upstream))
-            with self.told():
+        with on_error(call.socket.close):
+            with self.upstream_errors():
+                call.negotiate(self.upstream_proxy)
+            with self.target_errors():
                 bound = call.ask(command, destination)
             call.socket.setblocking(False)
-        except BaseException:
-            call.socket.close()
-            raise
         return call, bound
 
-    def call(self, until: float) -> Call:
+    def call(self, until: float) -> UpstreamConversation:
         """A connection to the upstream."""
         addresses = self.addresses_of_upstream(until)
-        if any(self.server.is_own(Command.CONNECT, address) for address in addresses):
+        if any(self.server.policy.is_own(Command.CONNECT, address) for address in addresses):
             raise RequestFailed(ReplyCode.GENERAL_FAILURE, "it is this server itself")
-        sock, self.session.peer = outbound.connect(addresses, self.server.route, self.connection, until)
-        return Call(sock, until, self.connection)
+        sock, self.session.peer = self.dial(addresses, until)
+        return UpstreamConversation(sock, until, self.connection)
 
     def addresses_of_upstream(self, until: float) -> List[Address]:
-        proxy = Proxy.parse(self.upstream)
-        place = Address.named(proxy.host, proxy.port)
+        proxy, place = self.upstream_proxy, Address.named(self.upstream_proxy.host, self.upstream_proxy.port)
         if place.literal is not None:
             return [place.literal.dialled]
         family = self.server.route.family
@@ -175,21 +157,21 @@ class UpstreamHandler(Socks5Handler):
             pass
 
     @contextmanager
-    def in_trouble(self) -> Iterator[None]:
+    def upstream_errors(self) -> Iterator[None]:
         """Whatever goes wrong with the upstream itself is reply 01: the target has no part in it."""
         try:
             yield
         except ClientGone:
             raise
         except (OSError, ValueError, Socks5Error) as error:
-            proxy, text = Proxy.parse(self.upstream), getattr(error, "strerror", None) or error
-            raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"upstream {proxy.host} port {proxy.port}: {text}") from error
+            text = getattr(error, "strerror", None) or error
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"upstream {self.upstream_proxy.host} port {self.upstream_proxy.port}: {text}") from error
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def target_errors(self) -> Iterator[None]:
         """What the upstream says about the target is passed on; and silence then is the target's."""
         try:
-            with self.in_trouble():
+            with self.upstream_errors():
                 yield
         except RequestFailed as error:
             cause = error.__cause__
@@ -203,14 +185,14 @@ class UpstreamHandler(Socks5Handler):
 LEADS_BACK = "the upstream leads back to this server"
 
 
-class Call(Conversation):
+class UpstreamConversation(Conversation):
     """A conversation with the upstream, given up when our own client leaves."""
 
     def __init__(self, sock: socket.socket, until: float, client: socket.socket) -> None:
         super().__init__(sock, until)
         self.client = client
 
-    def read(self, n: int = -1, /) -> bytes:
+    def read(self, n: int, /) -> bytes:
         if n:
             self.wait(READ)
         return super().read(n)
@@ -233,7 +215,7 @@ def spelled_out(address: Address) -> Address:
     """
     if address.literal is not None:
         return address.literal.dialled
-    with outbound.reporting(address):
+    with outbound.errors_as_replies(address):
         host = ascii_form(address.host)
     try:
         octets = socket.inet_aton(host)             # which knows all the spellings
@@ -242,11 +224,11 @@ def spelled_out(address: Address) -> Address:
     return Address.numeric(socket.inet_ntoa(octets), address.port).dialled
 
 
-class Loop:
+class LoopDetector:
     """Whether the upstream leads back to us: known for a minute, and asked only under suspicion."""
 
     def __init__(self) -> None:
-        self.name = f"{secrets.token_hex(16)}.invalid"      # RFC 6761: nobody has such a name
+        self.name = f"{secrets.token_hex(16)}.invalid"      # RFC 6761: there is no such name
         self.lock = threading.Lock()
         self.waiting = 0
         self.next_look = self.until = 0.0                   # by time.monotonic()
@@ -273,6 +255,9 @@ class Loop:
         return time.monotonic() < self.until
 
 
+loops: WeakKeyDictionary[Any, LoopDetector] = WeakKeyDictionary()       # one for each server
+
+
 # --- UDP ---
 
 class ChainedAssociation(Association):
@@ -282,53 +267,33 @@ class ChainedAssociation(Association):
     It lives in the relay thread, by both control connections.
     """
 
-    def __init__(self, handler: UpstreamHandler, call: Call, relay: Address) -> None:
+    def __init__(self, handler: UpstreamHandler, call: UpstreamConversation, relay: Address) -> None:
         here = Address.of(handler.connection.getsockname()).zoned
         super().__init__(handler, handler.server.relay_thread(), here, handler.server.route, handler.server.reassemble)
-        try:
+        with on_error(self.close):
             self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route))
-        except BaseException:
-            self.inner.socket.close()
-            raise
-        self.outer = {0: self.answers, 1: Lifeline(self, call.socket)}
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        if self.control is None:
-            for outer in self.outer.values():
-                outer.socket.close()
-
-    def start(self, connection: socket.socket) -> None:
-        super().start(connection)
-        self.relay.call(self.watch_upstream)
+        self.sockets += [self.answers, UpstreamControl(self, call.socket)]
 
     # --- in the relay thread ---
 
-    def watch_upstream(self) -> None:
-        if self.ended:              # its sockets are closed already
-            return
-        try:
-            self.relay.watch(*((outer.socket, outer, READ) for outer in self.outer.values()))
-        except OSError as error:
-            self.abort(str(error))
-
-    def open_towards(self, addresses: Sequence[Address], name: Optional[str]) -> Optional[Target]:
+    def open_towards(self, addresses: Sequence[Address], name: Optional[str]) -> Outcome:
         """For the one address, or name, if it is allowed: the upstream's relay."""
-        (address,) = addresses
-        if not self.conversation.may_reach(Command.UDP_ASSOCIATE, address):
-            return None
+        try:
+            address = spelled_out(addresses[0])     # RequestFailed if there can be no such name
+            self.check(address)
+        except RequestFailed as error:
+            return dropped(error)
         return cast(Target, (self.answers, bytes(Datagram(address, b""))))
 
-    def look_up(self, header: bytes, address: Address, payload: bytes) -> Optional[Target]:
+    def look_up(self, header: bytes, address: Address, payload: bytes) -> Outcome:
         """Not here: the name goes on as it is."""
-        try:
-            target = self.open_towards([spelled_out(address)], None)
-        except RequestFailed:           # there can be no such name
-            target = None
-        return self.remember(header, target) if target is not None else None
+        return self.remember(header, self.open_towards([address], None))
+
+    def way_to(self, target: Target) -> str:
+        return "It goes to the upstream's relay as it is."
 
 
-class Answers(Outer):
+class Answers(TargetSocket):
     """The socket that is connected to the upstream's relay, for the ways of all targets."""
 
     def sendto(self, payload: memoryview, header: bytes) -> int:
@@ -343,7 +308,7 @@ class Answers(Outer):
                 octets = chunk[:self.socket.recv_into(chunk)]
                 length = header_length(octets)
                 if 0 < length <= len(octets) and not octets[2]:        # nor a fragment
-                    down += association.inner.send(octets) - length
+                    down += association.client_socket.send(octets) - length
             except BlockingIOError:
                 break
             except OSError:             # an ICMP error of an earlier one; or the client has sent nothing yet
@@ -351,26 +316,16 @@ class Answers(Outer):
         association.session.down += down
 
 
-class Lifeline(Outer):
+class UpstreamControl(ControlConnection):
     """Our control connection to the upstream: its end is the end."""
 
-    def ready(self, events: int) -> None:
-        try:
-            if not self.socket.recv(4096):
-                self.association.abort("upstream closed")
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.association.abort(broken("upstream", error))
+    side = "upstream"
 
 
 def udp_towards(relay: Address, here: Address, route: outbound.Route) -> socket.socket:
     """A UDP socket connected to `relay`, from the address that it expects us at, if we can; RequestFailed 08 if we may not."""
     wildcard = "::" if relay.address_type is AddressType.IPV6 else "0.0.0.0"
     sock = route.udp((here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or wildcard, 0))
-    try:
+    with on_error(sock.close):
         sock.connect(relay.sockaddr)
-    except BaseException:
-        sock.close()
-        raise
     return sock

@@ -4,7 +4,7 @@ Who may log in: names and passwords, and how guessing is slowed down.
 Three ideas.  *Right and wrong take the same time*, for known names and unknown ones, so that
 a stopwatch learns nothing (as long as the hashes of a file cost the same).  *A hash is slow, so a login that was right is remembered*, as a
 keyed digest in memory: a SOCKS client logs in anew for every connection, and a page opens
-dozens.  And *whoever guesses has to wait*, longer each time but never for good, or anyone
+dozens.  And *a client that guesses has to wait*, longer each time but never for good, or anyone
 could lock out the owner of a name.
 
 A users file has a line ``NAME:HASH`` for each user, and comments after a ``#`` at the start of
@@ -54,8 +54,7 @@ class BadUsersFile(ValueError):
 class Asking(threading.local):
     """For whom the thread at hand checks a login: `still_there` raises once that client is gone."""
 
-    def __init__(self) -> None:
-        self.still_there: Callable[[], object] = lambda: None
+    still_there: Callable[[], object] = staticmethod(lambda: None)
 
 
 class Users:
@@ -78,7 +77,7 @@ class Users:
         return self.check(username, password)
 
     def refresh(self) -> Set[str]:
-        """The users that are none any more since the last call, or have another password."""
+        """Users removed, or whose password changed, since the last call."""
         return set()
 
 
@@ -114,16 +113,14 @@ class UsersFile(Users):
         with self.computing:
             self.asking.still_there()
             right = verify(password, known or self.nobody)
-        if right and known is not None:
-            with self.lock:
-                if self.hashes.get(username) != known:      # changed, or removed, meanwhile
-                    return False
+        with self.lock:
+            found = right and known is not None and self.hashes.get(username) == known  # neither changed nor removed meanwhile
+            if found:
                 self.verified[username] = digest
-                return True
-        return False
+            return found
 
     def check_for(self, still_there: Callable[[], object], username: str, password: str) -> bool:
-        """By way of the thread, so that whoever overrides check() has it called."""
+        """By way of the thread, so that an override of check() is called, too."""
         before, self.asking.still_there = self.asking.still_there, still_there
         try:
             return self.check(username, password)
@@ -154,23 +151,17 @@ class UsersFile(Users):
         if signature == self.seen or (self.seen is not None and now - self.changed < SETTLED):
             return set()
         self.seen = signature
-        return self.reload()
+        return self.reload(signature)
 
-    def reload(self) -> Set[str]:
-        """
-        Read the file again; the users that are none any more, or have another password.
-
-        Nothing comes of it if the file changes meanwhile: the next look sees that, too.
-        """
-        signature, hashes, trouble = self.signature(), self.hashes, None
+    def reload(self, signature: Tuple[int, ...]) -> Set[str]:
+        """The same at once.  Nothing comes of it if the file changes meanwhile: the next look sees that, too."""
         try:
             hashes = read_users(self.path)
         except BadUsersFile as error:
-            trouble = error
-        if self.signature() != signature:
+            if self.signature() == signature:
+                logger.error("keeping the previous users: %s", error)
             return set()
-        if trouble is not None:
-            logger.error("the users stay as they were: %s", trouble)
+        if self.signature() != signature:
             return set()
         gone = self.replace(hashes)
         logger.info("%d users read from %s", len(hashes), self.path)
@@ -306,9 +297,9 @@ def verify(password: str, hash: str) -> bool:
 
 # --- guessing ---
 
-class Guessing:
+class LoginThrottle:
     """
-    How often each address has failed to log in of late, and how long its next try has to wait.
+    How often each address has failed to log in of late, and how long its next try is delayed.
 
     A try counts from its beginning: an address that has failed has one at a time, others have as many as may fail.
     Without that, hundreds side by side would all be judged before the first of them has failed.
@@ -361,16 +352,15 @@ class Guessing:
         count, last = self.failures.get(host, (0, 0.0))
         return count if time.monotonic() - last <= FORGIVEN else 0
 
-    def wait(self, host: str) -> float:
-        """Seconds: none at first, then twice as long each time."""
+    def delay(self, host: str) -> float:
+        """Seconds that the next try has to wait: none at first, then twice as long each time."""
         with self.lock:
             count = self.count(host)
         return 0.0 if count < FREE_TRIES else min(LONGEST_WAIT, 0.25 * 2.0 ** (count - FREE_TRIES))
 
     def failed(self, host: str) -> None:
         with self.lock:
-            count = self.count(host)
-            self.failures[host] = min(count + 1, 64), time.monotonic()
+            self.failures[host] = min(self.count(host) + 1, 64), time.monotonic()
             self.failures.move_to_end(host)
             if len(self.failures) > REMEMBERED:
                 self.failures.popitem(last=False)

@@ -37,6 +37,7 @@ from .networks import LinkLocal, link_local_address, network_of_its_own
 
 pytest_plugins = ["socks5srv.testing.pytest_plugin"]       # installed or not
 
+
 TIMEOUT = 10.0              # seconds after which something that was waited for does not come
 LOCALHOST = "127.0.0.1"
 
@@ -46,6 +47,9 @@ settings.load_profile("socks5srv")
 
 T = TypeVar("T")
 Place = Union[Address, Tuple[Any, ...]]
+
+
+pytest_plugins = ["tests.program"]      # for the rooms in which the program is started
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -273,7 +277,8 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     """
     Start a server in a thread: ``start_server(handler, address, more, users=, **attributes)``.
 
-    With `more` addresses it has more listeners; `addresses` are those of all of them.
+    With `more` addresses it has more listeners; `addresses` are those of all of them.  With `elsewhere` each client is
+    taken for one on another computer.
     At the end it is closed, and none of its threads may be left, nor a bug have been logged.
     """
     servers: List[Served] = []
@@ -282,7 +287,7 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     def start(
         handler: Type[Socks5Handler] = Socks5Handler, address: Tuple[Any, ...] = (LOCALHOST, 0),
         *more: Tuple[Any, ...], server_class: Type[Socks5Server] = Socks5Server, users: Any = None, poll_interval: float = 0.05,
-        **attributes: Any,
+        elsewhere: bool = False, **attributes: Any,
     ) -> Any:
         class Telling(handler):         # type: ignore[misc, valid-type]
             def session_ended(self) -> None:
@@ -294,6 +299,8 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
         server: Any = type("Serving", (Served, server_class), {})(address, Telling, users=users)
         server.told = queue.SimpleQueue()
         servers.append(server)
+        if elsewhere:
+            server.policy.is_here = lambda _host: False
         for key, value in attributes.items():
             assert hasattr(server, key), f"a server has no {key}"
             setattr(server, key, value)

@@ -14,7 +14,7 @@ from io import BytesIO
 import atheris
 
 with atheris.instrument_imports():
-    from socks5srv import datagrams, protocol, rules, strangers, users
+    from socks5srv import datagrams, protocol, rules, foreign, users
 
 MESSAGES = (
     protocol.Greeting, protocol.MethodSelection, protocol.Credentials, protocol.CredentialsReply, protocol.Request,
@@ -60,7 +60,7 @@ def users_line(octets: bytes) -> None:
 
 def stranger(octets: bytes) -> None:
     if octets:
-        bytes(strangers.recognise(octets, HERE, pac=True).answer or b"")
+        bytes(foreign.identify(octets, HERE, pac=True).answer or b"")
 
 
 TARGETS = (message, header, rule, users_line, stranger)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, List, Optional, Tuple
 
-from socks5srv.explain import Exhibit
+from socks5srv.explain import Explanation
 
 HEX = re.compile(r"((?:(?:[0-9a-f]{2}|\.\.) )*(?:[0-9a-f]{2}|\.\.))(?: {2,}|$)")
 
@@ -53,14 +53,14 @@ def beside(text: str) -> Cells:
     return found
 
 
-def check(exhibit: Exhibit) -> None:
+def check(explanation: Explanation) -> None:
     """The text says what the data say, in plain ASCII and 79 columns."""
-    text, data = str(exhibit), exhibit.as_dict()
+    text, data = str(explanation), explanation.as_dict()
     assert text.isascii()
     assert text.replace("\n", "").isprintable()
     assert all(len(line) <= 79 and line == line.rstrip() for line in text.split("\n")), text
     assert len(text) < ATOMIC
-    if not exhibit.fields:
+    if not explanation.fields:
         return
     check_cells(data, here(text), secret=None)
     check_cells(data, beside(text), secret=b"")

@@ -109,7 +109,7 @@ def test_the_session_knows_both_ends(start_server, new_client, call):
     with new_client(server) as client:
         first = bind(client, name(LOCALHOST, 4242))
         [session] = server.sessions
-        assert (session.event, session.bound, session.peer) == ("open", first.bound, None)
+        assert (session.outcome, session.bound, session.peer) == ("open", first.bound, None)
         with call(first) as peer:
             peer_address = own_address(peer)
             Reply.read(client)
@@ -118,7 +118,7 @@ def test_the_session_knows_both_ends(start_server, new_client, call):
             peer.send(b"12345")
             assert client.exactly(5) == b"12345"
     session = server.next_ended()
-    assert (session.event, session.command, str(session.destination)) == ("close", Command.BIND, "127.0.0.1:4242")
+    assert (session.outcome, session.command, str(session.destination)) == ("close", Command.BIND, "127.0.0.1:4242")
     assert (session.up, session.down, session.peer) == (3, 5, peer_address)
     assert session.bound == first.bound, "the proxy's end is still the same"
 
@@ -128,8 +128,8 @@ def test_the_connection_of_the_peer_has_no_nagle_and_is_kept_alive(start_server,
     client = new_client(server)
     with call(bind(client)):
         Reply.read(client)
-        [handler] = server.live.values()
-        target = eventually(lambda: handler.carried).up.sink
+        [handler] = server.registry.live.values()
+        target = eventually(lambda: handler.tunnel).up.sink
         assert target.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert target.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
@@ -157,13 +157,10 @@ def test_the_host_that_was_named_may_call_from_any_port(start_server, new_client
     assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
 
 
-ELSEWHERE = {"is_here": False}      # a client that is taken for one on another computer
-
-
 @pytest.mark.parametrize("place", [ANYONE, Address("::", 0, AddressType.IPV6), name("0", 21)], ids=str)
 def test_zeros_from_another_computer_mean_anyone_too(start_server, new_client, call, place):
     """They are no address that it wants to reach, and the caller is judged when it comes."""
-    client = new_client(start_server(handler_with(**ELSEWHERE)))
+    client = new_client(start_server(elsewhere=True))
     first = bind(client, place)
     assert call(first).rest() == b"", "only this computer's own programs should reach this computer"
     assert waits_on(client)
@@ -362,7 +359,7 @@ def test_a_client_that_leaves_takes_the_port_with_it(start_server, new_client, h
     getattr(client, how)()
     session = server.next_ended()
     assert session.seconds < within(1)
-    assert (session.event, session.peer) == ("close", None)
+    assert (session.outcome, session.peer) == ("close", None)
     assert_closed(first.bound)
     if how == "end":
         assert client.rest() == b""
@@ -389,7 +386,7 @@ def test_when_nobody_calls_in_time_the_second_reply_says_so(start_server, new_cl
     assert_closed(first.bound)
     client.close()
     session = server.next_ended()
-    assert (session.event, session.reply) == ("failed", ReplyCode.TTL_EXPIRED)
+    assert (session.outcome, session.reply) == ("failed", ReplyCode.TTL_EXPIRED)
 
 
 @needs_neighbour
@@ -439,7 +436,7 @@ def test_a_client_that_sends_more_than_can_wait_is_made_to_wait(start_server, ne
         sent += client.socket.send(bytes(65536))
         assert sent < 100_000_000
     client.socket.settimeout(TIMEOUT)
-    [handler] = server.live.values()
+    [handler] = server.registry.live.values()
     assert len(handler.stream.buffer) <= EARLY + 4096
     peer = call(first)
     assert Reply.read(client).bound == own_address(peer)

@@ -21,16 +21,23 @@ import pytest
 
 from socks5srv import datagrams, protocol
 from socks5srv import server as server_module
+from socks5srv.capture import pcap
+from socks5srv.cli.child import Destinations
+from socks5srv.explain.datagrams import BackgroundPrinter
+from socks5srv.explain.tables import Explanation
 from socks5srv.handler import EARLY, Socks5Handler
-from socks5srv.names import normal
+from socks5srv.monitor.history import STEPS, History
+from socks5srv.names import canonical
+from socks5srv.observer import Attempt, Observer
+from socks5srv.policy import is_loopback
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, ReplyCode, Request
+from socks5srv.ratelimit import RateLimit
 from socks5srv.relay import PIPES, Pipes
 from socks5srv.resolver import LookUp, LookUps
-from socks5srv.service import banner, conversations, explaining_udp, pcap, program, worker
-from socks5srv.service.conversations import Conversations
-from socks5srv.service.explaining import explained
+from socks5srv.service.summary import Summary
 from socks5srv.session import Session
-from socks5srv.users import REMEMBERED, Guessing
+from socks5srv.users import REMEMBERED, LoginThrottle
+from socks5srv.workers.channel import Channel, LoginFailed
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange, handler_with, name, needs_ipv6
 from .containers import PACKAGE, containers, openings
@@ -41,73 +48,87 @@ __all__ = ["associate", "new_socket"]       # fixtures
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not on this platform: the descriptors of another process")
 
 # What bounds a container that no client can fill without end by itself.
-FIXED = "it is made once, or by the options, and no client adds to it"
+FIXED = "it is made once, or by the settings, and no client adds to it"
 CLIENTS = "an entry for each client that is being served, and as many are served as there may be"
+REPORTED = "an entry for each client, until it has been reported: Registry.to_report bounds those that are not served any more"
 ANSWER = "one answer of the resolver, or one message, and it goes with that"
+CLOSED = "its keys are of closed sets"
+LENGTH = "a deque with a length"
+OPERATOR = "what is typed at the terminal, signals, and changes of the users file"
 WORKERS = "an entry for each worker"
 USERS = "an entry for each user"
 FILLED = "see the test that fills it"
 
 PLACES: Dict[str, str] = {
     "__init__.py:HOMES": FIXED, "__init__.py:__all__": FIXED,
-    "datagrams.py:Association.contacted": FILLED, "datagrams.py:Association.dead": FILLED, "datagrams.py:Association.headers": FILLED,
-    "datagrams.py:Association.looking_up": FILLED, "datagrams.py:Association.outer": "one for each family",
-    "datagrams.py:Association.stale": "what Association.targets had before", "datagrams.py:Association.targets": FILLED,
-    "datagrams.py:Fragments.parts": FILLED,
+    "capture/pcap.py:CaptureWriter.events": FILLED, "capture/pcap.py:own_host_towards": FILLED,
+    "capture/sockets.py:RESETS": FIXED, "capture/sockets.py:SYN_SENT": FIXED,
+    "cli/child.py:Destinations.destinations": FILLED,
+    "cli/console.py:KEYS": FIXED, "cli/console.py:NUMBERS": FIXED, "cli/selftest.py:TESTS": FIXED,
+    "datagrams.py:Association.contacted": FILLED, "datagrams.py:Association.headers": FILLED, "datagrams.py:Association.looking_up": FILLED,
+    "datagrams.py:Association.nowhere": FILLED, "datagrams.py:Association.sockets": "the client's, one for each family, and control connections",
+    "datagrams.py:Association.stale": "what Association.targets had before", "datagrams.py:Association.target_sockets": "one for each family",
+    "datagrams.py:Association.targets": FILLED, "datagrams.py:Fragments.parts": FILLED,
     "descriptors.py:COMMANDS": FIXED,
-    "explain.py:AFTER": FIXED, "explain.py:Exhibit.fields": ANSWER, "explain.py:Exhibit.remarks": ANSWER, "explain.py:HIDDEN": FIXED,
-    "explain.py:Row.meanings": ANSWER,
-    "handler.py:AUTH": FIXED, "handler.py:ClientStream.buffer": FILLED, "handler.py:DO": FIXED,
+    "explain/__init__.py:__all__": FIXED, "explain/datagrams.py:BackgroundPrinter.notes": FILLED,
+    "explain/fields.py:COMMAND_WORDS": FIXED, "explain/fields.py:DEVIATIONS": FIXED, "explain/fields.py:LAYOUTS": FIXED,
+    "explain/fields.py:NUMBERS": FIXED, "explain/fields.py:METHOD_WORDS": FIXED, "explain/fields.py:MessageLayout.sizes": FIXED,
+    "explain/fields.py:REPLIES": FIXED, "explain/fields.py:SENTENCES": FIXED, "explain/fields.py:TYPE_WORDS": FIXED,
+    "explain/tables.py:AFTER": FIXED, "explain/tables.py:Explanation.fields": ANSWER, "explain/tables.py:Explanation.remarks": ANSWER,
+    "explain/tables.py:FieldRow.meanings": ANSWER, "explain/tables.py:HIDDEN": FIXED,
+    "explain/tracer.py:Trace.attempts": LENGTH, "explain/tracer.py:Trace.findings": "one login, and one name that is looked up",
+    "explain/tracer.py:Trace.verdicts": LENGTH, "explain/tracer.py:Tracer.traces": REPORTED,
+    "handler.py:AUTH": FIXED, "handler.py:ClientStream.buffer": FILLED, "handler.py:DO": FIXED, "handler.py:Host.rules": FIXED, "handler.py:ClientStream.consumed": ANSWER,
     "listener.py:Listener.threads": CLIENTS, "listener.py:OUT_OF": FIXED,
-    "meanings.py:COMMAND_WORDS": FIXED, "meanings.py:DEVIATIONS": FIXED, "meanings.py:KINDS": FIXED, "meanings.py:Kind.sizes": FIXED,
-    "meanings.py:MEANINGS": FIXED, "meanings.py:METHOD_WORDS": FIXED, "meanings.py:REPLIES": FIXED, "meanings.py:SENTENCES": FIXED,
-    "meanings.py:TYPE_WORDS": FIXED,
-    "names.py:JOINERS": FIXED, "names.py:normal": FILLED,
-    "outbound.py:MOST_TELLING": FIXED, "outbound.py:NOBODYS": FIXED, "outbound.py:NO_SUCH_FAMILY": FIXED, "outbound.py:OWN": FIXED,
-    "outbound.py:REPLY_CODES": FIXED, "outbound.py:kernel_answers": "it has no arguments",
-    "outbound.py:Race.failures": ANSWER, "outbound.py:Race.met_itself": ANSWER,
-    "outbound.py:Race.running": ANSWER, "outbound.py:Race.waiting": ANSWER, "outbound.py:UNDER_WAY": FIXED,
-    "places.py:Places.networks": CLIENTS,
+    "locality.py:NOBODYS": FIXED, "locality.py:OWN": FIXED, "locality.py:kernel_answers": "it has no arguments",
+    "monitor/history.py:History.timelines": FILLED, "monitor/history.py:Timeline.steps": FILLED,
+    "monitor/http.py:FILES": FIXED, "monitor/http.py:HEADERS": FIXED, "monitor/http.py:PAGES": FIXED,
+    "monitor/http.py:StatusPage.busy": "most_answers; monitor/test_http.py fills it", "monitor/http.py:StatusPage.silent": "most; monitor/test_http.py fills it",
+    "monitor/metrics.py:HANG_UPS": FIXED, "monitor/metrics.py:Metrics.counters": CLOSED, "monitor/metrics.py:Metrics.live": REPORTED,
+    "monitor/prometheus.py:COUNTERS": FIXED, "monitor/prometheus.py:HISTOGRAMS": FIXED,
+    "monitor/stats.py:Publisher.facts": FIXED, "monitor/stats.py:Publisher.looks": LENGTH, "monitor/stats.py:Rates.found": CLIENTS,
+    "monitor/stats.py:Rates.seen": CLIENTS, "monitor/stats.py:Snapshot.counters": CLOSED, "monitor/stats.py:Snapshot.live": CLOSED,
+    "monitor/stats.py:Snapshot.sessions": "LocalStats.shown",
+    "names.py:JOINERS": FIXED, "names.py:canonical": FILLED,
+
+    "observer.py:HookTable.made": "one for each set of observers that may want the same clients", "observer.py:HookTable.selective": FIXED,
+    "policy.py:Access.listeners": FIXED, "monitor/metrics.py:Progress.keys": ANSWER,
+    "outbound.py:HappyEyeballs.failures": ANSWER, "outbound.py:HappyEyeballs.met_itself": ANSWER, "outbound.py:HappyEyeballs.running": ANSWER,
+    "outbound.py:HappyEyeballs.waiting": ANSWER, "outbound.py:MOST_TELLING": FIXED, "outbound.py:NO_SUCH_FAMILY": FIXED,
+    "outbound.py:REPLY_CODES": FIXED, "outbound.py:UNDER_WAY": FIXED,
+    "registry.py:Places.networks": CLIENTS,
+    "policy.py:Access.rules": FIXED, "policy.py:Policy.private": FIXED, "policy.py:Policy.relays": CLIENTS, "policy.py:is_loopback": FILLED,
     "protocol.py:CODES": FIXED, "protocol.py:COMMANDS": FIXED, "protocol.py:LOOPBACK": FIXED, "protocol.py:METHODS": FIXED,
     "protocol.py:REPLY_CODES": FIXED, "protocol.py:code_field": FILLED,
-    "relay.py:Pipes.all": FILLED, "relay.py:Pipes.free": "of Pipes.all", "relay.py:Relay.bulky": CLIENTS,
-    "relay.py:Relay.calls": "the relay thread, which never waits, empties it at each turn", "relay.py:Relay.impatient": CLIENTS,
+    "ratelimit.py:RateLimit.kinds": FILLED,
+    "registry.py:Registry.handshakes": CLIENTS, "registry.py:Registry.hosts": CLIENTS, "registry.py:Registry.live": CLIENTS,
+    "registry.py:Registry.to_report": FILLED,
+    "relay.py:Pipes.all": FILLED, "relay.py:Pipes.free": "of Pipes.all", "relay.py:Relay.bulk_queue": CLIENTS,
+    "relay.py:Relay.calls": "the relay thread, which never waits, empties it at each turn", "relay.py:Relay.idle_watch": CLIENTS,
     "relay.py:Relay.watched": CLIENTS, "relay.py:TUNING": FIXED, "relay.py:WORDS": FIXED,
     "resolver.py:LookUp.waiting": CLIENTS, "resolver.py:LookUps.named": FILLED, "resolver.py:LookUps.queue": CLIENTS,
     "resolver.py:LookUps.running": FILLED, "resolver.py:NO_SUCH_NAME": FIXED,
     "rules.py:METADATA": FIXED,
-    "server.py:Socks5Server.ended": FILLED, "server.py:Socks5Server.handshakes": CLIENTS, "server.py:Socks5Server.hosts": CLIENTS,
-    "server.py:Socks5Server.listeners": FIXED, "server.py:Socks5Server.live": CLIENTS, "server.py:News.kinds": FILLED,
-    "server.py:Socks5Server.relays": FIXED, "server.py:Socks5Server.udp_relays": CLIENTS, "server.py:is_loopback": FILLED,
-    "service/banner.py:Tally.clients": FILLED, "service/banner.py:Tally.events": FIXED, "service/banner.py:Tally.failures": FILLED,
-    "service/banner.py:Tally.octets": FILLED, "service/banner.py:WITH_A_LOGIN": FIXED,
-    "service/conversations.py:Conversation.steps": FILLED, "service/conversations.py:Conversations.kept": FILLED,
-    "service/cores.py:OneCore.cores": FIXED,
-    "service/explaining.py:CLASSES": FIXED, "service/explaining.py:Explaining.findings": ANSWER,
-    "service/explaining.py:Explaining.judgements": FILLED, "service/explaining.py:Explaining.tries": ANSWER,
-    "service/explaining.py:Overheard.heard": ANSWER, "service/explaining.py:WatchedRoute.tries": ANSWER,
-    "service/explaining_udp.py:CLASSES": FIXED, "service/explaining_udp.py:OverheardAssociation.refused": FILLED,
-    "service/explaining_udp.py:SOCKETS": FIXED, "service/explaining_udp.py:Teller.noted": FILLED,
-    "service/figures.py:Book.live": CLIENTS, "service/figures.py:Book.rates_each": CLIENTS, "service/figures.py:Book.seen_each": CLIENTS,
-    "service/figures.py:Figures.counts": "its keys are of closed sets", "service/figures.py:HANG_UPS": FIXED,
-    "service/figures.py:Histogram.counts": FIXED, "service/figures.py:Report.live": FIXED, "service/figures.py:Report.sessions": CLIENTS,
-    "service/gathering.py:WatchedWorkers.awaited": WORKERS, "service/gathering.py:WatchedWorkers.found": ANSWER,
-    "service/gathering.py:WatchedWorkers.recent": WORKERS, "service/gathering.py:WatchedWorkers.told": WORKERS,
-    "service/keys.py:KEYS": FIXED, "service/keys.py:NUMBERS": FIXED, "service/log.py:COLORS": FIXED, "service/metrics.py:COUNTERS": FIXED,
-    "service/pcap.py:Recording.notes": FILLED, "service/pcap.py:way_to": FILLED,
-    "service/program.py:Contacts.places": FILLED, "service/reasons.py:CLIENTS": FIXED,
-    "service/run.py:ServiceServer.calls": "what is typed at the terminal", "service/selftest.py:TESTS": FIXED,
-    "service/status.py:FILES": FIXED, "service/status.py:HEADERS": FIXED,
-    "service/status.py:HttpServer.connections": "WATCHERS and REQUESTS; test_status.py fills it", "service/status.py:HttpServer.threads":
-    "of HttpServer.connections", "service/status.py:HttpServer.silent": "of HttpServer.connections", "service/status.py:HttpServer.busy": "of HttpServer.connections", "service/status.py:Pulse.history": "a deque with a length",
-    "service/worker.py:HandedUsers.gone": USERS, "service/worker.py:HandedUsers.verified": USERS,
-    "service/worker.py:Line.incoming": "one message, and what one recv() brings", "service/worker.py:Line.outgoing": FILLED,
-    "service/worker.py:Orders.failures": "what Guessing.failures has", "service/worker.py:Orders.listeners": FIXED,
-    "service/worker.py:Orders.relays": CLIENTS, "service/worker.py:WorkerServer.answers": CLIENTS,
-    "service/worker.py:WorkerServer.sockets": FIXED, "service/workers.py:Worker.hosts": CLIENTS, "service/workers.py:Worker.relays": CLIENTS,
-    "service/workers.py:Workers.places": WORKERS,
-    "session.py:COMMAND_WORDS": FIXED, "upstream.py:ChainedAssociation.outer": "one towards the upstream, and its control connection",
-    "users.py:Guessing.failures": FILLED, "users.py:Guessing.trying": CLIENTS, "users.py:Guessing.waiting": CLIENTS, "users.py:UsersFile.verified": USERS,
+    "server.py:Socks5Server.calls": OPERATOR, "server.py:Socks5Server.listeners": FIXED, "server.py:Socks5Server.relays": FIXED,
+    "service/affinity.py:CoreAffinity.cores": FIXED, "service/build.py:Service.observers": FIXED, "service/build.py:Single.addresses": FIXED,
+    "service/explaining.py:__all__": FIXED, "service/log.py:COLORS": FIXED, "service/node.py:Node.private": FIXED, "service/settings.py:Settings.users": USERS,
+    "service/summary.py:Summary.clients": FILLED, "service/summary.py:Summary.failures": FILLED, "service/summary.py:Summary.octets": FILLED,
+    "service/summary.py:Summary.outcomes": CLOSED,
+    "session.py:COMMAND_WORDS": FIXED,
+    "upstream.py:loops": "one for each server of the program",
+    "users.py:LoginThrottle.failures": FILLED, "users.py:LoginThrottle.trying": CLIENTS, "users.py:LoginThrottle.waiting": CLIENTS,
+    "users.py:Users.passwords": USERS, "users.py:UsersFile.hashes": USERS, "users.py:UsersFile.verified": USERS,
+    "workers/channel.py:Channel.incoming": "one message, and what one recv() brings", "workers/channel.py:Channel.outgoing": FILLED,
+    "workers/channel.py:Requests.pending": CLIENTS,
+    "workers/channel.py:WorkerConfig.listeners": FIXED, "workers/channel.py:WorkerConfig.state": "what LoginThrottle.failures and Replica.relays have",
+    "workers/channel.py:WorkerConfig.users": USERS,
+    "workers/shared.py:RelayAddresses.others": "Replica.relays",
+    "workers/shared.py:Replica.relays": "of CLIENTS; should a RelayClosed be dropped, as many as there are UDP ports",
+    "workers/shared.py:ReplicatedUsers.removed": OPERATOR, "workers/shared.py:ReplicatedUsers.verified": USERS,
+
+    "workers/stats.py:WorkerStats.past": CLOSED, "workers/stats.py:WorkerStats.reports": WORKERS,
+    "workers/supervisor.py:Supervisor.addresses": FIXED, "workers/supervisor.py:Supervisor.calls": OPERATOR,
+    "workers/supervisor.py:Supervisor.private": FIXED, "workers/supervisor.py:Supervisor.slots": WORKERS, "workers/supervisor.py:Worker.hosts": CLIENTS,
 }
 NOT_A_SERVER = ("testing/", "check.py", "client.py")        # what tests and clients use
 
@@ -140,7 +161,7 @@ class Filling:
         self.patch: pytest.MonkeyPatch = self.get("monkeypatch")
 
     def association(self, server: Any) -> datagrams.Association:
-        return next(w.association for w in server.relays[0].watched.values() if isinstance(w, datagrams.Inner))
+        return next(w.association for w in server.relays[0].watched.values() if isinstance(w, datagrams.ClientSocket))
 
 
 def session_of(number: int) -> Session:
@@ -150,7 +171,7 @@ def session_of(number: int) -> Session:
     return session
 
 
-@fills("datagrams.py:Association.contacted", "datagrams.py:Association.headers", "datagrams.py:Association.targets", "datagrams.py:Association.dead")
+@fills("datagrams.py:Association.contacted", "datagrams.py:Association.headers", "datagrams.py:Association.targets", "datagrams.py:Association.nowhere")
 def hosts_and_headers(filling: Filling) -> Filled:
     filling.patch.setattr(datagrams, "REMEMBERED", 20)
     allowed = handler_with(allow=lambda _self, _command, address: address.port != 9)
@@ -167,7 +188,7 @@ def hosts_and_headers(filling: Filling) -> Filled:
     client.echo(last)
     found = filling.association(server)
     return {
-        f"datagrams.py:Association.{table}": (len(getattr(found, table)), 20) for table in ("contacted", "headers", "targets", "dead")
+        f"datagrams.py:Association.{table}": (len(getattr(found, table)), 20) for table in ("contacted", "headers", "targets", "nowhere")
     }
 
 
@@ -234,25 +255,25 @@ def codes(_filling: Filling) -> Filled:
     return {"protocol.py:code_field": (protocol.code_field.cache_info().currsize, 4 * 256)}
 
 
-@fills("server.py:is_loopback")
+@fills("policy.py:is_loopback")
 def loopback_addresses(_filling: Filling) -> Filled:
     for number in range(3000):
-        server_module.is_loopback(f"127.1.{number >> 8}.{number & 255}")
-    return {"server.py:is_loopback": (server_module.is_loopback.cache_info().currsize, 1024)}
+        is_loopback(f"127.1.{number >> 8}.{number & 255}")
+    return {"policy.py:is_loopback": (is_loopback.cache_info().currsize, 1024)}
 
 
-@fills("names.py:normal")
+@fills("names.py:canonical")
 def names_that_are_compared(_filling: Filling) -> Filled:
     for number in range(1000):
-        normal(f"{number}.invalid")
-    return {"names.py:normal": (normal.cache_info().currsize, 256)}
+        canonical(f"{number}.invalid")
+    return {"names.py:canonical": (canonical.cache_info().currsize, 256)}
 
 
-@fills("service/pcap.py:way_to")
-def ways(_filling: Filling) -> Filled:
+@fills("capture/pcap.py:own_host_towards")
+def own_hosts(_filling: Filling) -> Filled:
     for number in range(5000):
-        pcap.way_to(f"127.2.{number >> 8}.{number & 255}")
-    return {"service/pcap.py:way_to": (pcap.way_to.cache_info().currsize, 4096)}
+        pcap.own_host_towards(f"127.2.{number >> 8}.{number & 255}")
+    return {"capture/pcap.py:own_host_towards": (pcap.own_host_towards.cache_info().currsize, 4096)}
 
 
 @fills("relay.py:Pipes.all")
@@ -280,138 +301,123 @@ def places_for_look_ups(_filling: Filling) -> Filled:
     return {"resolver.py:LookUps.named": (sizes[0], 8), "resolver.py:LookUps.running": (sizes[1], 8)}
 
 
-@fills("server.py:Socks5Server.ended")
-def sessions_to_be_told_of(filling: Filling) -> Filled:
+@fills("registry.py:Registry.to_report")
+def sessions_to_be_reported(filling: Filling) -> Filled:
     filling.patch.setattr(server_module, "MOST_ENDED", 5)
     stuck = threading.Event()
 
-    class Stuck(Socks5Handler):
-        def session_ended(self) -> None:
+    class Stuck(Observer):
+        def ended(self, _session: Session) -> None:
             stuck.wait(TIMEOUT)
-            super().session_ended()
 
-    server = filling.get("start_server")(handler=Stuck)
+    server = filling.get("start_server")(observers=(Stuck(),))
     with ExitStack() as stack:
         for _ in range(40):
             stack.enter_context(Client(server.server_address)).close()
-        eventually(lambda: len(server.ended) > 5)
+        eventually(lambda: len(server.registry.to_report) > 5)
         threading.Event().wait(0.2)         # in which a server without a bound takes all of them
-        size = len(server.ended)
+        size = len(server.registry.to_report)
         stuck.set()
         for _ in range(40):
             server.next_ended()
-    return {"server.py:Socks5Server.ended": (size, 5 + 1 + 5)}      # and those that were at accept() by then
+    return {"registry.py:Registry.to_report": (size, 5 + 1 + 5)}        # and those that were at accept() by then
 
 
-@fills("server.py:News.kinds")
-def kinds_of_trouble(filling: Filling) -> Filled:
-    server = filling.get("start_server")()
+@fills("ratelimit.py:RateLimit.kinds")
+def kinds_of_trouble(_filling: Filling) -> Filled:
+    found = RateLimit()
     for number in range(3000):
-        server.left_out(f"kind {number}")
-    return {"server.py:News.kinds": (len(server.news.kinds), server_module.KINDS)}
+        found.allows(f"kind {number}")
+    return {"ratelimit.py:RateLimit.kinds": (len(found.kinds), found.kinds_kept)}
 
 
-@fills("service/banner.py:Tally.clients", "service/banner.py:Tally.octets", "service/banner.py:Tally.failures")
+@fills("service/summary.py:Summary.clients", "service/summary.py:Summary.octets", "service/summary.py:Summary.failures")
 def the_summary(filling: Filling) -> Filled:
-    filling.patch.setattr(banner, "MOST", 100)
-    tally, other = banner.Tally(), banner.Tally()
+    filling.patch.setattr(Summary, "max_entries", 100)
+    summary, other = Summary(), Summary()
     for number in range(300):
         session = session_of(number)
-        tally.add(session)
+        summary.ended(session)
         session.reply = ReplyCode.SUCCEEDED
-        other.add(session)
-        other.add(session_of(1000 + number))
-    tally.merge(other)
-    assert "from at least 100 clients" in str(tally)
-    return {f"service/banner.py:Tally.{table}": (len(getattr(tally, table)), 100) for table in ("clients", "octets", "failures")}
+        other.ended(session)
+        other.ended(session_of(1000 + number))
+    summary.merge(other)
+    assert "from at least 100 clients" in summary.text()
+    return {f"service/summary.py:Summary.{table}": (len(getattr(summary, table)), 100) for table in ("clients", "octets", "failures")}
 
 
-@fills("service/program.py:Contacts.places")
-def contacts(_filling: Filling) -> Filled:
-    found = program.Contacts()
-    for number in range(3 * program.PLACES):
-        found.add(session_of(number))
-    return {"service/program.py:Contacts.places": (len(found.places), program.PLACES + 20)}
+@fills("cli/child.py:Destinations.destinations")
+def destinations(_filling: Filling) -> Filled:
+    found = Destinations()
+    for number in range(3 * found.max_destinations):
+        found.ended(session_of(number))
+    return {"cli/child.py:Destinations.destinations": (len(found.destinations), found.max_destinations + 20)}
 
 
-@fills("service/conversations.py:Conversations.kept", "service/conversations.py:Conversation.steps")
-def conversations_and_steps(_filling: Filling) -> Filled:
-    found = Conversations()
-    for number in range(3 * conversations.KEPT):
-        conversation = found.open(session_of(number))
-    for _ in range(3 * conversations.STEPS):
-        conversation.add("client", "proxy", "x" * 9999)
+@fills("monitor/history.py:History.timelines", "monitor/history.py:Timeline.steps")
+def sessions_and_steps(filling: Filling) -> Filled:
+    filling.patch.setattr(History, "per_second", 10**6)
+    found = History()
+    for number in range(3 * found.kept):
+        session = session_of(number)
+        found.wants(session)
+    for _ in range(3 * STEPS):
+        found.tried(session, Attempt(UNSPECIFIED, 0.0, 1.0, OSError("x" * 9999)))
     return {
-        "service/conversations.py:Conversations.kept": (len(found.kept), conversations.KEPT),
-        "service/conversations.py:Conversation.steps": (len(conversation.steps), conversations.STEPS),
+        "monitor/history.py:History.timelines": (len(found.timelines), found.kept),
+        "monitor/history.py:Timeline.steps": (len(found.timelines[session.id].steps), STEPS),
     }
 
 
-@fills("service/explaining_udp.py:OverheardAssociation.refused", "service/explaining_udp.py:Teller.noted", "service/explaining.py:Explaining.judgements")
+@fills("explain/datagrams.py:BackgroundPrinter.notes")
 def datagrams_that_are_explained(filling: Filling) -> Filled:
-    filling.patch.setattr(explaining_udp, "REMEMBERED", 20)
-    shown = threading.Event()
-
-    class Slow(explained(handler_with(allow=lambda _self, _command, address: address.host != "127.0.1.1"))):      # type: ignore[misc]
-        def show(self, _exhibit: Any) -> None:
-            if threading.current_thread().name == "socks5srv-explain":
-                shown.wait(TIMEOUT)
-
-    server = filling.get("start_server")(handler=Slow)
-    client, last = filling.get("associate")(server), filling.get("new_socket")()
-    filling.patch.setattr(explaining_udp, "MOST", 10**6)
-    for number in range(600):
-        client.send_to(Address.numeric("127.0.1.1", 2000 + number), b"x")
-        if number == 300:
-            filling.patch.setattr(explaining_udp, "MOST", 0)        # from now on none is shown
-        if number % 50 == 0:
-            client.send_to(last.address, b"x")
-            last.receive()
-    found: Any = filling.association(server)
-    sizes = len(found.refused), found.teller.noted.qsize(), len(found.handler.judgements)
-    shown.set()
-    return {
-        "service/explaining_udp.py:OverheardAssociation.refused": (sizes[0], 21),
-        "service/explaining_udp.py:Teller.noted": (sizes[1], explaining_udp.BACKLOG + 1),
-        "service/explaining.py:Explaining.judgements": (sizes[2], 2),
-    }
+    """A screen that is stuck."""
+    filling.patch.setattr(BackgroundPrinter, "max_per_second", 10**6)
+    stuck = threading.Event()
+    printer = BackgroundPrinter(lambda *_note: stuck.wait(TIMEOUT) and None)
+    for _ in range(1000):
+        printer.offer(lambda: (Explanation("NOTE"), "", 0.0))
+    size = printer.notes.qsize()
+    stuck.set()
+    printer.end()
+    return {"explain/datagrams.py:BackgroundPrinter.notes": (size, printer.max_waiting + 1)}
 
 
-@fills("service/pcap.py:Recording.notes")
+@fills("capture/pcap.py:CaptureWriter.events")
 def a_recording(filling: Filling) -> Filled:
-    filling.patch.setattr(pcap, "MOST", 10_000)
-    filling.patch.setattr(pcap, "PATIENCE", 0.05)
+    filling.patch.setattr(pcap.CaptureWriter, "max_buffered", 10_000)
+    filling.patch.setattr(pcap.CaptureWriter, "timeout", 0.05)
     reader, writer = os.pipe()
-    recording = pcap.Recording(FileIO(writer, "w"))
+    recording = pcap.CaptureWriter(FileIO(writer, "w"))
     held = 0
     for _ in range(200):
-        recording.note(pcap.udp, Address.numeric(LOCALHOST, 1), Address.numeric(LOCALHOST, 2), bytes(5000), octets=5000)
-        held = max(held, len(recording.notes))
+        recording.add(pcap.udp, Address.numeric(LOCALHOST, 1), Address.numeric(LOCALHOST, 2), bytes(5000))
+        held = max(held, len(recording.events))
     os.close(reader)
     recording.close()
-    filling.get("bugs").clear()         # it has told that nobody reads
-    return {"service/pcap.py:Recording.notes": (held, 3)}
+    filling.get("bugs").clear()         # it has told that nothing reads
+    return {"capture/pcap.py:CaptureWriter.events": (held, 3)}
 
 
-@fills("service/worker.py:Line.outgoing")
-def a_line(filling: Filling) -> Filled:
-    filling.patch.setattr(worker, "ENOUGH", 1000)
+@fills("workers/channel.py:Channel.outgoing")
+def a_channel(filling: Filling) -> Filled:
+    filling.patch.setattr(Channel, "max_buffered", 1000)
     ours, theirs = socket.socketpair()
-    line = worker.Line(ours)
+    channel = Channel(ours)
     with theirs:
         for _ in range(20_000):
-            line.hint("failed", "192.0.2.1")
-        size = len(line.outgoing)
-        line.close()
-    return {"service/worker.py:Line.outgoing": (size, 1100)}
+            channel.hint(LoginFailed("192.0.2.1"))
+        size = len(channel.outgoing)
+        channel.close()
+    return {"workers/channel.py:Channel.outgoing": (size, 1200)}
 
 
-@fills("users.py:Guessing.failures")
+@fills("users.py:LoginThrottle.failures")
 def guessing(_filling: Filling) -> Filled:
-    found = Guessing()
+    found = LoginThrottle()
     for number in range(REMEMBERED + 500):
         found.failed(f"host {number}")
-    return {"users.py:Guessing.failures": (len(found.failures), REMEMBERED)}
+    return {"users.py:LoginThrottle.failures": (len(found.failures), REMEMBERED)}
 
 
 @pytest.mark.parametrize("fill", FILLS, ids=lambda function: function.__name__)
@@ -433,36 +439,39 @@ FOR_CLIENT = "CLIENT: its connection and its target's"
 FOR_COMMAND = "COMMANDS: what BIND or UDP ASSOCIATE holds beyond that"
 FOR_PIPE = "PIPE_ENDS"
 FOR_LOOK_UP = "LOOK_UP, or WAIT"
-FOR_RACE = "a second attempt and each further one: Race.may_run_beside()"
-FOR_PAGE = "DESCRIPTORS of status.py, set aside"
+FOR_RACE = "a second attempt and each further one: HappyEyeballs.may_run_beside()"
+FOR_PAGE = "StatusPage.descriptors, set aside"
 FOR_A_MOMENT = "RESERVED: closed again in the same function; a thread has one of these at a time"
 FOR_SERVER = "RESERVED: opened by the server for itself, and not by what a client does"
 NOT_SERVING = "before or after serving, or in another program"
 
+FOR_CALLER = "by those who call it"
+
 OPENINGS: Dict[str, str] = {
-    "datagrams.py:Association.outer_socket": FOR_COMMAND, "descriptors.py:open_at_once": "by those who open() with it", "explain.py:main": NOT_SERVING,
-    "handler.py:Socks5Handler.await_peer": FOR_COMMAND, "listener.py:Listener.serve_one": FOR_CLIENT, "listener.py:Listener.stop": NOT_SERVING,
-    "outbound.py:Race.start_next": FOR_RACE, "outbound.py:ask_kernel": FOR_A_MOMENT, "outbound.py:can_be_bound": FOR_A_MOMENT,
-    "outbound.py:guess": FOR_A_MOMENT, "outbound.py:local_address_towards": FOR_A_MOMENT,
-    "outbound.py:non_blocking_socket": "by those who call it: Route.socket, BIND's listener, the UDP sockets",
+    "capture/pcap.py:open_file": FOR_SERVER, "capture/sockets.py:CapturedStream.accept": FOR_CALLER,
+    "cli/child.py:run_command": FOR_SERVER, "cli/main.py:main": NOT_SERVING, "cli/options.py:words_of": NOT_SERVING,
+    "cli/selftest.py:test_bind": NOT_SERVING, "cli/selftest.py:test_connect": NOT_SERVING, "cli/selftest.py:test_udp_associate": NOT_SERVING,
+    "cli/signals.py:has_terminal": NOT_SERVING, "cli/startup.py:port_file": NOT_SERVING, "cli/startup.py:write_whole": NOT_SERVING,
+    "datagrams.py:Association.__init__": FOR_COMMAND, "datagrams.py:Association.socket_towards": FOR_COMMAND,
+    "datagrams.py:Association.unlock": "none: it replaces one", "descriptors.py:open_at_once": FOR_CALLER,
+    "explain/__main__.py:main": NOT_SERVING,
+    "handler.py:Socks5Handler.await_peer": FOR_COMMAND, "handler.py:Socks5Handler.do_BIND": FOR_COMMAND,
+    "listener.py:Listener.serve_one": FOR_CLIENT, "listener.py:Listener.stop": NOT_SERVING,
+    "locality.py:ask_kernel": FOR_A_MOMENT, "locality.py:can_be_bound": FOR_A_MOMENT, "locality.py:guess": FOR_A_MOMENT,
+    "monitor/http.py:StatusPage.__init__": FOR_PAGE,
+    "outbound.py:HappyEyeballs.start_next": FOR_RACE, "outbound.py:Route.new": FOR_CALLER, "outbound.py:local_address_towards": FOR_A_MOMENT,
     "outbound.py:with_scope": "none: a number is not looked up",
     "relay.py:EpollWaiter.__init__": FOR_SERVER, "relay.py:Pipe.__init__": FOR_PIPE, "relay.py:Relay.__init__": FOR_SERVER,
     "relay.py:SelectorWaiter.__init__": FOR_SERVER,
     "resolver.py:in_time": FOR_LOOK_UP, "resolver.py:look_up": FOR_LOOK_UP, "resolver.py:look_up_as_it_is": FOR_LOOK_UP,
     "server.py:Socks5Server.accept": FOR_CLIENT, "server.py:Socks5Server.add_listener": NOT_SERVING, "server.py:Socks5Server.get_request": FOR_CLIENT,
-    "service/cores.py:current_core": FOR_A_MOMENT, "service/explaining.py:WatchedRoute.socket": "the socket of another Route",
-    "service/figures.py:WatchedServer.accept": FOR_CLIENT, "service/log.py:File": FOR_SERVER, "service/log.py:File._open": FOR_SERVER,
-    "service/options.py:words_of": NOT_SERVING,
-    "service/pcap.py:open_file": FOR_SERVER, "service/program.py:run_program": FOR_SERVER,
-    "service/remembering.py:Remembering.setup": "no descriptor: a conversation", "service/run.py:main": NOT_SERVING,
-    "service/run.py:port_file": NOT_SERVING, "service/run.py:write_whole": NOT_SERVING,
-    "service/selftest.py:test_bind": NOT_SERVING, "service/selftest.py:test_connect": NOT_SERVING, "service/selftest.py:test_udp_associate": NOT_SERVING,
-    "service/signals.py:has_terminal": NOT_SERVING,
-    "service/wiretap.py:Caught.accept": FOR_COMMAND, "service/wiretap.py:OverheardRoute.socket": "the socket of another Route",
-    "service/worker.py:SharedListener.call_until_all_have_gone": NOT_SERVING, "service/worker.py:WorkerServer.__init__": FOR_SERVER,
-    "service/worker.py:WorkerServer.obey": FOR_SERVER, "service/worker.py:main": FOR_SERVER,
-    "service/workers.py:Wakeup.__init__": FOR_SERVER, "service/workers.py:Workers.__init__": FOR_SERVER, "service/workers.py:Workers.spawn": FOR_SERVER,
-    "service/workers.py:shared_memory": FOR_SERVER, "users.py:read_users": FOR_A_MOMENT,
+    "server.py:listening_socket": FOR_CALLER,
+    "service/affinity.py:current_core": FOR_A_MOMENT, "service/build.py:Single.capture": NOT_SERVING, "service/build.py:listening_sockets": NOT_SERVING,
+    "service/log.py:File": FOR_SERVER, "service/log.py:File._open": FOR_SERVER,
+    "upstream.py:udp_towards": FOR_COMMAND, "users.py:read_users": FOR_A_MOMENT, "waker.py:Waker.__init__": FOR_CALLER,
+    "workers/shared.py:Scoreboard.new": FOR_SERVER, "workers/shared.py:SharedListener.connect_until_threads_left": NOT_SERVING,
+    "workers/supervisor.py:Supervisor.__init__": FOR_SERVER, "workers/supervisor.py:Supervisor.spawn": FOR_SERVER,
+    "workers/worker.py:WorkerServer.__init__": FOR_SERVER, "workers/worker.py:WorkerServer.control": FOR_SERVER, "workers/worker.py:main": FOR_SERVER,
 }
 
 
@@ -492,7 +501,7 @@ class Handler(Socks5Handler):
 
 with Socks5Server(("127.0.0.1", 0), Handler) as server:
     server.connect_timeout = 3
-    print(server.server_address[1], server.most_clients, flush=True)
+    print(server.server_address[1], server.registry.most_clients, flush=True)
     server.serve_forever(0.05)
 """
 LIMIT = 100         # descriptors

@@ -307,8 +307,8 @@ FAULTS = [
     ("no_methods", handler_with(select_method=wait_if_nothing_is_offered), "warn", "waits"),
     ("end_after_ff", STAYING, "warn", "still open"),
     ("many_methods", handler_with(select_method=look_at_ten), "fail", "ff"),
-    ("other_version", handler_with(turn_strangers_away=take_any_version), "fail", "0500"),
-    ("octet_by_octet", handler_with(turn_strangers_away=take_a_segment_for_a_message), "fail", "closed|breaks"),
+    ("other_version", handler_with(reject_foreign=take_any_version), "fail", "0500"),
+    ("octet_by_octet", handler_with(reject_foreign=take_a_segment_for_a_message), "fail", "closed|breaks"),
     ("one_segment", handler_with(send=forget_what_came_ahead), "warn", "no: "),
     ("connect_ipv4", handler_with(connect=only()), "fail", "08 address type"),
     ("connect_ipv4", sends(Reply, lambda octets: octets[:7]), "fail", "nothing within"),
@@ -601,5 +601,5 @@ def test_a_session_is_over_before_the_next_begins(start_server: Any) -> None:
     server = start_server(max_clients=1)
     examiner = Examiner(proxy_of(server))
     for question in QUESTIONS:
-        eventually(lambda: server.clients == 0)
+        eventually(lambda: server.registry.clients == 0)
         assert examiner.answer(question).verdict in ("pass", "skip"), question.name

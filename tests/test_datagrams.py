@@ -15,10 +15,13 @@ from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequ
 import pytest
 
 from socks5srv import datagrams, relay
+from socks5srv.handler import Socks5Handler
+from socks5srv.observer import Observer
 from socks5srv.outbound import Route
 from socks5srv.protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request
 from socks5srv.rules import Rules
-from socks5srv.handler import Socks5Handler
+from socks5srv.session import Session
+from socks5srv.upstream import UpstreamHandler
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, needs_neighbour
 
@@ -44,6 +47,8 @@ class UdpSocket:
 class UdpClient(UdpSocket):
     """A client with an association: `control` is its TCP connection, `relay` where it sends to."""
 
+    association: datagrams.Association      # on the server's side, if a test needs it
+
     def __init__(self, control: Client, host: str = LOCALHOST, asked: Address = UNSPECIFIED) -> None:
         super().__init__(host)
         self.control = control
@@ -66,6 +71,11 @@ class UdpClient(UdpSocket):
         assert octets == data
         target.send(octets, proxy)
         assert self.answer() == Datagram(target.address, data)
+
+
+def association_of(server: Any) -> datagrams.Association:
+    """Of the server's one client."""
+    return eventually(lambda: [each.association for each in server.relays[0].watched.values() if isinstance(each, datagrams.ClientSocket)])[0]
 
 
 @pytest.fixture
@@ -147,7 +157,7 @@ def test_every_association_has_a_port_of_its_own_that_cannot_be_guessed(start_se
             for client in (one, other):
                 ports.append(client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound.port)
         assert ports[-1] != ports[-2]
-        eventually(lambda: not server.udp_relays)
+        eventually(lambda: not server.policy.relays)
     assert len(set(ports)) > 8
 
 
@@ -169,7 +179,7 @@ def test_an_outer_socket_has_its_port_before_anything_waits_for_it(
     watch, ports = relay.Relay.watch, []
 
     def watch_and_note(self: Any, *newcomers: Any) -> None:
-        ports.extend(sock.getsockname()[1] for sock, watched, _interest in newcomers if isinstance(watched, datagrams.Outer))
+        ports.extend(sock.getsockname()[1] for sock, watched, _interest in newcomers if isinstance(watched, datagrams.TargetSocket))
         watch(self, *newcomers)
 
     monkeypatch.setattr(relay.Relay, "watch", watch_and_note)
@@ -280,7 +290,7 @@ def test_payload_is_counted_both_ways(start_server: Any, associate: Any, new_soc
     client.echo(new_socket(), b"123")
     client.control.close()
     session = server.next_ended()
-    assert (session.event, session.up, session.down, session.reason) == ("close", 8, 8, "client closed")
+    assert (session.outcome, session.up, session.down, session.reason) == ("close", 8, 8, "client closed")
 
 
 def test_a_hundred_datagrams_at_once_arrive(start_server: Any, associate: Any, new_socket: Any) -> None:
@@ -340,13 +350,13 @@ def test_if_the_client_has_named_its_port_only_that_one_is_heard_from_the_beginn
 def test_what_a_neighbour_has_sent_before_the_named_port_was_locked_is_not_heard(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, new_socket: Any) -> None:
     mine, neighbour, target = new_socket(), new_socket(), new_socket()
-    expect = datagrams.Inner.expect
+    expect = datagrams.ClientSocket.expect
 
-    def late(inner: datagrams.Inner, client: Address) -> None:
+    def late(inner: datagrams.ClientSocket, client: Address) -> None:
         neighbour.send(bytes(Datagram(target.address, b"forged")), inner.association.bound)
         expect(inner, client)
 
-    monkeypatch.setattr(datagrams.Inner, "expect", late)
+    monkeypatch.setattr(datagrams.ClientSocket, "expect", late)
     Naming(start_server(), new_client, mine).echo(target)
 
 
@@ -360,7 +370,7 @@ def test_a_port_that_is_named_with_another_host_locks_nothing(start_server: Any,
 
 def test_a_client_that_does_not_use_the_port_it_has_named_is_heard_after_a_while(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams, "SILENT", 0.05)
+    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.05)
     mine, moved, target = new_socket(), new_socket(), new_socket()
     client: Any = Naming(start_server(), new_client, mine)
     eventually(lambda: is_heard(moved, client, target))
@@ -382,8 +392,8 @@ def is_heard(sender: UdpSocket, client: UdpClient, target: UdpSocket) -> bool:
 def test_a_client_that_was_silent_for_a_while_may_go_on_from_another_port(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
     """A NAT that forgets gives it another."""
-    assert datagrams.SILENT == 30
-    monkeypatch.setattr(datagrams, "SILENT", 0.05)
+    assert datagrams.Association.idle_timeout == 30
+    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.05)
     client, target, moved = associate(start_server()), new_socket(), new_socket()
     client.echo(target)
     eventually(lambda: is_heard(moved, client, target))
@@ -403,13 +413,12 @@ def target_port(client: UdpClient, target: UdpSocket, sender: UdpSocket) -> int:
 
 def test_a_client_that_only_listens_gets_its_answers_for_as_long_as_it_likes(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams, "SILENT", 0.02)
+    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.02)
     server = start_server()
     client, target = associate(server), new_socket()
     client.send_to(target.address, b"question")
     _octets, proxy = target.receive()
-    [inner] = [watched for watched in server.relays[0].watched.values() if isinstance(watched, datagrams.Inner)]
-    eventually(lambda: not inner.locked)
+    eventually(lambda: not association_of(server).client_socket.locked)
     for number in range(3):
         target.send(b"%d" % number, proxy)
         assert client.answer().data == b"%d" % number
@@ -420,7 +429,7 @@ def test_a_client_that_only_listens_gets_its_answers_for_as_long_as_it_likes(
 def test_answers_that_do_not_arrive_do_not_keep_a_silent_client_locked(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
     """The client's computer says that there is no such port any more, which is not the client's word."""
-    monkeypatch.setattr(datagrams, "SILENT", 0.1)
+    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.1)
     client, target, moved = associate(start_server()), new_socket(), new_socket()
     client.send_to(target.address, b"question")
     _octets, proxy = target.receive()
@@ -435,7 +444,7 @@ def test_answers_that_do_not_arrive_do_not_keep_a_silent_client_locked(
 
 @pytest.mark.usefixtures("waiter")
 def test_a_client_that_speaks_keeps_its_port(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams, "SILENT", 0.4)
+    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.4)
     client, target, neighbour = associate(start_server()), new_socket(), new_socket()
     until = time.monotonic() + 1.2
     while time.monotonic() < until:
@@ -444,17 +453,18 @@ def test_a_client_that_speaks_keeps_its_port(monkeypatch: pytest.MonkeyPatch, st
     client.echo(target)
 
 
+@pytest.mark.usefixtures("waiter")
 def test_a_port_that_is_lost_while_the_client_is_silent_ends_its_association(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams, "SILENT", 0.2)
+    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.2)
     server = start_server()
     client, target = associate(server), new_socket()
     client.echo(target)
 
-    def taken(_association: datagrams.Association, _sockaddr: Any) -> socket.socket:
+    def taken(_route: Route, _sockaddr: Any) -> socket.socket:
         raise OSError(98, "Address already in use")
 
-    monkeypatch.setattr(datagrams.Association, "inner_socket", taken)
+    monkeypatch.setattr(Route, "udp", taken)
     assert server.next_ended().reason == "its UDP port is lost: Address already in use"
     assert client.control.rest() == b""
 
@@ -463,14 +473,14 @@ def test_a_port_that_is_lost_while_the_client_is_silent_ends_its_association(
 def test_what_strangers_had_queued_before_the_port_was_locked_is_not_heard(
         start_server: Any, associate: Any, new_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stop, go_on = threading.Event(), threading.Event()
-    ready = datagrams.Inner.ready
+    ready = datagrams.ClientSocket.ready
 
-    def ready_later(inner: datagrams.Inner, events: int) -> None:
+    def ready_later(inner: datagrams.ClientSocket, events: int) -> None:
         stop.set()
         assert go_on.wait(TIMEOUT)
         ready(inner, events)
 
-    monkeypatch.setattr(datagrams.Inner, "ready", ready_later)
+    monkeypatch.setattr(datagrams.ClientSocket, "ready", ready_later)
     client, target, stranger = associate(start_server()), new_socket(), new_socket("127.0.0.2")
     client.send_to(target.address, b"first")
     assert stop.wait(TIMEOUT)
@@ -514,7 +524,7 @@ def test_a_datagram_to_a_relay_does_not_loop(start_server: Any, associate: Any, 
     """E55: neither to one's own nor to another's."""
     server = start_server()
     client, other = associate(server), associate(server)
-    assert server.udp_relays == {client.relay, other.relay}
+    assert server.policy.relays == {client.relay, other.relay}
     for victim in (client.relay, other.relay):
         client.send_to(victim, bytes(Datagram(client.address, b"round and round")))
     other.echo(new_socket())            # whose port was not taken
@@ -524,14 +534,14 @@ def test_a_datagram_to_a_relay_does_not_loop(start_server: Any, associate: Any, 
 
 def test_a_flood_is_moved_a_few_datagrams_at_a_time(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    ready, moved = datagrams.Inner.ready, []
+    ready, moved = datagrams.ClientSocket.ready, []
 
     def ready_and_count(self: Any, events: int) -> None:
         before = self.association.session.up
         ready(self, events)
         moved.append(self.association.session.up - before)
 
-    monkeypatch.setattr(datagrams.Inner, "ready", ready_and_count)
+    monkeypatch.setattr(datagrams.ClientSocket, "ready", ready_and_count)
     server = start_server()
     client, target = associate(server), new_socket()
     go_on = threading.Event()
@@ -548,9 +558,9 @@ def test_a_flood_is_moved_a_few_datagrams_at_a_time(
 def test_both_sockets_ask_for_room_for_bursts(start_server: Any, associate: Any, new_socket: Any) -> None:
     server = start_server()
     associate(server).echo(new_socket())
-    [handler] = server.live.values()
+    [handler] = server.registry.serving()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as usual:
-        for sock in (handler.carried.inner.socket, handler.carried.outer[socket.AF_INET].socket):
+        for sock in (handler.tunnel.client_socket.socket, handler.tunnel.target_sockets[socket.AF_INET].socket):
             for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
                 assert sock.getsockopt(socket.SOL_SOCKET, option) > usual.getsockopt(socket.SOL_SOCKET, option)
 
@@ -572,7 +582,7 @@ def test_a_client_that_is_gone_before_its_reply_leaves_no_socket(start_server: A
         client.send(Request(Command.UDP_ASSOCIATE, UNSPECIFIED))
         assert client.rest() == b""
     server.next_ended()
-    assert made[0].inner.socket.fileno() == -1
+    assert made[0].client_socket.socket.fileno() == -1
 
 
 # --- what is dropped ---
@@ -709,13 +719,12 @@ def test_an_answer_to_a_look_up_that_comes_after_the_end_is_dropped(start_server
     Named.release.set()
 
 
-@pytest.mark.parametrize(("error", "seconds"), [(socket.EAI_AGAIN, "DEAD"), (socket.EAI_NONAME, "MISSING")], ids=["again", "none"])
+@pytest.mark.parametrize(("error", "seconds"), [(socket.EAI_AGAIN, "dead"), (socket.EAI_NONAME, "missing")], ids=["again", "none"])
 def test_a_failed_look_up_is_not_remembered_for_long(
         error: int, seconds: str, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    assert 0 < datagrams.DEAD <= 2 < datagrams.MISSING <= 10
-    monkeypatch.setattr(datagrams, "DEAD", 100.0)
-    monkeypatch.setattr(datagrams, "MISSING", 100.0)
-    monkeypatch.setattr(datagrams, seconds, 0.01)
+    assert 0 < datagrams.Association.dead <= 2 < datagrams.Association.missing <= 10
+    for each in ("dead", "missing"):
+        monkeypatch.setattr(datagrams.Association, each, 0.01 if each == seconds else 100.0)
 
     class Recovering(Named):
         def resolve(self, host: str) -> Sequence[str]:
@@ -774,7 +783,7 @@ def send_until_asked(client: UdpClient, target: UdpSocket, times: int) -> None:
 @needs_neighbour
 def test_a_flow_to_a_name_stays_with_its_host_while_the_name_has_that_address(
         hosts: Tuple[UdpSocket, UdpSocket], monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any) -> None:
-    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
     first, second = hosts
     monkeypatch.setattr(Turning, "answers", [[LOCALHOST, "127.0.0.2"], ["127.0.0.2", LOCALHOST]] * 4)
     with second.socket:
@@ -787,7 +796,7 @@ def test_a_flow_to_a_name_stays_with_its_host_while_the_name_has_that_address(
 @needs_neighbour
 def test_a_flow_to_a_name_moves_when_the_name_has_moved(
         hosts: Tuple[UdpSocket, UdpSocket], monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any) -> None:
-    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
     first, second = hosts
     monkeypatch.setattr(Turning, "answers", [[LOCALHOST], [LOCALHOST], ["127.0.0.2"]])
     client = associate(start_server(handler=Turning))
@@ -807,7 +816,7 @@ def test_a_flow_to_a_name_moves_when_the_name_has_moved(
 
 def test_a_flow_to_a_name_goes_on_while_it_is_looked_up_again(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
 
     class SlowLater(Named):
         def resolve(self, host: str) -> Sequence[str]:
@@ -827,12 +836,13 @@ def test_a_flow_to_a_name_goes_on_while_it_is_looked_up_again(
     for _ in range(20):         # and the answer has not come
         send()
     assert Named.asked == ["turning.invalid", "slow.invalid"]
+    Named.release.set()
 
 
 @pytest.mark.parametrize("error", [socket.EAI_AGAIN, socket.EAI_NONAME], ids=["again", "none"])
 def test_only_a_name_that_is_gone_ends_the_flow_to_it(
         error: int, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
 
     class Failing(Named):
         def resolve(self, host: str) -> Sequence[str]:
@@ -864,7 +874,7 @@ def test_only_a_name_that_is_gone_ends_the_flow_to_it(
 
 
 def test_what_is_known_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams, "FORGET", 0.01)
+    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
     client, target = associate(start_server(handler=Named)), new_socket()
 
     def asked_again() -> bool:
@@ -881,7 +891,7 @@ def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch, start_server: Any,
     client = associate(server)
     for _ in range(10):
         client.echo(new_socket())
-    association = next(w.association for w in server.relays[0].watched.values() if isinstance(w, datagrams.Inner))
+    association = association_of(server)
     assert len(association.targets) <= 3
     assert len(association.headers) <= 3
 
@@ -898,7 +908,7 @@ def test_it_ends_with_its_tcp_connection_and_at_once(how: Callable[[Client], Non
     assert server.next_ended().event == "close"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:     # the port is free again
         probe.bind((client.relay.host, client.relay.port))
-    assert not server.udp_relays
+    assert not server.policy.relays
 
 
 def test_octets_on_the_tcp_connection_mean_nothing(start_server: Any, associate: Any, new_socket: Any) -> None:
@@ -975,22 +985,133 @@ def test_fragments_of_more_than_a_datagram_has_room_for_are_dropped() -> None:
     address, queue = Address.numeric(LOCALHOST, 7), datagrams.Fragments()
     for position in (1, 2, 3):
         queue.add(Datagram(address, b"", position), bytes(40_000))
-    queue.add(Datagram(address, b"", 4 | Datagram.LAST_FRAGMENT), b"")
-    assert queue.take_whole() is None
+    assert queue.add(Datagram(address, b"", 4 | Datagram.LAST_FRAGMENT), b"") is None
     assert queue.parts == []
 
 
 def test_fragments_wait_five_seconds_for_the_rest(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    assert datagrams.REASSEMBLY >= 5
-    monkeypatch.setattr(datagrams, "REASSEMBLY", 0.01)
+    assert datagrams.Fragments.timeout >= 5
+    monkeypatch.setattr(datagrams.Fragments, "timeout", 0.01)
     server = start_server(reassemble=True)
     client, target = associate(server), new_socket()
     client.send_to(target.address, b"a", 1)
     client.echo(target)
-    association = next(w.association for w in server.relays[0].watched.values() if isinstance(w, datagrams.Inner))
+    association = association_of(server)
     eventually(lambda: time.monotonic() >= association.fragments.expires)
     client.send_to(target.address, b"b", LAST | 2)
     client.echo(target)
+
+
+# --- observed ---
+
+class Watcher(Observer):
+    """Keeps what it is told of datagrams: the direction, the octets, and the outcome."""
+
+    def __init__(self) -> None:
+        self.told: List[Tuple[bool, bytes, str]] = []
+
+    def datagram(self, session: Session, to_client: bool, octets: bytes, outcome: str) -> None:
+        self.told.append((to_client, octets, outcome))
+
+    def outcomes(self, number: int) -> List[str]:
+        """Of that many datagrams from the client's side, once they have come."""
+        def found() -> List[str]:
+            return [outcome for to_client, _octets, outcome in self.told if not to_client]
+
+        eventually(lambda: len(found()) >= number)
+        return found()
+
+
+@pytest.fixture
+def watcher() -> Watcher:
+    return Watcher()
+
+
+@pytest.fixture
+def watched(start_server: Any, associate: Any, watcher: Watcher) -> Callable[..., UdpClient]:
+    """A client whose datagrams are observed."""
+    def make(handler: Any = Named, **settings: Any) -> UdpClient:
+        server = start_server(handler, observers=(watcher,), **settings)
+        client = associate(server)
+        client.association = association_of(server)
+        return client
+
+    return make
+
+
+@pytest.mark.usefixtures("waiter")
+def test_observers_are_told_of_each_datagram_and_what_became_of_it(watched: Any, watcher: Watcher, new_socket: Any) -> None:
+    client, target = watched(), new_socket()
+    for _ in range(3):
+        client.echo(target)
+    there, port = bytes(Datagram(target.address, b"hello")), target_port(client, target, client)
+    way = f"It goes to {target.address} without the header, from port {port}."
+    assert watcher.told[:6] == [(False, there, way), (True, there, "")] * 3
+
+
+@pytest.mark.usefixtures("waiter")
+def test_so_they_are_after_the_client_has_gone_on_from_another_port(
+        monkeypatch: pytest.MonkeyPatch, watched: Any, watcher: Watcher, new_socket: Any) -> None:
+    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.05)
+    client, target, moved = watched(), new_socket(), new_socket()
+    client.send_to(target.address, b"question")
+    _octets, proxy = target.receive()
+    eventually(lambda: is_heard(moved, client, target))
+    target.send(b"answer", proxy)
+    assert moved.receive()[0] == bytes(Datagram(target.address, b"answer"))
+    eventually(lambda: watcher.told[-1] == (True, bytes(Datagram(target.address, b"answer")), ""))
+
+
+@needs_neighbour
+def test_observers_are_told_why_a_datagram_is_dropped(watched: Any, watcher: Watcher, new_socket: Any) -> None:
+    client, target, stranger = watched(rules=Rules.parse(["deny 127.0.0.3", "deny *.bad.invalid"])), new_socket(), new_socket("127.0.0.2")
+    sent = [b"\0\0", *(bytes(datagram) for datagram in (
+        Datagram(target.address, b"a fragment", LAST | 1), Datagram(name("nowhere.invalid", 7), b""), Datagram(Address.numeric("127.0.0.3", 7), b""),
+        Datagram(name("very.bad.invalid", 7), b""), Datagram(Address.numeric("127.0.0.3", 7), b"again"),
+    )), b"\0\0\0\3\1\n\0\7"]
+    stranger.send(b"from another host", client.relay)
+    watcher.outcomes(1)
+    for octets in sent:
+        client.send(octets, client.relay)
+    watcher.outcomes(8)
+    eventually(lambda: not client.association.looking_up)
+    client.send_to(name("nowhere.invalid", 7), b"again")
+    assert watcher.outcomes(9) == [
+        "Dropped: it comes from 127.0.0.2, and the client is 127.0.0.1.", "Dropped: its header cannot be read.",
+        "Dropped: this proxy puts no fragments together.", "It waits until the name has been looked up.", "Dropped: rule: deny 127.0.0.3.",
+        "Dropped: rule: deny *.bad.invalid.", "Dropped: rule: deny 127.0.0.3.", r"Dropped: a name that cannot exist: '\n'.", "Dropped: no such host.",
+    ]
+    assert [octets for _to_client, octets, _outcome in watcher.told[1:8]] == sent
+
+
+def test_observers_are_told_of_what_a_neighbour_has_sent_before_the_port_was_locked(
+        watched: Any, watcher: Watcher, new_socket: Any) -> None:
+    """And of a whole datagram with its last fragment."""
+    client, neighbour, target = watched(reassemble=True), new_socket(), new_socket()
+    go_on = threading.Event()
+    client.association.relay.call(lambda: go_on.wait(TIMEOUT))
+    client.send_to(target.address, b"a", 1)
+    neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.send_to(target.address, b"b", LAST | 2)
+    go_on.set()
+    waits, forged, goes = watcher.outcomes(3)
+    assert (waits, target.receive()[0]) == ("It waits for the other fragments.", b"ab")
+    assert forged == f"Dropped: it comes from port {neighbour.address.port}, and the client sends from another."
+    assert goes.startswith(f"It goes to {target.address} ")
+
+
+def test_observers_are_told_of_datagrams_that_go_on_to_an_upstream(start_server: Any, watched: Any, watcher: Watcher, new_socket: Any) -> None:
+    address = Address.of(start_server(Named).server_address)
+
+    class Chained(UpstreamHandler):
+        upstream = f"socks5h://{address}"
+
+    client, target = watched(Chained), new_socket()
+    client.send_to(name("here.invalid", target.address.port), b"?")
+    target.send(b"!", target.receive()[1])
+    answer = bytes(client.answer())
+    eventually(lambda: watcher.told[1:] == [(True, answer, "")])
+    assert watcher.outcomes(1) == ["It goes to the upstream's relay as it is."]
 
 
 # --- sources ---

@@ -119,7 +119,7 @@ def test_a_client_that_resets_in_any_phase_leaves_nothing_behind(
         session = server.next_ended()
         # It says whose connection that was, unless the client has had its answer before.
         assert session.reason in REASONS or phase in (look_up, refusal)
-    eventually(lambda: not server.live)
+    eventually(lambda: not server.registry.live)
     good = new_client(server)
     good.connect(echo)
     exchange(good)

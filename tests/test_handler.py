@@ -155,7 +155,7 @@ def test_a_client_may_send_everything_and_its_end_before_it_reads(start_server, 
     assert answer.startswith(bytes(NO_LOGIN))
     assert answer.endswith(b"all of it")
     session = server.next_ended()
-    assert (session.event, session.up, session.down) == ("close", 9, 9)
+    assert (session.outcome, session.up, session.down) == ("close", 9, 9)
 
 
 @pytest.mark.parametrize("size", [10, 5000, 200_000])
@@ -226,7 +226,7 @@ def test_who_does_not_may_not_whatever_follows(start_server, new_client, listen,
         client.send(HELLO_LOGIN, Credentials(username, password), to(target.getsockname()), b"data")
         assert client.rest() == bytes(WITH_LOGIN) + bytes(GO_AWAY)
     session = server.next_ended()
-    assert session.event == "login_failed"
+    assert session.outcome == "login_failed"
     assert session.user == name_in_log(username, password)
     assert nobody_called(target)
 
@@ -368,7 +368,7 @@ def test_a_name_that_cannot_be_looked_up_gets_the_code_that_says_why(start_serve
     server = start_server(handler_with(resolve=resolve))
     assert_refused(new_client(server), code, to(name("a.invalid", 80)))
     session = server.next_ended()
-    assert (session.event, session.reply, str(session.destination)) == ("failed", code, "a.invalid:80")
+    assert (session.outcome, session.reply, str(session.destination)) == ("failed", code, "a.invalid:80")
     assert session.reason
 
 
@@ -570,7 +570,7 @@ def test_the_handshake_has_one_deadline(start_server, new_client, length):
     client.rest()
     assert 0.15 < time.monotonic() - began < within(0.8)
     session = server.next_ended()
-    assert (session.event, session.reason) == ("bad_protocol", "the handshake took too long")
+    assert (session.outcome, session.reason) == ("bad_protocol", "the handshake took too long")
 
 
 def test_a_trickle_does_not_prolong_the_handshake(start_server, new_client):
@@ -608,7 +608,7 @@ def test_a_client_that_leaves_in_mid_message_is_done_with_at_once(start_server, 
         getattr(client, how)()
     for _ in octets:
         session = server.next_ended()
-        assert session.event == "bad_protocol"
+        assert session.outcome == "bad_protocol"
         assert session.seconds < within(1)
     assert server.sessions == []
 
@@ -730,7 +730,7 @@ def test_the_time_that_a_look_up_takes_is_not_given_again(start_server, new_clie
     release, deadlines = threading.Event(), queue.SimpleQueue()
 
     def note(*arguments):
-        deadlines.put(arguments[-1])
+        deadlines.put(arguments[3])     # of connect() and, being a method, of await_peer()
         raise RequestFailed(ReplyCode.TTL_EXPIRED)
 
     monkeypatch.setattr(outbound, "connect", note)
@@ -799,7 +799,7 @@ def test_relay_may_see_the_bytes(start_server, new_client, echo, early):
         client.send(b"hello")
     assert client.rest() == b"HELLO!"
     session = server.next_ended()
-    assert (session.event, session.up, session.down) == ("close", 5, 5)
+    assert (session.outcome, session.up, session.down) == ("close", 5, 5)
 
 
 @pytest.mark.parametrize("error", [RequestFailed(ReplyCode.GENERAL_FAILURE), OSError("broken")], ids=repr)
@@ -810,7 +810,7 @@ def test_after_the_last_reply_there_is_no_other(start_server, new_client, echo, 
     client.connect(echo)
     assert client.rest() == b""
     session = server.next_ended()
-    assert (session.event, session.reply) == ("close", ReplyCode.SUCCEEDED)
+    assert (session.outcome, session.reply) == ("close", ReplyCode.SUCCEEDED)
     assert session.reason == str(error)
 
 
@@ -850,7 +850,7 @@ def test_a_bug_in_a_hook_is_logged_and_costs_one_client(start_server, new_client
             assert len(answer) == 2 + 10, "no other reply, which would be among somebody's data"
         if attempt == "good":
             assert answer.endswith(b"data")
-            assert session.event == "close"
+            assert session.outcome == "close"
     eventually(lambda: bugs)        # it is logged when everything else has been done
     assert len(bugs) == 1
     assert "KeyError: 'a bug'" in logging.Formatter().format(bugs[0])

@@ -1,5 +1,5 @@
 """
-Who is served at all, how many at a time, and what strangers are told.
+Who is served at all, how many at a time, and what clients of other protocols are told.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from socks5srv import server as server_module, strangers
+from socks5srv import foreign
 from socks5srv.names import ascii_form
 from socks5srv.protocol import Address, Command, Credentials, Method, MethodSelection, ReplyCode, Request, Socks5Error, read_name
 from socks5srv.handler import Socks5Handler
-from socks5srv.server import News, Socks5Server
+from socks5srv.registry import Registry
 from socks5srv.service import log
 from socks5srv.session import Session
 
@@ -61,9 +61,9 @@ def test_more_clients_than_fit_are_hung_up_on_until_one_leaves(start_server: Any
         assert client.greet() == NONE
     for _ in range(5):
         assert new_client(server).rest() == b""
-    assert caplog.text.count("more do not fit") == 1
+    assert caplog.text.count("limit of") == 1
     clients[0].close()
-    eventually(lambda: server.clients == 2)
+    eventually(lambda: server.registry.clients == 2)
     assert new_client(server).greet() == NONE
 
 
@@ -74,7 +74,7 @@ def test_one_address_cannot_take_all_places(start_server: Any, new_client: Any) 
         assert new_client(server).greet() == NONE
     assert new_client(server).rest() == b""
     assert new_client(server, source="127.0.0.2").greet() == NONE
-    assert dict(server.hosts) == {"127.0.0.1": 2, "127.0.0.2": 1}
+    assert dict(server.registry.hosts) == {"127.0.0.1": 2, "127.0.0.2": 1}
 
 
 def test_each_client_that_leaves_makes_room_for_one(start_server: Any, new_client: Any) -> None:
@@ -83,10 +83,10 @@ def test_each_client_that_leaves_makes_room_for_one(start_server: Any, new_clien
     for client in clients:
         assert client.greet() == NONE
     clients[0].close()
-    eventually(lambda: server.hosts[LOCALHOST] == 2)
+    eventually(lambda: server.registry.hosts[LOCALHOST] == 2)
     assert new_client(server).greet() == NONE
     assert new_client(server).rest() == b""
-    assert dict(server.hosts) == {LOCALHOST: 3}
+    assert dict(server.registry.hosts) == {LOCALHOST: 3}
 
 
 def test_nobody_is_counted_who_has_left(start_server: Any, new_client: Any) -> None:
@@ -94,13 +94,13 @@ def test_nobody_is_counted_who_has_left(start_server: Any, new_client: Any) -> N
     for _ in range(5):
         new_client(server).close()
         server.next_ended()
-    eventually(lambda: not server.hosts)
+    eventually(lambda: not server.registry.hosts)
 
 
 def test_as_many_may_be_slow_to_ask_as_the_setting_says(start_server: Any, new_client: Any) -> None:
     server = start_server(max_handshakes=2)
     slow = [new_client(server) for _ in range(2)]
-    eventually(lambda: len(server.handshakes) == 2)
+    eventually(lambda: len(server.registry.handshakes) == 2)
     for client in slow:
         assert client.greet() == NONE
 
@@ -109,12 +109,12 @@ def test_a_handshake_has_the_time_that_the_setting_says(start_server: Any, new_c
     server = start_server(handshake_timeout=100)
     client = new_client(server)
     assert client.greet() == NONE
-    [handler] = server.live.values()
+    [handler] = server.registry.live.values()
     handler.session.clock -= 99
-    server.end_slow_handshakes()
+    server.registry.hang_up_on_slow(server.handshake_timeout)
     assert handler.session.reason == ""
     handler.session.clock -= 1
-    server.end_slow_handshakes()
+    server.registry.hang_up_on_slow(server.handshake_timeout)
     assert client.rest() == b""
     assert server.next_ended().reason == "the handshake took too long"
 
@@ -122,16 +122,17 @@ def test_a_handshake_has_the_time_that_the_setting_says(start_server: Any, new_c
 def test_clients_are_counted_by_one_thread_at_a_time(start_server: Any, new_client: Any, echo: Any) -> None:
     locked: List[bool] = []
 
-    class Watching(Socks5Server):
-        def one_more(self, client_address: Any) -> Any:
+    class Watching(Registry):       # type: ignore[type-arg]
+        def count(self, host: str) -> Any:
             locked.append(self.lock.locked())
-            return super().one_more(client_address)
+            return super().count(host)
 
-        def one_less(self, host: str) -> None:
+        def release(self, host: str) -> None:
             locked.append(self.lock.locked())
-            super().one_less(host)
+            super().release(host)
 
-    server = start_server(server_class=Watching)
+    server = start_server()
+    server.registry = Watching(server, server.policy.throttle)
     for _ in range(3):
         with new_client(server) as client:
             client.connect(echo)
@@ -147,7 +148,7 @@ def test_half_open_handshakes_make_room_for_those_who_speak(start_server: Any, n
     exchange(speaking)
     assert silent[0].rest() == b""              # the oldest went first
     assert server.next_ended().reason == "too many clients were slower to ask than this one"
-    eventually(lambda: len(server.handshakes) <= 10)
+    eventually(lambda: len(server.registry.handshakes) <= 10)
 
 
 @pytest.mark.parametrize("max_clients", [None, 1000])
@@ -157,7 +158,7 @@ def test_as_many_are_served_as_descriptors_allow(
 
     monkeypatch.setattr(module, "descriptor_limit", lambda: 40)
     server = start_server(max_clients=max_clients)
-    assert server.most_clients == 3
+    assert server.registry.most_clients == 3
     clients = [new_client(server) for _ in range(3)]
     for client in clients:
         assert client.greet() == NONE
@@ -184,7 +185,7 @@ def test_threads_that_cannot_be_had_cost_clients_a_wait_and_nothing_else(
         exchange(client)
 
 
-# --- strangers ---
+# --- other protocols ---
 
 def ask(client: Any, octets: bytes) -> bytes:
     client.send(octets)
@@ -203,7 +204,7 @@ def test_http_gets_a_page_that_says_what_to_set(request_line: bytes, start_serve
     assert b"Content-Length: %d" % len(body) in head
     assert b"socks5h://127.0.0.1:%d" % server.server_address[1] in body
     session = server.next_ended()
-    assert session.event == "bad_protocol"
+    assert session.outcome == "bad_protocol"
     assert session.reason == f"this is HTTP: use socks5h://127.0.0.1:{server.server_address[1]}"
 
 
@@ -235,18 +236,12 @@ def test_a_browser_gets_the_pac_file(path: bytes, start_server: Any, new_client:
 
 
 def test_other_computers_get_no_pac_file_from_a_server_for_this_one(start_server: Any, new_client: Any) -> None:
-    class Elsewhere(Socks5Handler):
-        is_here = False
-
-    assert ask(new_client(start_server(handler=Elsewhere)), b"GET /proxy.pac HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 501 ")
+    assert ask(new_client(start_server(elsewhere=True)), b"GET /proxy.pac HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 501 ")
 
 
 @pytest.mark.parametrize("more", [[], [("0.0.0.0", 0)]], ids=["the only address", "one of two"])
 def test_other_computers_get_the_pac_file_from_a_server_for_them(more: List[Any], start_server: Any, new_client: Any) -> None:
-    class Elsewhere(Socks5Handler):
-        is_here = False
-
-    server = start_server(Elsewhere, (LOCALHOST if more else "0.0.0.0", 0), *more)
+    server = start_server(Socks5Handler, (LOCALHOST if more else "0.0.0.0", 0), *more, elsewhere=True)
     client = new_client((LOCALHOST, server.addresses[-1][1]))
     assert ask(client, b"GET /proxy.pac HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 OK\r\n")
 
@@ -260,7 +255,7 @@ def test_an_http_request_that_never_ends_its_line_is_answered_all_the_same(start
 
 def test_of_an_http_request_only_so_much_is_waited_for(start_server: Any, new_client: Any) -> None:
     client = new_client(start_server())
-    client.send(b"GET /" + b"x" * strangers.MOST)
+    client.send(b"GET /" + b"x" * foreign.MOST)
     assert client.exactly(12) == b"HTTP/1.1 501"
 
 
@@ -295,7 +290,7 @@ def test_the_same_mistake_of_the_same_client_is_logged_once(start_server: Any, n
 
 
 def test_the_next_line_of_a_mistake_says_how_many_were_left_out(
-        start_server: Any, new_client: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        start_server: Any, new_client: Any, caplog: Any) -> None:
     caplog.set_level("INFO", "socks5srv")
     server = start_server()
 
@@ -305,7 +300,7 @@ def test_the_next_line_of_a_mistake_says_how_many_were_left_out(
 
     for _ in range(5):
         come()
-    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    server.rate_limit.interval = 0.0
     come()
     come()
     first, second, third = [record for record in caplog.records if "this is HTTP" in record.getMessage()]
@@ -316,46 +311,17 @@ def test_the_next_line_of_a_mistake_says_how_many_were_left_out(
 
 
 def test_trouble_with_clients_that_are_turned_away_is_counted_as_well(
-        start_server: Any, new_client: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        start_server: Any, new_client: Any, caplog: Any) -> None:
     server = start_server(max_clients=1)
     assert new_client(server).greet() == NONE
     for _ in range(4):
         assert new_client(server).rest() == b""
-    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    server.rate_limit.interval = 0.0
     assert new_client(server).rest() == b""
-    first, second = eventually(lambda: [record for record in caplog.records if "more do not fit" in record.getMessage()][1:] and caplog.records[-2:])
+    first, second = eventually(lambda: [record for record in caplog.records if "limit of" in record.getMessage()][1:] and caplog.records[-2:])
     assert "since" not in first.getMessage()
     assert second.getMessage().endswith(" (and 3 more since the last line like this)")
     assert second.facts == {"left_out": 3}
-
-
-def test_of_too_many_kinds_of_trouble_the_one_that_was_told_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "KINDS", 3)
-    told = News()
-    for kind in "abc":
-        assert told.left_out(kind) == 0
-        assert told.left_out(kind) is None
-    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
-    assert told.left_out("a") == 1      # which is the newest now
-    monkeypatch.undo()
-    monkeypatch.setattr(server_module, "KINDS", 3)
-    assert told.left_out("d") == 0      # and b goes
-    assert set(told.kinds) == {"c", "a", "d"}
-    assert told.left_out("c") is None
-    assert told.left_out("b") == 0
-    for number in range(1000):
-        told.left_out(str(number))
-    assert len(told.kinds) == 3
-
-
-def test_what_another_process_has_told_is_no_news_and_changes_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = News()
-    told.told("a")
-    assert told.left_out("a") is None
-    told.told("a")
-    assert told.left_out("a") is None
-    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
-    assert told.left_out("a") == 2
 
 
 TRUSTED = {"users": {"anna": "sesame"}, "allow_from": LOOPBACK}
@@ -377,7 +343,7 @@ def test_a_client_without_a_usable_method_is_told_of_each_time_with_what_would_h
     for number in (1, 2):
         assert new_client(server).greet(*methods) == MethodSelection(Method.NO_ACCEPTABLE_METHODS)
         session = server.next_ended()
-        assert session.event == "no_acceptable_method"
+        assert session.outcome == "no_acceptable_method"
         assert says in session.reason
         assert caplog.text.count("no-acceptable-method the client offers ") == number
 
@@ -386,7 +352,7 @@ def test_a_subclass_that_takes_no_method_has_reasons_of_its_own(start_server: An
     server = start_server(handler_with(select_method=lambda _self, _offered: Method.NO_ACCEPTABLE_METHODS))
     assert new_client(server).greet(0) == MethodSelection(Method.NO_ACCEPTABLE_METHODS)
     session = server.next_ended()
-    assert (session.event, session.reason) == ("no_acceptable_method", "none of the methods that the client offers will do")
+    assert (session.outcome, session.reason) == ("no_acceptable_method", "none of the methods that the client offers will do")
 
 
 @given(st.binary(min_size=1, max_size=12) | st.sampled_from([b"GET", b"POST", b"OPTIONS", b"CONNECT"]).flatmap(
@@ -396,8 +362,8 @@ def test_a_subclass_that_takes_no_method_has_reasons_of_its_own(start_server: An
 def test_only_what_can_still_become_a_method_is_waited_for(octets: bytes) -> None:
     words = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE "]
     http = any(octets.startswith(word) for word in words)
-    assert strangers.unsettled(octets) == ((http and b"\n" not in octets) or any(word.startswith(octets) for word in words))
-    assert (strangers.recognise(octets, Address.numeric(LOCALHOST, 1080), pac=False).kind == "http") is http
+    assert foreign.unsettled(octets) == ((http and b"\n" not in octets) or any(word.startswith(octets) for word in words))
+    assert (foreign.identify(octets, Address.numeric(LOCALHOST, 1080), pac=False).kind == "http") is http
 
 
 # --- what a log watcher sees ---
@@ -456,7 +422,7 @@ def sessions_of(text: str) -> Iterator[Session]:
     request = b"\5\1\0\3" + address, b"\5\x99\0\3" + address
     for reason in (
         *(error_of(Request.read, BytesIO(octets)) for octets in request), error_of(read_name, text.encode()), error_of(read_name, text.encode() + b"\xff"),
-        error_of(ascii_form, text), error_of(lambda octets: strangers.recognise(octets, Address.numeric(LOCALHOST, 1080), pac=True), text.encode()),
+        error_of(ascii_form, text), error_of(lambda octets: foreign.identify(octets, Address.numeric(LOCALHOST, 1080), pac=True), text.encode()),
     ):
         made = Session(1, Address.numeric("192.0.2.1", 1))
         made.command, made.destination = Command.CONNECT, name(text, 1)

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import pytest
 
-from socks5srv import check, outbound
+from socks5srv import check, locality, outbound
 from socks5srv.client import Conversation, Proxy, bind, connect, udp_associate
 from socks5srv.handler import Socks5Handler
 from socks5srv.outbound import Route
@@ -25,7 +25,6 @@ from socks5srv.upstream import UpstreamHandler
 from .conftest import LOCALHOST, TIMEOUT, Client, address_of, exchange, handler_with, name
 from .networks import LinkLocal
 
-ELSEWHERE = {"is_here": False}      # a client that is taken for one on another computer
 
 
 @pytest.fixture
@@ -185,16 +184,16 @@ def test_a_zone_from_a_client_is_refused(link_local: LinkLocal, client: Client, 
 # --- whose address it is ---
 
 def test_a_program_on_this_computer_is_known_by_it(link_local: LinkLocal, server: Any, client: Client, echo: Any) -> None:
-    assert outbound.is_own_address(link_local.zoned)
-    assert outbound.is_own_address(link_local.named)
-    assert server.is_here(link_local.zoned)
-    assert not server.is_here(f"fe80::dead%{link_local.scope}")
-    assert not server.is_here(link_local.host), "without its zone it is no address of anybody's"
+    assert locality.is_own_address(link_local.zoned)
+    assert locality.is_own_address(link_local.named)
+    assert server.policy.is_here(link_local.zoned)
+    assert not server.policy.is_here(f"fe80::dead%{link_local.scope}")
+    assert not server.policy.is_here(link_local.host), "without its zone it is no address of anybody's"
     client.connect(echo)        # which only this computer reaches
 
 
 def test_other_computers_on_the_link_do_not_reach_it(link_local: LinkLocal, start_server: Any, new_client: Any) -> None:
-    server = start_server(handler_with(**ELSEWHERE), (link_local.named, 0))
+    server = start_server(Socks5Handler, (link_local.named, 0), elsewhere=True)
     for host in (link_local.host, "fe80::2"):
         reply = new_client(place_of(link_local, server)).ask(Command.CONNECT, (host, 9))
         assert reply == Reply(ReplyCode.NOT_ALLOWED)
@@ -204,7 +203,7 @@ def test_rules_and_networks_know_the_address_without_its_zone(link_local: LinkLo
     server = start_server(address=(link_local.named, 0), allow_from=[ip_network("fe80::/10")], max_per_client=1)
     client = new_client(place_of(link_local, server))
     client.connect(echo)
-    assert list(server.hosts) == [link_local.host]
+    assert list(server.registry.hosts) == [link_local.host]
     assert new_client(place_of(link_local, server)).rest() == b"", "it has its one connection already"
     client.close()
     server.next_ended()

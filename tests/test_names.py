@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import socks5srv
-from socks5srv.names import ascii_form, normal
+from socks5srv.names import ascii_form, canonical
 
 PACKAGE = Path(socks5srv.__file__).resolve().parent
 
@@ -32,13 +32,13 @@ NAMES = st.text(TRICKY | st.characters(blacklist_categories=("Cs",)), max_size=2
     ("localhost", "localhost"), ("a..b", "a..b"), ("a_b-c.d", "a_b-c.d"), ("_x.\u00e4", "_x.xn--4ca"), ("", ""),
 ])
 def test_a_name_in_ascii_is_the_one_that_browsers_send(written: str, form: str) -> None:
-    assert ascii_form(written) == normal(written) == form
+    assert ascii_form(written) == canonical(written) == form
 
 
 @pytest.mark.parametrize("dot", [".", "\u3002", "\uff0e", "\uff61"])
 def test_a_dot_at_the_end_is_asked_for_and_not_compared(dot: str) -> None:
     assert ascii_form("fa\u00df.test" + dot) == "xn--fa-hia.test."
-    assert normal("fa\u00df.test" + dot) == normal("FASS.test.").replace("fass", "xn--fa-hia") == "xn--fa-hia.test"
+    assert canonical("fa\u00df.test" + dot) == canonical("FASS.test.").replace("fass", "xn--fa-hia") == "xn--fa-hia.test"
 
 
 @pytest.mark.parametrize("name", [
@@ -48,7 +48,7 @@ def test_a_dot_at_the_end_is_asked_for_and_not_compared(dot: str) -> None:
 def test_what_cannot_be_spelled_is_a_unicode_error(name: str) -> None:
     with pytest.raises(UnicodeError):
         ascii_form(name)
-    assert normal(normal(name)) == normal(name)
+    assert canonical(canonical(name)) == canonical(name)
 
 
 def test_the_longest_label_and_the_longest_name_can_be_spelled() -> None:
@@ -73,11 +73,11 @@ def asked(name: str) -> Optional[str]:
 @example("\u2100.")
 @example("\u0130\u3002\u3002")
 def test_what_is_judged_is_what_is_asked_for(name: str) -> None:
-    assert normal(normal(name)) == normal(name)
+    assert canonical(canonical(name)) == canonical(name)
     form = asked(name)
     if form is not None:
         assert form.isascii()
-        assert form.rstrip(".").lower() == normal(name)
+        assert form.rstrip(".").lower() == canonical(name)
         assert ascii_form(form) == form
 
 
@@ -85,7 +85,7 @@ def test_what_is_judged_is_what_is_asked_for(name: str) -> None:
 def test_all_spellings_that_fold_to_one_are_one(label: str, name: str) -> None:
     for written in (label, name):
         for other in (unicodedata.normalize("NFD", written), unicodedata.normalize("NFC", written), written + "."):
-            assert normal(other) == normal(written)
+            assert canonical(other) == canonical(written)
 
 
 @given(LETTERS)
@@ -99,7 +99,7 @@ def test_it_agrees_with_the_library_that_knows_all_the_tables(label: str) -> Non
         expected = idna.encode(label, uts46=True, transitional=False).decode()
     except (idna.IDNAError, UnicodeError):      # it also knows what is no letter of any language
         return
-    assert ascii_form(label).lower() == normal(label) == expected
+    assert ascii_form(label).lower() == canonical(label) == expected
 
 
 def test_it_agrees_with_it_on_every_letter() -> None:

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 
 from socks5srv import outbound
-from socks5srv.outbound import STAGGER, ClientGone, Race, Route, failure, interleave, most_telling
+from socks5srv.outbound import STAGGER, ClientGone, HappyEyeballs, Route, failure, interleave, most_telling
 from socks5srv.protocol import Address, AddressType, Command, Reply, ReplyCode, RequestFailed
 from socks5srv.relay import READ, WRITE
 
 from .conftest import (
-    LOCALHOST, TIMEOUT, FromItsTarget, address_of, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, on_one_port, set_reset, within,
+    LOCALHOST, TIMEOUT, FromItsTarget, address_of, exchange, in_thread, name, needs_ipv6, needs_neighbour, on_one_port, set_reset, within,
 )
-from .networks import LO, add_address, be_a_router, leave_ports, let_any_address_be_bound
+from .networks import leave_ports
 
 # In 127.0.0.0/8, so it does not leave this computer, and as a broadcast address no TCP for Linux.
 UNREACHABLE = "127.255.255.255"
@@ -72,20 +72,20 @@ def test_errors_without_a_number_have_codes_too(error, code):
 def test_a_bug_is_no_failure_of_the_target():
     with pytest.raises(KeyError):
         failure(KeyError("bug"), "it")
-    with pytest.raises(KeyError), outbound.reporting("it"):
+    with pytest.raises(KeyError), outbound.errors_as_replies("it"):
         raise KeyError("bug")
 
 
 @pytest.mark.parametrize("error", [ClientGone("gone"), RequestFailed(ReplyCode.TTL_EXPIRED)], ids=repr)
 def test_what_is_an_answer_already_or_needs_none_is_not_reported_again(error):
-    with pytest.raises(type(error)) as caught, outbound.reporting("it"):
+    with pytest.raises(type(error)) as caught, outbound.errors_as_replies("it"):
         raise error
     assert caught.value is error
 
 
 def test_errors_are_reported_with_their_cause():
     cause = ConnectionRefusedError(errno.ECONNREFUSED, "refused")
-    with pytest.raises(RequestFailed, match=r"it: refused") as caught, outbound.reporting("it"):
+    with pytest.raises(RequestFailed, match=r"it: refused") as caught, outbound.errors_as_replies("it"):
         raise cause
     assert caught.value.__cause__ is cause
 
@@ -270,19 +270,19 @@ def test_an_address_has_its_time_before_the_next_one_starts(monkeypatch, silent,
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(outbound, "time", clock)
     slow = [address_of(silent(host)) for host in ("127.0.0.1", "127.0.0.2", "127.0.0.3")]
-    race = Race([*slow, address_of(refusing()), address_of(listen().getsockname())], Route())
+    race = HappyEyeballs([*slow, address_of(refusing()), address_of(listen().getsockname())], Route())
     try:
         running = []
         for now in (100, 100 + STAGGER - 0.01, 100 + STAGGER, 100 + 2 * STAGGER - 0.01, 100 + 2 * STAGGER):
             clock.now = now
             assert race.start_next() is None
-            running.append([address for _sock, address in race.running.values()])
+            running.append([address for _sock, address, _started in race.running.values()])
         assert running == [slow[:1], slow[:1], slow[:2], slow[:2], slow]
         assert race.next_start == 100 + 3 * STAGGER
         assert len(race.waiting) == 2
     finally:
         race.close()
-    assert all(sock.fileno() == -1 for sock, _address in race.running.values())
+    assert all(sock.fileno() == -1 for sock, _address, _started in race.running.values())
 
 
 @needs_neighbour
@@ -489,75 +489,6 @@ def test_a_source_has_as_many_connections_as_there_are_ports_to_every_target(lis
 
 # --- being connected to ---
 
-@pytest.fixture(params=["asked", "guessed"])
-def asked_or_guessed(request, monkeypatch):
-    """Both ways to know an own address: the second is that of systems other than Linux, and of some sandboxes."""
-    if request.param == "guessed":
-        monkeypatch.setattr(outbound, "kernel_answers", lambda: False)
-    elif not outbound.kernel_answers():
-        pytest.skip("not on this platform: routes to ask the kernel for")
-    return request.param
-
-
-@pytest.mark.usefixtures("asked_or_guessed")
-@pytest.mark.parametrize(("host", "own"), [
-    (LOCALHOST, True), ("0.0.0.0", True), pytest.param("::1", True, marks=needs_ipv6), pytest.param("::", True, marks=needs_ipv6),
-    pytest.param("127.0.0.2", True, marks=needs_neighbour), ("::ffff:127.0.0.1", True), ("192.0.2.1", False), ("2001:db8::1", False),
-    ("fe80::1", False), ("fe80::1%nowhere", False),
-])
-def test_own_addresses_are_those_that_this_computer_answers_to(host, own):
-    assert outbound.is_own_address(host) is own
-
-
-@pytest.mark.usefixtures("own_network")
-def test_an_address_is_not_an_own_one_because_the_system_lets_programs_bind_it(asked_or_guessed):
-    add_address(LO, "fd66::1", 64)
-    let_any_address_be_bound()
-    eventually(lambda: outbound.is_own_address("fd66::1"))
-    assert outbound.is_own_address(LOCALHOST)
-    assert outbound.is_own_address("127.0.0.2") is (asked_or_guessed == "asked")     # it would go out from 127.0.0.1
-    for host in ("192.0.2.1", "2001:db8::1", "fd66::2"):
-        assert outbound.can_be_bound(address_of((host, 0)))
-        assert not outbound.is_own_address(host)
-
-
-@pytest.mark.usefixtures("own_network")
-def test_the_anycast_addresses_of_a_router_are_its_own():
-    be_a_router()
-    add_address(LO, "fd66::1", 64)
-    eventually(lambda: outbound.is_own_address("fd66::1"))
-    assert outbound.is_own_address("fd66::")
-    assert not outbound.is_own_address("fd66::2")
-
-
-@pytest.mark.usefixtures("asked_or_guessed")
-@pytest.mark.parametrize(("host", "heard"), [
-    (LOCALHOST, True), pytest.param("::1", True, marks=needs_ipv6), ("192.0.2.1", False), ("2001:db8::1", False), ("255.255.255.255", True),
-    pytest.param("127.255.255.255", True, marks=needs_neighbour),
-])
-def test_what_is_sent_to_all_of_a_network_is_heard_here_too(host, heard):
-    assert outbound.is_heard_here(host) is heard
-    assert outbound.is_own_address(host) is (heard and not host.endswith("255"))
-
-
-@pytest.mark.parametrize(("code", "answers"), [(errno.EAFNOSUPPORT, False), (errno.EPERM, False), (errno.EMFILE, None)])
-def test_a_sandbox_that_keeps_the_routes_from_us_is_no_failure_but_a_lack_of_descriptors_is(monkeypatch, code, answers):
-    def refuse(_address):
-        raise OSError(code, "")
-
-    monkeypatch.setattr(outbound, "ask_kernel", refuse)
-    outbound.kernel_answers.cache_clear()
-    try:
-        if answers is None:
-            with pytest.raises(OSError, match=str(code)):       # or an own address would be taken for a foreign one
-                outbound.is_own_address(LOCALHOST)
-        else:
-            assert outbound.kernel_answers() is answers
-            assert outbound.is_own_address(LOCALHOST)
-    finally:
-        outbound.kernel_answers.cache_clear()
-
-
 @pytest.mark.parametrize(("place", "route", "own"), [
     ((LOCALHOST, 0), Route(), LOCALHOST),
     pytest.param(("::1", 80), Route(), "::1", marks=needs_ipv6),
@@ -570,13 +501,13 @@ def test_the_local_address_is_the_one_that_packets_leave_from(place, route, own)
 
 @pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
 def test_listening_is_on_a_free_port_of_this_address_and_never_blocks(host):
-    with outbound.listen(host) as listener, outbound.listen(host) as other:
+    with Route().listener(host) as listener, Route().listener(host) as other:
         assert listener.getsockname()[0] == host
         assert listener.getsockname()[1] != other.getsockname()[1]
         with pytest.raises(BlockingIOError):
             listener.accept()
     with pytest.raises(OSError, match=str(errno.EADDRNOTAVAIL)):
-        outbound.listen("192.0.2.1")
+        Route().listener("192.0.2.1")
 
 
 # --- without poll(), from end to end ---

@@ -19,16 +19,17 @@ from typing import Any, Dict, List, Set, Tuple
 import pytest
 
 from socks5srv import Socks5Handler, Socks5Server, testing
-from socks5srv.explain import exhibit
 from socks5srv.protocol import Address, AddressType, Command, ReplyCode, Request
-from socks5srv.service import run
-from socks5srv.service.banner import Tally, banner, listening
-from socks5srv.service.options import build_parser
-from socks5srv.service.reasons import about_request
+from socks5srv.cli.banner import banner, listening
+from socks5srv.cli.options import build_parser, parse
+from socks5srv.explain.reasons import about_request
+from socks5srv.explain.tables import explanation
+from socks5srv.service.summary import Summary
 from socks5srv.session import Session
 from socks5srv.testing import faults
 
 from .conftest import TIMEOUT
+from .test_layout import ABOVE, MODULES, name_of, ours, room_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "socks5srv"
@@ -80,7 +81,7 @@ def test_every_server_command_is_one_that_the_parser_takes(monkeypatch: pytest.M
     commands = [line for block in blocks("console") for line in block.splitlines() if line.split()[:4] == ["$", "python3", "-m", "socks5srv"]]
     assert len(commands) >= 2
     for command in commands:
-        run.parse(command.split()[4:])
+        parse(command.split()[4:])
 
 
 def test_the_terminal_session_shows_what_is_really_printed() -> None:
@@ -97,26 +98,26 @@ def test_the_terminal_session_shows_what_is_really_printed() -> None:
     session.up, session.down = 87, 213
     session.end("target closed")
     session.seconds = 0.0
-    tally = Tally()
-    tally.most = 1
-    tally.add(session)
-    tally.started -= 41
+    summary = Summary()
+    summary.peak = 1
+    summary.ended(session)
+    summary.since -= 41
     lines = [re.sub(r"^(\^C)?\d\d:\d\d:\d\d ", "", line) for line in third.splitlines()]
-    assert lines == [str(session), *str(tally).splitlines()]
+    assert lines == [str(session), *summary.text().splitlines()]
 
 
 def test_the_table_of_a_message_is_the_one_that_is_printed() -> None:
     (shown,) = blocks("text", section("Every message explained"))
     request = Request(Command.CONNECT, Address("localhost", 8000, AddressType.DOMAINNAME))
-    found = exhibit(request)
+    found = explanation(request)
     found.session, found.number, found.at = 1, "3", 0.0006
-    found.remarks += about_request(request, by_name=False)
+    found.remarks += about_request(request, by_upstream=False)
     assert shown == f"{found}\n"
 
 
 def test_the_names_in_the_json_of_a_message_are_told() -> None:
     told = set(literals(section("JSON log").partition("With ``--explain``")[2]))
-    found = exhibit(Request(Command.CONNECT, Address("localhost", 8000, AddressType.DOMAINNAME))).as_dict()
+    found = explanation(Request(Command.CONNECT, Address("localhost", 8000, AddressType.DOMAINNAME))).as_dict()
     (row, *_others) = found["fields"]
     assert {*found, *row, *row["meanings"][0]} <= told
 
@@ -202,7 +203,7 @@ def test_the_table_of_json_fields_has_every_event() -> None:
 def test_the_fields_of_the_first_and_the_last_line_are_told() -> None:
     told = set(literals(section("JSON log")))
     assert set(listening([], None, frozenset())) <= told
-    assert set(Tally().facts()) <= told
+    assert set(Summary().facts()) <= told
 
 
 def test_the_table_of_hooks_is_that_of_the_handler() -> None:
@@ -252,41 +253,40 @@ def test_the_table_of_faults_has_all_of_them() -> None:
 
 # --- the house ---
 
+BESIDE = {"testing", "check"}       # at no floor
+
+
 def reading_order() -> List[Tuple[str, int, int]]:
     return [(literals(file)[0], int(lines), int(minutes)) for file, lines, minutes, _what in table("File", section("In your class"))]
 
 
 def test_the_reading_order_has_every_room_of_the_protocol_once() -> None:
-    assert sorted(file for file, _lines, _minutes in reading_order()) == sorted(
-        path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")
-    )
+    rooms = [path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]
+    assert sorted(file for file, _lines, _minutes in reading_order()) == sorted([*rooms, *(f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py"))])
 
 
 @pytest.mark.parametrize(("file", "lines", "minutes"), reading_order())
 def test_the_line_counts_are_about_right_and_the_minutes_go_with_them(file: str, lines: int, minutes: int) -> None:
-    assert len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) == pytest.approx(lines, rel=0.12)
+    files = (PACKAGE / file).glob("*.py") if file.endswith("/") else [PACKAGE / file]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) == pytest.approx(lines, rel=0.12)
     assert 12 <= lines / minutes <= 30
 
 
-def test_nobody_imports_from_a_floor_above() -> None:
+def test_no_room_imports_from_a_floor_above() -> None:
     (picture,) = [block for block in blocks("text") if "service/" in block]
-    floors = [re.findall(r"\b(\w+)(?:\.py|/)", line) for line in picture.splitlines() if "|" in line]
+    floors: List[List[str]] = [[]]
+    for line in picture.splitlines():
+        if line.startswith("+"):
+            floors.append([])
+        floors[-1] += re.findall(r"\b(\w+)(?:\.py|/) ", line)
     height = {room: floor for floor, rooms in enumerate(reversed(floors)) for room in rooms}
-    assert set(height) == {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")} | {"service", "testing"}
-    for room in height:
-        if room not in ("service", "testing"):
-            for imported in imports(PACKAGE / f"{room}.py"):
-                assert height[imported] < height[room], f"{room} imports {imported}"
-
-
-def imports(path: Path) -> Set[str]:
-    """Which other rooms are imported when this one is; not what is imported for type hints only."""
-    found: Set[str] = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found.update([node.module] if node.module else [alias.name for alias in node.names])
-    return found
+    assert set(height) == {room_of(name_of(path)) for path in MODULES} - {"__main__", ""}
+    for path in MODULES:
+        room = room_of(name_of(path))
+        for imported in {room_of(name) for name in ours(path)} - {room}:
+            if room in height and room not in BESIDE:
+                assert height[imported] <= height[room], f"{room} imports {imported}"
+                assert not (imported in ABOVE and height[imported] == height[room]), f"{room} imports {imported} beside it"
 
 
 # --- what else it says ---

@@ -35,10 +35,10 @@ MODES = ["splice", "copy", "short pipes", "selectors", "select"]
 @pytest.fixture(params=MODES)
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force a way of relaying for the servers that are started afterwards."""
-    if request.param == "splice" and not relay.Relay.splices:
+    if request.param == "splice" and not relay.Relay.can_splice:
         pytest.skip("not on this platform: no os.splice")
     if request.param == "copy":
-        monkeypatch.setattr(relay.Relay, "splices", False)
+        monkeypatch.setattr(relay.Relay, "can_splice", False)
     if request.param == "short pipes":
         monkeypatch.setattr(relay.Pipe, "enlarge", lambda _pipe: False)
     if request.param in ("selectors", "select"):
@@ -112,6 +112,19 @@ def test_when_the_client_has_ended_it_still_gets_the_whole_answer(tunnel: Any) -
     assert receive_all(client.socket) == sent()
     session = server.next_ended()
     assert (session.up, session.down, session.reason) == (8, 3 * MIB, "client closed")
+
+
+@pytest.mark.usefixtures("mode")
+def test_its_session_knows_the_octets_of_a_tunnel_while_it_lives(tunnel: Any) -> None:
+    client, target, server = tunnel()
+    exchange_both_ways(client, target)
+    [session] = server.sessions
+    eventually(lambda: session.octets() == (5, 8))
+    assert (session.up, session.down, session.tunnel.over) == (0, 0, False)
+    client.end()
+    target.close()
+    assert server.next_ended() is session
+    assert (session.octets(), session.up, session.down, session.tunnel) == ((5, 8), 5, 8, None)
 
 
 @pytest.mark.usefixtures("mode")
@@ -283,11 +296,26 @@ def broken_tunnel(side: str, call: str, code: int, held: bool = False) -> str:
             if call == "shutdown":
                 pairs[name][1].shutdown(socket.SHUT_WR)
         assert over.wait(TIMEOUT)
+        assert carrier.pipes is None or carrier.pipes.all == set(carrier.pipes.free), "a pipe has not come back"
         return session.reason
     finally:
         carrier.stop()
         for _ours, theirs in pairs.values():
             theirs.close()
+
+
+def test_what_has_come_early_goes_first_and_nothing_is_read_before_it_has_gone() -> None:
+    carrier, over = relay.Relay(), threading.Event()
+    (client, ours), (target, theirs) = socket.socketpair(), socket.socketpair()
+    tunnel = relay.Tunnel(carrier, ours, theirs, Session(1, Address.numeric("127.0.0.1", 1)), over.set, early=b"early, ")
+    assert (tunnel.up.interest, tunnel.down.interest) == (0, relay.READ | relay.WRITE)
+    with client, target:
+        client.send(b"late")
+        tunnel.start()
+        target.settimeout(TIMEOUT)
+        assert target.recv(7) + target.recv(7) == b"early, late"
+        carrier.stop()
+    assert over.is_set()
 
 
 @pytest.mark.parametrize(("code", "says"), [
@@ -303,7 +331,7 @@ def test_the_reason_says_whose_socket_has_failed(side: str, call: str, held: boo
 @pytest.mark.parametrize("side", ["client", "target"])
 @pytest.mark.parametrize(("reads", "held"), [(True, False), (False, False), (False, True)])
 def test_so_it_does_while_pages_are_spliced(monkeypatch: pytest.MonkeyPatch, side: str, reads: bool, held: bool) -> None:
-    if not relay.Relay.splices:
+    if not relay.Relay.can_splice:
         pytest.skip("not on this platform: no os.splice")
     splice, copy, holds = os.splice, relay.Flow.copy, [held]
 
@@ -364,45 +392,33 @@ def test_a_silent_tunnel_is_closed_after_the_idle_timeout(tunnel: Any) -> None:
 def test_the_idle_timeout_is_as_long_as_it_says(tunnel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     client, target, server = tunnel(idle_timeout=100)
     exchange_both_ways(client, target)
-    eventually(lambda: server.relays[0].next_look - time.monotonic() <= 25)     # it is looked at four times in that time
+    eventually(lambda: server.relays[0].next_check - time.monotonic() <= 25)     # it is looked at four times in that time
     reasons: List[str] = []
     monkeypatch.setattr(relay.Tunnel, "abort", lambda _tunnel, reason: reasons.append(reason))
-    [idle] = server.relays[0].impatient
+    [check_idle] = server.relays[0].idle_watch
     for now in (1000.0, 1099.9):
-        idle.look(now)
+        check_idle(now)
     assert reasons == []
-    idle.look(1100.0)
+    check_idle(1100.0)
     assert reasons == ["idle"]
     monkeypatch.undo()
 
 
 def test_every_idle_tunnel_is_looked_at_each_time() -> None:
-    looked_at: List[Any] = []
-    tunnels = {Looked(looked_at), Looked(looked_at), Looked(looked_at)}
-    thread: Any = SimpleNamespace(impatient=tunnels, next_look=0.0, attempt=lambda look: look())
-    assert relay.Relay.end_the_idle(thread) == pytest.approx(1)
-    assert set(looked_at) == tunnels
-
-
-class Looked:
-    """As much of a tunnel as is asked for when it may be idle."""
-
-    patience = 4.0
-
-    def __init__(self, looked_at: List[Any]) -> None:
-        self.looked_at = looked_at
-
-    def look(self, _now: float) -> None:
-        self.looked_at.append(self)
+    looked_at: List[int] = []
+    checks = {lambda _now, number=number: looked_at.append(number): 4.0 for number in range(3)}
+    thread: Any = SimpleNamespace(idle_watch=checks, next_check=0.0, attempt=lambda look: look())
+    assert relay.Relay.expire_idle(thread) == pytest.approx(1)
+    assert looked_at == [0, 1, 2]
 
 
 def test_tunnels_that_have_ended_are_not_kept_for_their_idle_timeout(tunnel: Any) -> None:
     client, target, server = tunnel(idle_timeout=3600)
     exchange_both_ways(client, target)
-    assert len(server.relays[0].impatient) == 1
+    assert len(server.relays[0].idle_watch) == 1
     client.reset()
     server.next_ended()
-    assert not server.relays[0].impatient
+    assert not server.relays[0].idle_watch
 
 
 def test_a_tunnel_in_use_outlives_the_idle_timeout(tunnel: Any) -> None:
@@ -484,7 +500,7 @@ def test_an_event_that_comes_before_its_watcher_is_known_waits_for_it(monkeypatc
             assert not heard.wait(0.05)     # time enough for some ten thousand rounds, if it looked again and again
             carrier.watched[ours.fileno()] = Watcher()
         assert heard.wait(TIMEOUT)
-        carrier.unwatch(ours.fileno())
+        carrier.discard(ours)
         carrier.stop()
     assert len(rounds) < 10
 
@@ -507,7 +523,7 @@ def test_tunnels_spread_over_several_relay_threads(start_server: Any, new_client
     for client in clients:
         client.connect(echo)
         exchange(client)
-    assert sorted(carrier.load() for carrier in server.relays) == [5, 5, 7]     # two sockets each, and the one that wakes it
+    assert sorted(len(carrier.watched) for carrier in server.relays) == [5, 5, 7]     # two sockets each, and the one that wakes it
 
 
 def test_a_bug_costs_one_tunnel_and_no_other(
@@ -545,7 +561,7 @@ def test_a_bug_in_a_call_does_not_end_the_thread(tunnel: Any, bugs: List[Any]) -
     bugs.clear()
 
 
-needs_splice = pytest.mark.skipif(not relay.Relay.splices, reason="not on this platform: no os.splice")
+needs_splice = pytest.mark.skipif(not relay.Relay.can_splice, reason="not on this platform: no os.splice")
 
 
 @needs_splice
@@ -576,7 +592,7 @@ def test_a_system_that_has_no_long_pipes_is_not_asked_again_and_again(monkeypatc
 @pytest.mark.usefixtures("mode")
 def test_a_flow_that_was_bulk_is_none_when_it_has_but_few_octets_to_move(tunnel: Any) -> None:
     client, target, server = tunnel()
-    [handler] = server.live.values()
+    [handler] = server.registry.serving()
     receiving = in_thread(client.exactly, 8 * MIB)
     target.sendall(bytes(8 * MIB))
     receiving()
@@ -584,13 +600,13 @@ def test_a_flow_that_was_bulk_is_none_when_it_has_but_few_octets_to_move(tunnel:
     def is_small_again() -> bool:
         target.sendall(b"x")
         assert client.exactly(1) == b"x"
-        return not handler.carried.down.bulk
+        return not handler.tunnel.down.bulk
 
     eventually(is_small_again)
 
 
 def test_pipes_go_back_to_the_pool_when_they_are_empty(tunnel: Any) -> None:
-    if not relay.Relay.splices:
+    if not relay.Relay.can_splice:
         pytest.skip("not on this platform: no os.splice")
     client, target, server = tunnel()
     sent = in_thread(send_pattern, target, 30 * MIB, 5)
@@ -601,7 +617,7 @@ def test_pipes_go_back_to_the_pool_when_they_are_empty(tunnel: Any) -> None:
 
 
 def test_a_tunnel_that_breaks_off_leaves_no_octets_in_the_pipes(tunnel: Any, new_client: Any, listen: Any) -> None:
-    if not relay.Relay.splices:
+    if not relay.Relay.can_splice:
         pytest.skip("not on this platform: no os.splice")
     client, target, server = tunnel()
     fill(target)                        # a pipe is full now
@@ -621,7 +637,7 @@ def test_whoever_wakes_the_thread_again_and_again_does_not_fail(tunnel: Any) -> 
     server.relays[0].call(lambda: go_on.wait(TIMEOUT))
     try:
         for _ in range(20_000):
-            server.relays[0].wake()
+            server.relays[0].waker.wake()
     finally:
         go_on.set()
     exchange_both_ways(client, target)
@@ -666,10 +682,10 @@ def test_many_bulk_flows_have_their_turns_in_order(tunnel: Any) -> None:
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def take_turn(self) -> None:
+        def run_bulk(self) -> None:
             turns.append(self.number)
 
-    carrier.bulky.update((Flow(number), None) for number in range(2 * relay.ROUND))
+    carrier.bulk_queue.update((Flow(number), None) for number in range(2 * relay.BULK_BATCH))
     carrier.call(lambda: None)
-    eventually(lambda: not carrier.bulky)
-    assert turns == list(range(2 * relay.ROUND))
+    eventually(lambda: not carrier.bulk_queue)
+    assert turns == list(range(2 * relay.BULK_BATCH))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from socks5srv import outbound
+from socks5srv import locality
 from socks5srv.protocol import Address, Command, ReplyCode
 from socks5srv.rules import ALL_PORTS, BadRule, Rule, Rules, is_local
 from socks5srv.handler import Socks5Handler
@@ -238,7 +238,7 @@ def test_a_denied_name_is_not_looked_up(start_server: Any, new_client: Any) -> N
     server = start_server(handler=Unasked, server_class=with_rules("deny 127.0.0.5", "deny *.ads.example"))
     assert refused(new_client(server), name("www.ads.example", 80)) is ReplyCode.NOT_ALLOWED
     session = server.next_ended()
-    assert (session.event, session.reason) == ("denied", "rule: deny *.ads.example")
+    assert (session.outcome, session.reason) == ("denied", "rule: deny *.ads.example")
 
 
 def test_a_name_that_is_allowed_is_allowed_whatever_its_address(start_server: Any, new_client: Any, echo: Any) -> None:
@@ -279,34 +279,28 @@ def test_the_peer_of_bind_is_judged(start_server: Any, new_client: Any) -> None:
 
 # --- other computers ---
 
-class Elsewhere(Socks5Handler):
-    """A client that is taken for one on another computer."""
-
-    is_here = False
-
-
 @pytest.mark.parametrize("asked", [LOCALHOST, "localhost", "0.0.0.0", "127.1", pytest.param("::1", marks=needs_ipv6)])
 def test_other_computers_do_not_reach_this_ones_own_addresses(asked: str, start_server: Any, new_client: Any, echo: Any) -> None:
-    server = start_server(handler=Elsewhere)
+    server = start_server(elsewhere=True)
     assert refused(new_client(server), name(asked, echo[1])) is ReplyCode.NOT_ALLOWED
     assert "for this computer only" in server.next_ended().reason
 
 
 def test_an_address_of_this_computer_is_its_own_although_it_is_none_of_loopback(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
-    monkeypatch.setattr(outbound, "kind_of_route", lambda host: outbound.LOCAL if host == "192.0.2.7" else outbound.NO_ROUTE)
-    server = start_server(handler=Elsewhere)
+    monkeypatch.setattr(locality, "kind_of_route", lambda host: locality.LOCAL if host == "192.0.2.7" else locality.NO_ROUTE)
+    server = start_server(elsewhere=True)
     for host in ("192.0.2.7", "64:ff9b::c000:207", "64:ff9b:1::c000:207", "2002:c000:207::1"):      # by way of a gateway, too
         assert refused(new_client(server), name(host, 9)) is ReplyCode.NOT_ALLOWED
         assert server.next_ended().reason == f"{address_of((host, 9))} is for this computer only"
 
 
 def test_other_computers_reach_them_where_that_is_switched_on(start_server: Any, new_client: Any, echo: Any) -> None:
-    client = new_client(start_server(handler=Elsewhere, allow_local_targets=True))
+    client = new_client(start_server(elsewhere=True, allow_local_targets=True))
     client.connect(echo)
     exchange(client)
 
 
 def test_a_client_on_this_computer_is_known_as_one(start_server: Any) -> None:
     server = start_server()
-    assert [server.is_here(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "192.0.2.1")] == [True, True, True, False]
+    assert [server.policy.is_here(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "192.0.2.1")] == [True, True, True, False]

@@ -20,15 +20,18 @@ from typing import Any, List
 import pytest
 
 from socks5srv import descriptors, resolver, users
-from socks5srv import server as server_module
+from socks5srv.cli import options, startup
+from socks5srv.handler import Socks5Handler
+from socks5srv.locality import is_own_address
+from socks5srv.observer import Observer
 from socks5srv.protocol import (
     UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name,
 )
-from socks5srv.handler import Socks5Handler
+from socks5srv.ratelimit import RateLimit
 from socks5srv.rules import Rules
 from socks5srv.server import Socks5Server
-from socks5srv.service import options, run, worker
 from socks5srv.session import Session
+from socks5srv.workers.shared import ReplicatedUsers
 
 from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour, within
 from .networks import LO, add_address, be_a_router, let_any_address_be_bound
@@ -65,7 +68,7 @@ def test_for_every_promise_it_is_said_where_it_holds() -> None:
 
 
 def test_as_started_it_serves_this_computer_only() -> None:
-    assert run.listen_addresses(options.parse([])) == [LOCALHOST]
+    assert startup.listen_addresses(options.parse([]).hosts) == [LOCALHOST]
     with Socks5Server((LOCALHOST, 0)) as server:
         assert server.server_address[0] == LOCALHOST
     assert Socks5Server.__init__.__defaults__[0] == (LOCALHOST, 1080)     # type: ignore[index]
@@ -81,18 +84,12 @@ def test_it_refuses_to_start_as_an_open_proxy(address: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-class Elsewhere(Socks5Handler):
-    """A client that is taken for one on another computer."""
-
-    is_here = False
-
-
 @pytest.mark.parametrize("host", [
     "127.0.0.1", "0.0.0.0", "169.254.169.254", "::1", "fe80::1", "fd00:ec2::254", "::ffff:127.0.0.1",
     "fd20:ce::254", "100.100.100.200", "168.63.129.16", "64:ff9b:1::127.0.0.1",
 ])
 def test_other_computers_do_not_reach_this_computers_own_addresses(host: str, start_server: Any, new_client: Any) -> None:
-    server = start_server(handler=Elsewhere)
+    server = start_server(elsewhere=True)
     assert new_client(server).ask(Command.CONNECT, name(host, 80)).code is ReplyCode.NOT_ALLOWED
 
 
@@ -100,17 +97,15 @@ def test_other_computers_do_not_reach_this_computers_own_addresses(host: str, st
 def test_nor_do_they_by_multicast_broadcast_or_anycast(start_server: Any, new_client: Any) -> None:
     refused: List[Any] = []
 
-    class Telling(Elsewhere):
-        def refusal(self, command: Command, address: Address, name: Any = None) -> str:
-            reason = super().refusal(command, address, name)
-            refused.append((command, address.host, reason.endswith("is for this computer only")))
-            return reason
+    class Refused(Observer):
+        def judged(self, session: Session, verdict: Any) -> None:
+            refused.append((session.command, verdict.address.host, verdict.reason.endswith("is for this computer only")))
 
     be_a_router()
     add_address(LO, "fd66::1", 64)
     hosts = ["ff01::1", "ff02::1", "ff0e::1", "fd66::", "224.0.0.1", "255.255.255.255", "127.255.255.255"]
-    server = start_server(handler=Telling)
-    eventually(lambda: server.is_here("fd66::1"))
+    server = start_server(elsewhere=True, observers=(Refused(),))
+    eventually(lambda: is_own_address("fd66::1"))
     for host in hosts:
         for command in (Command.CONNECT, Command.BIND):
             assert new_client(server).ask(command, (host, 9)).code is ReplyCode.NOT_ALLOWED
@@ -142,7 +137,7 @@ def test_it_never_connects_to_itself(host: str, start_server: Any, new_client: A
     server = start_server()
     code = new_client(server).ask(Command.CONNECT, name(host, server.server_address[1])).code
     assert code in (ReplyCode.NOT_ALLOWED, ReplyCode.CONNECTION_REFUSED)      # refused: by ::1, where nobody listens
-    assert len(server.live) <= 1
+    assert len(server.registry.live) <= 1
 
 
 def test_nothing_is_dialled_without_a_login_where_one_is_required(start_server: Any, new_client: Any, listen: Any) -> None:
@@ -169,7 +164,7 @@ def test_right_and_wrong_logins_take_the_same_work(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(users, "SCRYPT", (4, 1, 1))
     with open(users_file, "a", encoding="utf-8") as stream:
         stream.write(f"ben:{users.hash_password('dearer')}\n")
-    for kind in (users.UsersFile(str(users_file)), worker.HandedUsers(users.read_users(str(users_file)), 2)):
+    for kind in (users.UsersFile(str(users_file)), ReplicatedUsers(users.read_users(str(users_file)), 2)):
         costs.clear()
         assert [kind.check("nobody", "wrong"), kind.check("ben", "dearer")] == [False, True]
         assert costs == [(4, 1, 1)] * 2
@@ -184,7 +179,7 @@ def test_guessing_gets_slower_but_never_locks_out_the_right_login(
             client.greet(Method.USERNAME_PASSWORD)
             status = client.login("anna", password).status
     assert status == 0
-    assert users.Guessing().wait(LOCALHOST) == 0
+    assert users.LoginThrottle().delay(LOCALHOST) == 0
 
 
 def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
@@ -210,7 +205,7 @@ def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
         client.greet(Method.USERNAME_PASSWORD)
         client.send(Credentials(b"anna", b"guess"))
     eventually(lambda: len(judged) == users.FREE_TRIES)
-    eventually(lambda: all(handler.session.user for handler in server.being_served()))
+    eventually(lambda: all(handler.session.user for handler in server.registry.serving()))
     release.set()
     for client in clients:
         assert client.rest()[:2] == b"\1\1"
@@ -324,8 +319,6 @@ def test_a_stranger_cannot_use_or_answer_a_clients_udp_association(start_server:
 
 def test_an_association_belongs_to_the_port_that_its_client_has_named(start_server: Any, new_client: Any) -> None:
     """With a login, another program of the same computer is a stranger as well."""
-    import socket
-
     server = start_server(users={"anna": "sesame"})
     made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
     client, target, stranger = made
@@ -382,7 +375,7 @@ def test_nor_do_those_of_one_address_a_slow_one_from_another(start_server: Any, 
     """Although it is the oldest of all."""
     server = start_server(max_handshakes=10)
     slow = new_client(server)
-    eventually(lambda: server.slow.total == 1)
+    eventually(lambda: server.registry.slow.total == 1)
     for _ in range(50):
         new_client(server, source="127.0.0.2")
     assert {server.next_ended().client.host for _ in range(41)} == {"127.0.0.2"}
@@ -416,19 +409,18 @@ def test_wrong_logins_do_not_keep_out_a_right_one(start_server: Any, new_client:
     eventually(lambda: known.checking == 1)
     guessers = []
     for number in range(2, 42):
-        server.guessing.failed(f"127.0.0.{number}")
+        server.policy.throttle.failed(f"127.0.0.{number}")
         guessers.append(new_client(server, source=f"127.0.0.{number}"))
         guessers[-1].send(Greeting(b"\2"), Credentials(b"mallory", b"wrong"))
         assert guessers[-1].exactly(2) == b"\5\2"
     eventually(lambda: known.checking == 41)
-    assert server.logins.total == 8
+    assert server.registry.logins.total == 8
     known.right.set()
     assert slow.exactly(4) == b"\5\2\1\0"
     assert slow.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
     exchange(slow)
     known.wrong.set()
     assert [guesser.rest() for guesser in guessers].count(b"\1\1") == 7       # the others have been hung up on
-
 
 
 def test_no_client_uses_up_the_descriptors_of_the_server(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
@@ -472,7 +464,6 @@ def test_names_that_the_resolver_does_not_answer_leave_other_clients_theirs(
     release.set()
 
 
-
 @pytest.mark.parametrize("text", ["a\nb", "a\x1b[2Jb", "a\u2028b", "a\u202eb", "x - - login-failed"])
 def test_names_from_the_wire_cannot_forge_a_log_line(text: str) -> None:
     session = Session(1, Address.numeric(LOCALHOST, 1))
@@ -502,7 +493,7 @@ def test_a_stranger_cannot_fill_the_log_and_what_is_left_out_is_counted(
             server.next_ended()
 
     come(30)
-    monkeypatch.setattr(server_module, "TELL_AGAIN", 0.0)
+    monkeypatch.setattr(RateLimit, "interval", 0.0)
     come(1)
     first, second = [record.getMessage() for record in caplog.records if "this is TLS" in record.getMessage()]
     assert second.endswith(" (and 29 more since the last line like this)")

@@ -25,6 +25,7 @@ from socks5srv.listener import Listener
 from socks5srv.protocol import Command, Credentials, Method, MethodSelection, Reply, ReplyCode
 from socks5srv.relay import Relay, Tunnel
 from socks5srv.handler import Socks5Handler
+from socks5srv.registry import Registry
 from socks5srv.server import Socks5Server
 
 from .conftest import (
@@ -52,7 +53,7 @@ def test_every_client_is_told_of_once_and_when_all_of_it_is_known(start_server, 
         client.end()
         client.rest()
         session = server.next_ended()
-        events.append((session.id, session.event, session.user, session.reply and int(session.reply), session.up, session.down))
+        events.append((session.id, session.outcome, session.user, session.reply and int(session.reply), session.up, session.down))
         assert session.seconds is not None
         assert 0 <= session.seconds < TIMEOUT
         assert session.reason
@@ -74,7 +75,7 @@ def test_of_several_reasons_to_hang_up_the_first_is_told(start_server, new_clien
     client = new_client(server)
     client.send(HELLO_LOGIN, Credentials(b"alice", b"secret"))
     eventually(lambda: server.sessions[0].user if server.sessions else None)
-    [conversation] = server.live.values()
+    [conversation] = server.registry.live.values()
     conversation.hang_up("the first reason")
     conversation.hang_up("another reason")
     release.set()
@@ -108,10 +109,10 @@ def test_a_client_that_has_been_refused_is_told_of_before_it_hangs_up(lingering)
     server, client = lingering()
     session = server.next_ended()
     assert server.sessions == []
-    assert server.clients == 1
+    assert server.registry.clients == 1
     before = session.as_dict()
     client.close()
-    eventually(lambda: server.clients == 0)
+    eventually(lambda: server.registry.clients == 0)
     assert server.told.empty(), "it is told of twice"
     assert session.as_dict() == before
     assert session.seconds < TIMEOUT / 2
@@ -121,7 +122,7 @@ def test_a_client_that_has_been_refused_has_its_place_until_it_hangs_up(lingerin
     server, client = lingering(max_clients=1)
     assert new_client(server).rest() == b""
     client.close()
-    eventually(lambda: server.clients == 0)
+    eventually(lambda: server.registry.clients == 0)
     new_client(server).connect(echo)
 
 
@@ -143,10 +144,10 @@ def test_a_client_that_has_been_refused_and_does_not_hang_up_is_hung_up_on(start
     assert client.ask(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
 
     def is_gone():
-        if sends and server.clients:
+        if sends and server.registry.clients:
             with contextlib.suppress(OSError):      # when it is
                 client.send(b"x")
-        return server.clients == 0
+        return server.registry.clients == 0
 
     began = time.monotonic()
     eventually(is_gone)
@@ -156,12 +157,13 @@ def test_a_client_that_has_been_refused_and_does_not_hang_up_is_hung_up_on(start
 def test_the_place_of_a_client_is_free_only_when_its_socket_is_closed(start_server, new_client, refusing, echo):
     open_sockets = []
 
-    class Watching(Socks5Server):
-        def finished(self, handler):
-            open_sockets.append(handler.connection.fileno() >= 0)
-            super().finished(handler)
+    class Watching(Registry):
+        def remove(self, client):
+            open_sockets.append(client.connection.fileno() >= 0)
+            super().remove(client)
 
-    server = start_server(server_class=Watching)
+    server = start_server()
+    server.registry = Watching(server, server.policy.throttle)
     for place in (refusing(), echo):
         with new_client(server) as client:
             client.ask(Command.CONNECT, place)
@@ -169,7 +171,7 @@ def test_the_place_of_a_client_is_free_only_when_its_socket_is_closed(start_serv
     with new_client(server) as client:
         client.send(b"GET")
     server.next_ended()
-    eventually(lambda: server.clients == 0)
+    eventually(lambda: server.registry.clients == 0)
     assert open_sockets == [False, False, False]
 
 
@@ -192,7 +194,7 @@ def test_the_sessions_are_those_of_the_clients_being_served_oldest_first(start_s
         clients[-1].connect(echo)
     assert [session.id for session in server.sessions] == [1, 2, 3]
     assert [str(session.client) for session in server.sessions] == [str(address_of(c.socket.getsockname())) for c in clients]
-    assert {session.event for session in server.sessions} == {"open"}
+    assert {session.outcome for session in server.sessions} == {"open"}
     clients[1].close()
     assert server.next_ended().id == 2
     assert [session.id for session in server.sessions] == [1, 3]
@@ -220,7 +222,7 @@ def test_a_client_that_resets_while_it_is_being_connected_is_not_waited_for(star
     session = server.next_ended()
     release.set()
     assert time.monotonic() - began < within(1)
-    assert (session.event, session.reply) == ("failed", None)
+    assert (session.outcome, session.reply) == ("failed", None)
 
 
 # --- listeners and threads ---
@@ -571,7 +573,7 @@ def test_a_server_stops_at_once_whatever_its_clients_are_at(slow_server, new_cli
         begin(client, places)
     if begin in EXPECTED_COMMANDS:
         eventually(lambda: all(session.command for session in server.sessions))
-    eventually(lambda: len(server.live) == 5)
+    eventually(lambda: len(server.registry.live) == 5)
     assert_stops_at_once(server, clients)
 
 
@@ -582,7 +584,7 @@ def test_a_server_stops_within_a_tenth_of_a_second_with_all_of_this_going_on(sta
         for begin in BEGINNINGS * 3:
             clients.append(new_client(server))
             begin(clients[-1], places)
-        eventually(lambda: len(server.live) == len(clients))
+        eventually(lambda: len(server.registry.live) == len(clients))
         return assert_stops_at_once(server, clients)
 
     # The computer may be busy with something else once, or twice.
@@ -597,7 +599,7 @@ def test_a_server_may_hang_up_while_a_tunnel_is_being_handed_over(slow_server, n
     start = carrier.start
 
     def hang_up_beside(self, *arguments):
-        [handler] = server.live.values()
+        [handler] = server.registry.live.values()
         if when == "before":
             handler.hang_up("server stopped")
         start(self, *arguments)
@@ -740,7 +742,7 @@ def test_a_setup_that_fails_costs_its_client_and_no_place(early, start_server, n
     client = new_client(server)
     client.connect(echo)
     exchange(client)
-    assert (server.clients, dict(server.hosts), len(server.live)) == (1, {"127.0.0.1": 1}, 1)
+    assert (server.registry.clients, dict(server.registry.hosts), len(server.registry.live)) == (1, {"127.0.0.1": 1}, 1)
     assert len(bugs) == 10
     bugs.clear()
 

@@ -16,23 +16,23 @@ import time
 from collections import OrderedDict
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Iterator, List, Set
+from typing import Any, Iterator, List, Set, Tuple
 
 import pytest
 
 from socks5srv import users as users_module
+from socks5srv.monitor.http import StatusPage
+from socks5srv.monitor.stats import LocalStats
 from socks5srv.protocol import Address, Command, Method
 from socks5srv.server import Socks5Server
-from socks5srv.service import cores
-from socks5srv.service import workers as workers_module
-from socks5srv.service.figures import watched
-from socks5srv.service.options import build_parser
-from socks5srv.service.remembering import remembering
-from socks5srv.service.run import ServiceHandler, ServiceServer
-from socks5srv.service.status import StatusPage
-from socks5srv.service.worker import Line, Orders, WorkerServer
-from socks5srv.service.workers import Workers, shared_memory
+from socks5srv.service.affinity import CoreAffinity
+from socks5srv.service.build import Single, listening_sockets
+from socks5srv.service.settings import Settings
 from socks5srv.users import UsersFile, hash_password
+from socks5srv.workers.channel import Channel, LoginFailed, UsersChanged, WorkerConfig
+from socks5srv.workers.shared import Scoreboard
+from socks5srv.workers.supervisor import Supervisor
+from socks5srv.workers.worker import WorkerServer
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, server_threads
 from .failing import ERRORS, FailingCalls
@@ -67,30 +67,16 @@ def log() -> Iterator[ToNull]:
 
 
 @pytest.fixture(autouse=True)
-def _all_at_each_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The threads are tied to a core at one look, and untied at the next; and a users file that has changed is read."""
-    monkeypatch.setattr(cores, "MANY", 0.0)
-    monkeypatch.setattr(cores, "FEW", 1e9)
-    monkeypatch.setattr(cores, "LOOK", 0.0)
+def _a_users_file_is_read_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(users_module, "SETTLED", 0.0)
-    use_all_cores()         # the server of another test may have left this process on one
-    yield
-    use_all_cores()
-
-
-def use_all_cores() -> int:
-    """How many there are; 0 where that cannot be chosen."""
-    if not hasattr(os, "sched_setaffinity"):
-        return 0
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    return len(os.sched_getaffinity(0))
 
 
 class Turns:
     """A server whose every turn begins with something to do, and with one more failure ahead."""
 
-    def __init__(self, server: Any, calls: FailingCalls, users_file: Path, each: str = "pause") -> None:
+    def __init__(self, server: Any, address: Tuple[Any, ...], calls: FailingCalls, users_file: Path, each: str = "pause") -> None:
         self.server = server
+        self.address = address
         self.calls = calls
         self.users_file = users_file
         self.number = 0
@@ -126,13 +112,13 @@ class Turns:
         while self.calls.quiet <= QUIET or functions - set(self.calls.functions()):
             assert time.monotonic() < until, f"there is no end: {self.calls.failed[-5:]}, {functions - set(self.calls.functions())}"
             assert self.thread.is_alive(), f"{self.calls.failed[-1]} has ended it: {self.error}"
-            visit(self.server)
+            visit(self.address)
 
 
-def visit(server: Any) -> None:
+def visit(address: Tuple[Any, ...]) -> None:
     """A client that logs in, if it can, and has its request refused."""
     try:
-        with Client(server.server_address) as client:
+        with Client(address) as client:
             if client.greet(Method.NO_AUTHENTICATION_REQUIRED, Method.USERNAME_PASSWORD).method == Method.USERNAME_PASSWORD:
                 client.login("anna", "sesame")
             client.request(Command.CONNECT, (LOCALHOST, 1))
@@ -142,7 +128,7 @@ def visit(server: Any) -> None:
 
 @pytest.fixture
 def calls() -> Iterator[FailingCalls]:
-    found = FailingCalls("serve_forever", "attempt", "give_up_if_hopeless", "is_hopeless", "<genexpr>")
+    found = FailingCalls("serve_forever", "attempt", "call", "give_up_if_hopeless", "is_hopeless", "<genexpr>")
     yield found
     found.stop()
 
@@ -161,12 +147,6 @@ def closing() -> Iterator[ExitStack]:
         yield stack
 
 
-def options(*words: str) -> Any:
-    found = build_parser().parse_args(list(words))
-    found.status_address = None
-    return found
-
-
 def survives(turns: Turns, log: ToNull, *functions: str) -> None:
     """It goes on, tells what has failed, and has really been asked to."""
     try:
@@ -180,94 +160,115 @@ def survives(turns: Turns, log: ToNull, *functions: str) -> None:
     eventually(lambda: not [thread for thread in server_threads() if thread.name == "socks5srv-conversation"])
 
 
-BOOKS = ("server.py:keep_books", "server.py:end_slow_handshakes", "users.py:refresh", "users.py:read_users", "handler.py:session_ended")
+DUTIES = (
+    "server.py:report_ended", "server.py:report", "registry.py:hang_up_on_slow", "users.py:refresh", "users.py:read_users", "handler.py:session_ended",
+)
 
 
 def test_a_server_survives_the_failure_of_all_that_it_calls(calls: FailingCalls, users: UsersFile, log: ToNull) -> None:
     server = Socks5Server((LOCALHOST, 0), users=users)
-    survives(Turns(server, calls, Path(users.path)), log, *BOOKS)
+    survives(Turns(server, server.server_address, calls, Path(users.path)), log, *DUTIES)
+
+
+def program(users: UsersFile, **more: Any) -> Single:
+    return Single(Settings(users_file=users.path, **more), listening_sockets([LOCALHOST], 0))
 
 
 def test_so_does_the_program(calls: FailingCalls, users: UsersFile, log: ToNull) -> None:
-    server = ServiceServer((LOCALHOST, 0), ServiceHandler, users=users)
-    server.options = options()
-    turns = Turns(server, calls, Path(users.path))
-    server.call(lambda: None)
-    looks = ("service/cores.py:follow", "service/cores.py:place_threads") if use_all_cores() > 1 else ()
-    survives(turns, log, *BOOKS, "service/banner.py:add", *looks)
+    node = program(users)
+    turns = Turns(node.server, node.addresses[0], calls, Path(users.path))
+    node.call(lambda: None)
+    survives(turns, log, *DUTIES, "service/summary.py:ended")
 
 
 def test_so_does_one_that_is_watched_and_so_does_its_page(calls: FailingCalls, users: UsersFile, log: ToNull, closing: ExitStack) -> None:
-    server: Any = watched(ServiceServer)((LOCALHOST, 0), remembering(ServiceHandler), users=users)
-    server.options = options()
-    page = closing.enter_context(StatusPage(server, Address.numeric(LOCALHOST, 0)))
-    survives(Turns(server, calls, Path(users.path)), log, *BOOKS, "service/figures.py:end")
+    node = program(users, status=(LOCALHOST, 0))
+    page = closing.enter_context(StatusPage(node.stats, {}, Address.numeric(LOCALHOST, 0)))
+    turns = Turns(node.server, node.addresses[0], calls, Path(users.path))
+    survives(turns, log, *DUTIES, "service/summary.py:ended", "monitor/metrics.py:ended", "explain/tracer.py:ended")
     assert page.thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this platform: no thread is tied")
+def test_what_ties_threads_to_a_core_survives_it_in_any_thread(closing: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tied at one look, and untied at the next."""
+    closing.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+    for name, value in {"many": 0.0, "few": 1e9, "min_interval": 0.0, "watch_interval": 0.0}.items():
+        monkeypatch.setattr(CoreAffinity, name, value)
+    calls, affinity = FailingCalls("look"), CoreAffinity(lambda _function: None)
+    affinity.cores |= {0, 1}
+    while calls.quiet <= QUIET:
+        calls.arm()
+        affinity.look()
+    calls.stop()
+    calls.arm()
+    assert {f"service/affinity.py:{name}" for name in ("change", "current_core", "place_threads")} <= set(calls.functions())
 
 
 @pytest.mark.usefixtures("log")
 def test_the_page_survives_the_failure_of_all_that_it_calls(closing: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = FailingCalls("attempt", "service_actions", errors=ERRORS[:1])      # socketserver lets a bug of get_request() through
-    server: Any = watched(ServiceServer)((LOCALHOST, 0), remembering(ServiceHandler))
+    monkeypatch.setattr(StatusPage, "poll_interval", 0.001)
+    server = Socks5Server((LOCALHOST, 0))
     closing.callback(server.server_close)
-    server.options = options()
-    page = StatusPage(server, Address.numeric(LOCALHOST, 0))
-    monkeypatch.setattr("socks5srv.service.status.LOOK", 0.001)
-    service_actions = page.http.service_actions
+    page = StatusPage(LocalStats(server), {}, Address.numeric(LOCALHOST, 0))
+    service_actions = page.service_actions
 
     def turn() -> None:
         calls.arm()
         service_actions()
 
-    page.http.service_actions = turn        # type: ignore[method-assign]
+    page.service_actions = turn        # type: ignore[method-assign]
     closing.enter_context(page)
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         assert page.thread.is_alive(), f"{calls.failed[-1]} has ended it"
         try:
-            socket.create_connection(page.http.server_address[:2], 0.2).close()
+            socket.create_connection(page.server_address[:2], 0.2).close()
         except OSError:
             pass
         if calls.quiet > QUIET:
             break
     calls.stop()
-    assert {"service/status.py:get_request", "service/status.py:process_request", "service/status.py:hang_up"} <= set(calls.functions())
-    assert len(page.http.connections) == 0 or eventually(lambda: not page.http.connections)
+    assert {"monitor/http.py:get_request", "monitor/http.py:process_request"} <= set(calls.functions())
+    eventually(lambda: not page.silent and not page.busy)
 
 
 @needs_posix
 def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: ToNull, closing: ExitStack) -> None:
     ours, theirs = socket.socketpair()
-    parent = Line(ours)
+    parent = Channel(ours)
     closing.callback(parent.close)
+    settings = Settings(users_file=users.path)
     with socket.socket() as listener:
         listener.bind((LOCALHOST, 0))
         listener.listen()
-        orders = Orders(0, 1, options("--users-file", users.path), users.hashes, [os.dup(listener.fileno())], shared_memory(8), OrderedDict(), {})
-    server = WorkerServer(Line(theirs), orders)
-    closing.callback(server.line.close)
-    closing.callback(server.board.close)
-    server.options = orders.options
+        config = WorkerConfig(
+            0, 1, settings, users.hashes, [os.dup(listener.fileno())], Scoreboard.new(1).descriptor, frozenset(), (OrderedDict(), {}),
+        )
+    server = WorkerServer(Channel(theirs), config)
+    closing.callback(server.channel.close)
+    closing.callback(server.scoreboard.close)
 
-    class Obeying(Turns):
-        """What the thread that obeys does with messages is guarded as well."""
+    class Controlled(Turns):
+        """What the control thread does with messages is guarded as well."""
 
         def turn(self, *arguments: Any) -> None:
-            parent.send("users", users.hashes)
-            parent.send("failed", "192.0.2.1")
-            server.line.fill()
-            messages = list(server.line.messages())
+            parent.send(UsersChanged(users.hashes))
+            parent.send(LoginFailed("192.0.2.1"))
+            server.channel.fill()
+            messages = list(server.channel.messages())
             super().turn(*arguments)
             for message in messages:
-                server.attempt(server.do, message)
+                server.attempt(server.receive, message)
 
         def close(self) -> None:
-            server.told_to_stop.set()
+            server.stopping_all.set()
             super().close()
 
     survives(
-        Obeying(server, calls, Path(users.path)), log,
-        "server.py:keep_books", "service/worker.py:refresh", "service/worker.py:tell_tally", "service/worker.py:on_users", "service/worker.py:on_failed",
+        Controlled(server, server.server_address, calls, Path(users.path)), log, "server.py:report_ended", "workers/shared.py:refresh",
+        "workers/worker.py:update_summary", "workers/worker.py:on_UsersChanged", "workers/shared.py:on_LoginFailed",
     )
 
 
@@ -279,20 +280,23 @@ def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: ToNull, cl
 def test_so_does_the_parent_of_workers(
         error: Any, calls: FailingCalls, users: UsersFile, log: ToNull, monkeypatch: pytest.MonkeyPatch) -> None:
     calls.errors = [error]          # each may cost a process its start, which takes longest
-    monkeypatch.setattr(workers_module, "PAUSE", 0.01)
-    monkeypatch.setattr(workers_module, "TRIES", 10**6)
-    server = Workers((LOCALHOST, 0), ServiceHandler, users=users)
-    server.options = options("--workers", "2", "--users-file", users.path, "-q")
-    assert server.get_ready()
+    for name, value in {"restart_backoff": 0.01, "max_backoff": 0.01, "max_fast_failures": 10**6}.items():
+        monkeypatch.setattr(Supervisor, name, value)
+    settings = Settings(users_file=users.path, quiet=True, workers=2)
+    supervisor = Supervisor(settings, listening_sockets([LOCALHOST], 0))
+    assert supervisor.start()
 
     class Killing(Turns):
         def turn(self, *arguments: Any) -> None:
-            if self.number % 25 == 0 and any(worker.serving for worker in server.workers):
-                os.kill(server.workers[0].process.pid, signal.SIGKILL)
+            if self.number % 25 == 0 and any(worker.serving for worker in supervisor.workers):
+                os.kill(supervisor.workers[0].process.pid, signal.SIGKILL)
             super().turn(*arguments)
 
+        def close(self) -> None:
+            supervisor.close()
+
     survives(
-        Killing(server, calls, Path(users.path), "look_after_all"), log,
-        "service/workers.py:look_after_all", "service/workers.py:start", "service/workers.py:hear", "service/workers.py:bury",
-        "service/workers.py:hear_message", "service/worker.py:fill", "users.py:read_users",
+        Killing(supervisor, supervisor.addresses[0], calls, Path(users.path), "turn"), log,
+        *(f"workers/supervisor.py:{name}" for name in ("turn", "start_worker", "fill", "receive", "bury", "on_SummaryUpdate")),
+        "workers/channel.py:fill", "users.py:read_users",
     )

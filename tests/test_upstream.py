@@ -20,7 +20,7 @@ from socks5srv.protocol import (
 )
 from socks5srv.rules import Rules
 from socks5srv.handler import Socks5Handler
-from socks5srv.upstream import Loop, UpstreamHandler, spelled_out
+from socks5srv.upstream import LoopDetector, UpstreamHandler, spelled_out
 
 from .conftest import (
     LOCALHOST, TIMEOUT, Client, FromItsTarget, address_of, eventually, exchange, handler_with, in_thread, name, needs_ipv6, set_reset,
@@ -340,7 +340,7 @@ def test_a_destination_that_the_rules_deny_is_not_asked_for(near: Any, far: Any)
 
 
 def test_zeros_are_no_destination_and_whoever_calls_is_judged(start_server: Any, far: Any) -> None:
-    near = start_server(through(far, is_here=False))
+    near = start_server(through(far), elsewhere=True)
     near.rules = Rules.parse(["allow 192.0.2.1", "deny *"])
     with bind(url_of(near)) as waiting, socket.create_connection(waiting.address[:2], TIMEOUT), pytest.raises(RequestFailed, match="not allowed"):
         waiting.accept()
@@ -424,7 +424,7 @@ def test_the_largest_datagrams_go_through(near: Any) -> None:
 def test_the_end_of_the_upstreams_connection_is_the_end(near: Any, far: Any) -> None:
     with udp_associate(url_of(near)) as relay:
         (session,) = far.sessions
-        far.live[session.id].hang_up("enough")
+        far.registry.live[session.id].hang_up("enough")
         assert near.next_ended().reason == "upstream closed"
         relay.control.settimeout(TIMEOUT)
         assert relay.control.recv(1) == b""
@@ -433,9 +433,9 @@ def test_the_end_of_the_upstreams_connection_is_the_end(near: Any, far: Any) -> 
 def test_a_reset_by_the_upstream_is_called_one(near: Any, far: Any) -> None:
     with udp_associate(url_of(near)):
         (session,) = far.sessions
-        control = far.live[session.id].connection
-        eventually(lambda: far.live[session.id].carried is not None and len(far.relays[0].watched) == 3)
-        far.relays[0].call(lambda: (set_reset(control), far.live[session.id].carried.abort("reset")))
+        control = far.registry.live[session.id].connection
+        eventually(lambda: far.registry.live[session.id].tunnel is not None and len(far.relays[0].watched) == 3)
+        far.relays[0].call(lambda: (set_reset(control), far.registry.live[session.id].tunnel.abort("reset")))
         assert near.next_ended().reason == "upstream: connection reset"
 
 
@@ -476,8 +476,8 @@ def test_what_the_upstream_sends_too_early_or_wrong_does_no_harm(start_server: A
         accepted = in_thread(serve)
         with udp_associate(url_of(near)) as relay, accepted() as control:
             relay.socket.settimeout(TIMEOUT)
-            (handler,) = near.live.values()
-            answers = eventually(lambda: handler.carried).answers.socket
+            (handler,) = near.registry.live.values()
+            answers = eventually(lambda: handler.tunnel).answers.socket
             outer, there = answers.getsockname(), Address.numeric("192.0.2.1", 53)
             relay_there.sendto(bytes(Datagram(there, b"too early")), outer)
             eventually(lambda: not select.select([answers], [], [], 0)[0])      # it has been read
@@ -533,12 +533,12 @@ def test_a_chain_that_leads_back_ends_before_anything_runs_out(start_server: Any
     other = start_server(through(one))
     one.RequestHandlerClass.upstream = url_of(other)
     assert answer(one, command, name("example.com", 80)).code is ReplyCode.GENERAL_FAILURE
-    sessions = one.next_id()
+    sessions = one.registry.next_id()
     assert sessions <= 2 * upstream.SUSPICIOUS
     # One of the two knows it now, and lets nobody in until it looks again.
-    assert one.RequestHandlerClass.loop.is_there or other.RequestHandlerClass.loop.is_there
+    assert upstream.loops[one].is_there or upstream.loops[other].is_there
     refused(one)
-    assert one.next_id() - sessions <= 3
+    assert one.registry.next_id() - sessions <= 3
     eventually(lambda: not one.sessions and not other.sessions)
 
 
@@ -558,11 +558,11 @@ def test_a_busy_server_is_no_loop(start_server: Any, echo: Any, monkeypatch: pyt
     for result in results:
         with result() as sock:
             exchange(sock)
-    assert [host for host in looked_up if host != THERE] == [near.RequestHandlerClass.loop.name]
+    assert [host for host in looked_up if host != THERE] == [upstream.loops[near].name]
 
 
 def test_a_loop_is_looked_for_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop()
+    loop = LoopDetector()
     monkeypatch.setattr(upstream, "SUSPICIOUS", 2)
     with loop.one_more_waits() as first, loop.one_more_waits() as second, loop.one_more_waits() as third:
         assert [first, second, third] == [False, True, False]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from socks5srv import handler, users
 from socks5srv.handler import Socks5Handler
 from socks5srv.protocol import Command, Credentials, CredentialsReply, Method, MethodSelection
-from socks5srv.users import BadUsersFile, Guessing, Hash, Users, UsersFile, hash_password, verify
+from socks5srv.users import BadUsersFile, LoginThrottle, Hash, Users, UsersFile, hash_password, verify
 
 from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, in_thread, needs_neighbour, within
 
@@ -317,7 +317,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(write: Write, monkey
     assert len(file) == 2
     assert file.refresh() == set()
     assert len(file) == 3
-    assert "stay as they were" not in caplog.text
+    assert "keeping the previous users" not in caplog.text
 
 
 @pytest.mark.usefixtures("clock")
@@ -347,7 +347,7 @@ def test_a_broken_new_file_keeps_the_old_users_and_says_so(write: Write, caplog:
     path = write("nonsense")
     assert file.refresh() == set()
     assert file.check("anna", "a")
-    assert "the users stay as they were" in caplog.text
+    assert "keeping the previous users" in caplog.text
     os.remove(path)
     assert file.refresh() == set()
     assert file.check("anna", "a")
@@ -413,16 +413,16 @@ def test_guessing_gets_slower_but_never_locks_out_the_right_login(
 
     for _ in range(users.FREE_TRIES + 3):
         assert attempt("guess") == 1
-    assert server.guessing.wait(LOCALHOST) == 0.05
+    assert server.policy.throttle.delay(LOCALHOST) == 0.05
     assert attempt("sesame") == 0
-    assert server.guessing.wait(LOCALHOST) == 0
+    assert server.policy.throttle.delay(LOCALHOST) == 0
 
 
 def test_who_has_to_wait_may_leave(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
     monkeypatch.setattr(users, "LONGEST_WAIT", 60.0)
     server = start_server(users={"anna": "sesame"})
     for _ in range(64):
-        server.guessing.failed(LOCALHOST)
+        server.policy.throttle.failed(LOCALHOST)
     client = new_client(server)
     assert client.greet(Method.USERNAME_PASSWORD) == MethodSelection(Method.USERNAME_PASSWORD)
     client.send(b"\x01\x04anna\x05guess")
@@ -469,7 +469,7 @@ def try_to_log_in(new_client: Any) -> Callable[..., Any]:
 
 
 def all_wait(server: Any, number: int) -> bool:
-    return sum(map(len, list(server.guessing.waiting.values()))) == number
+    return sum(map(len, list(server.policy.throttle.waiting.values()))) == number
 
 
 def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
@@ -483,12 +483,12 @@ def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
     assert [CredentialsReply.read(client).status for client in clients] == [1] * 30
     # Those of the beginning may end one by one, but the first of them has failed then, and the next begins when all have ended.
     assert judging.judged[users.FREE_TRIES:] == [1] * (30 - users.FREE_TRIES)
-    eventually(lambda: not server.guessing.trying and not server.guessing.waiting)
+    eventually(lambda: not server.policy.throttle.trying and not server.policy.throttle.waiting)
 
 
 def test_an_address_that_has_failed_has_one_try_at_a_time(judging: Any, start_server: Any, try_to_log_in: Any) -> None:
     server = start_server(judging)
-    server.guessing.failed(LOCALHOST)
+    server.policy.throttle.failed(LOCALHOST)
     first = try_to_log_in(server)
     eventually(lambda: judging.running)
     second = try_to_log_in(server, "sesame")
@@ -524,7 +524,7 @@ def test_a_client_that_waits_for_its_turn_may_leave(
         monkeypatch: pytest.MonkeyPatch, judging: Any, start_server: Any, try_to_log_in: Any) -> None:
     monkeypatch.setattr(handler, "LOOK", 0.01)
     server = start_server(judging)
-    server.guessing.failed(LOCALHOST)
+    server.policy.throttle.failed(LOCALHOST)
     first = try_to_log_in(server)
     eventually(lambda: judging.running)
     second = try_to_log_in(server)
@@ -543,47 +543,47 @@ def test_closing_the_server_wakes_those_that_wait_for_their_turn(
     for _ in range(20):
         try_to_log_in(server)
     eventually(lambda: all_wait(server, 20 - users.FREE_TRIES))
-    for live in server.being_served():
+    for live in server.registry.serving():
         live.hang_up("for a test")
     eventually(lambda: all_wait(server, 0))
     judging.release.set()
 
 
 def test_waits_grow_from_none_to_some_seconds_and_are_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
-    guessing = Guessing()
+    throttle = LoginThrottle()
     waits = []
     for _ in range(12):
-        waits.append(guessing.wait("192.0.2.1"))
-        guessing.failed("192.0.2.1")
+        waits.append(throttle.delay("192.0.2.1"))
+        throttle.failed("192.0.2.1")
     assert waits == [0.0] * 5 + [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
-    assert guessing.wait("192.0.2.2") == 0
+    assert throttle.delay("192.0.2.2") == 0
     monkeypatch.setattr(users, "FORGIVEN", -1.0)
-    assert guessing.wait("192.0.2.1") == 0
-    guessing.failed("192.0.2.1")
-    assert guessing.failures["192.0.2.1"][0] == 1
+    assert throttle.delay("192.0.2.1") == 0
+    throttle.failed("192.0.2.1")
+    assert throttle.failures["192.0.2.1"][0] == 1
 
 
 def test_only_so_many_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(users, "REMEMBERED", 3)
-    guessing = Guessing()
+    throttle = LoginThrottle()
     for number in range(10):
-        guessing.failed(f"192.0.2.{number}")
-    assert list(guessing.failures) == ["192.0.2.7", "192.0.2.8", "192.0.2.9"]
+        throttle.failed(f"192.0.2.{number}")
+    assert list(throttle.failures) == ["192.0.2.7", "192.0.2.8", "192.0.2.9"]
 
 
 def test_of_too_many_addresses_the_one_that_has_failed_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(users, "REMEMBERED", 3)
-    guessing = Guessing()
+    throttle = LoginThrottle()
     for host in ("192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.1", "192.0.2.4"):
-        guessing.failed(host)
-    assert list(guessing.failures) == ["192.0.2.3", "192.0.2.1", "192.0.2.4"]
+        throttle.failed(host)
+    assert list(throttle.failures) == ["192.0.2.3", "192.0.2.1", "192.0.2.4"]
 
 
 def test_an_address_may_fail_as_often_as_it_likes() -> None:
-    guessing = Guessing()
+    throttle = LoginThrottle()
     for _ in range(2000):
-        guessing.failed("192.0.2.1")
-    assert guessing.wait("192.0.2.1") == users.LONGEST_WAIT
+        throttle.failed("192.0.2.1")
+    assert throttle.delay("192.0.2.1") == users.LONGEST_WAIT
 
 
 def test_only_so_many_hashes_are_computed_at_a_time(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ For test suites: a SOCKS5 server in the background that says what it was used fo
         requests.get("http://api.example.com:8000/", proxies=proxy.proxies)
         proxy.assert_used(host="api.example.com", times=1)
 
-proxy.py has `start()` and `Proxy`; faults.py what can go wrong; targets.py somebody to talk to behind
+proxy.py has `start()` and `Proxy`; faults.py what can go wrong; targets.py servers to talk to behind
 the proxy; pytest_plugin.py the fixtures.  Nothing but the standard library is needed, pytest only
 for the last one.  The rest of the package knows nothing of this room.
 """

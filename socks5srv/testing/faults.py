@@ -12,23 +12,24 @@ order in which they were injected, and one that never meets its message does not
 
 The one idea: a fault stands at the handler's two choke points, where messages are received and sent.  The
 conversation knows nothing of it, so all that the client sees before it, and after, is the real server.
-Datagrams pass no choke point; for them a bad line (line.py) is laid between the client and its relay.
+Datagrams pass no choke point; for them a lossy link (link.py) is laid between the client and its relay.
 """
 
 from __future__ import annotations
 
 import socket
 import threading
+from dataclasses import dataclass
 from enum import Enum
 from io import BytesIO
 from typing import Dict, Iterator, List, Optional, Protocol, Tuple, Type
 
+from ..names import canonical
 from ..protocol import (
-    Address, Credentials, CredentialsReply, Datagram, Field, Greeting, Message, MethodSelection, ProtocolError, Reply,
-    ReplyCode, Request, RequestFailed,
+    REPLY_CODES, Address, Credentials, CredentialsReply, Datagram, Field, Greeting, Message, MethodSelection, ProtocolError,
+    Reply, ReplyCode, Request, RequestFailed,
 )
 from ..relay import RESET
-from ..names import normal
 from ..session import Session
 
 __all__ = [
@@ -47,7 +48,7 @@ class SecondReply(Reply):
 MessageClass = Type[Message]
 FROM_CLIENT: Tuple[MessageClass, ...] = (Greeting, Credentials, Request)
 TO_CLIENT: Tuple[MessageClass, ...] = (MethodSelection, CredentialsReply, Reply, SecondReply)
-WITH_HOST: Tuple[MessageClass, ...] = (Request, Reply, SecondReply, Datagram)    # before them nobody knows it
+WITH_HOST: Tuple[MessageClass, ...] = (Request, Reply, SecondReply, Datagram)    # before them it is not known
 
 
 class Broken(OSError):
@@ -64,7 +65,7 @@ class Octets(Message):
         return [self.field]
 
 
-class Conversation(Protocol):
+class FaultyHandler(Protocol):
     """What a fault asks of the handler that it strikes."""
 
     session: Session
@@ -83,6 +84,7 @@ class Fault:
     """
 
     about: Tuple[MessageClass, ...] = ()
+    every = 1       # of how many such messages it strikes one
 
     def __init__(self, *words: object, times: Optional[int] = None, host: Optional[str] = None) -> None:
         if times is not None and times < 1:
@@ -93,30 +95,26 @@ class Fault:
         self.times = times
         self.host = host
 
-    def received(self, conversation: Conversation) -> None:
+    def received(self, handler: FaultyHandler) -> None:
         """The client's message has come."""
 
-    def sending(self, conversation: Conversation, message: Message) -> Message:
+    def sending(self, handler: FaultyHandler, message: Message) -> Message:
         """The message is about to be sent; returns what will be sent instead."""
         return message
 
-    def sent(self, conversation: Conversation, message: Message) -> None:
+    def sent(self, handler: FaultyHandler, message: Message) -> None:
         """It has been sent, and was to be this one."""
 
-    def hang_up(self, conversation: Conversation) -> None:
+    def hang_up(self, handler: FaultyHandler) -> None:
         """End the conversation, with a FIN behind all that was sent."""
-        conversation.session.reason = conversation.session.reason or str(self)
-        conversation.linger()
+        handler.session.reason = handler.session.reason or str(self)
+        handler.linger()
         raise Broken(str(self))
 
     def __repr__(self) -> str:
-        words = [spelled(word) for word in self.words]
-        selectors = [f"{name}={value!r}" for name, value in self.selectors().items()]
-        return f"{type(self).__name__}({', '.join(words + selectors)})"
-
-    def selectors(self) -> Dict[str, object]:
-        """Those that were given."""
-        return {name: value for name, value in (("times", self.times), ("host", self.host)) if value is not None}
+        given = {"every": self.every if self.every > 1 else None, "times": self.times, "host": self.host}
+        selectors = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        return f"{type(self).__name__}({', '.join([*map(spelled, self.words), *selectors])})"
 
     def __str__(self) -> str:
         return f"fault: {self!r}"
@@ -129,13 +127,6 @@ def spelled(word: object) -> str:
     return word.__name__ if isinstance(word, type) else repr(word)
 
 
-def octet_at(message: Message, place: int, octet: int) -> Message:
-    """The message with another octet at this place; itself if it is there already."""
-    octets = bytes(message)
-    changed = octets[:place] + bytes((octet,)) + octets[place + 1:]
-    return message if changed == octets else Octets(message, changed)
-
-
 # --- other answers ---
 
 class ReplyWith(Fault):
@@ -145,14 +136,11 @@ class ReplyWith(Fault):
 
     def __init__(self, code: int, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
         bytes((code,))              # ValueError if it is none
-        self.code = REPLY_CODES.get(code, code)
+        self.code: int = REPLY_CODES.get(code, code)
         super().__init__(self.code, times=times, host=host)
 
-    def received(self, conversation: Conversation) -> None:
+    def received(self, handler: FaultyHandler) -> None:
         raise RequestFailed(self.code, str(self))       # type: ignore[arg-type]    # it may be a bare number
-
-
-REPLY_CODES: Dict[int, int] = {code: code for code in ReplyCode}
 
 
 class SelectMethod(Fault):
@@ -165,12 +153,14 @@ class SelectMethod(Fault):
         super().__init__(method, times=times)
         self.octet = method
 
-    def sending(self, conversation: Conversation, message: Message) -> Message:
-        return octet_at(message, 1, self.octet)
+    def sending(self, handler: FaultyHandler, message: Message) -> Message:
+        octets = bytes(message)
+        changed = octets[:1] + bytes((self.octet,)) + octets[2:]
+        return message if changed == octets else Octets(message, changed)
 
-    def sent(self, conversation: Conversation, message: Message) -> None:
+    def sent(self, handler: FaultyHandler, message: Message) -> None:
         if bytes(message)[1] != self.octet:
-            self.hang_up(conversation)
+            self.hang_up(handler)
 
 
 class LoginStatus(SelectMethod):
@@ -187,7 +177,7 @@ class Raw(Fault):
         super().__init__(message, octets, times=times, host=host)
         self.octets = octets
 
-    def sending(self, conversation: Conversation, message: Message) -> Message:
+    def sending(self, handler: FaultyHandler, message: Message) -> Message:
         return Octets(message, self.octets)
 
 
@@ -200,7 +190,7 @@ class BoundTo(Fault):
         super().__init__(host_bound, port, times=times, host=host)
         self.bound = Address.named(host_bound, port)
 
-    def sending(self, conversation: Conversation, message: Message) -> Message:
+    def sending(self, handler: FaultyHandler, message: Message) -> Message:
         return Reply(message.code, self.bound) if isinstance(message, Reply) else message
 
 
@@ -213,19 +203,19 @@ class CloseAfter(Fault):
         self.about = one_of(FROM_CLIENT + TO_CLIENT, message)
         super().__init__(message, times=times, host=host)
 
-    def received(self, conversation: Conversation) -> None:
-        self.hang_up(conversation)
+    def received(self, handler: FaultyHandler) -> None:
+        self.hang_up(handler)
 
-    def sent(self, conversation: Conversation, message: Message) -> None:
-        self.hang_up(conversation)
+    def sent(self, handler: FaultyHandler, message: Message) -> None:
+        self.hang_up(handler)
 
 
 class ResetAfter(CloseAfter):
     """The same with an RST, as of a server that has crashed."""
 
-    def hang_up(self, conversation: Conversation) -> None:
-        conversation.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        conversation.connection.close()
+    def hang_up(self, handler: FaultyHandler) -> None:
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        handler.connection.close()
         raise Broken(str(self))
 
 
@@ -237,11 +227,11 @@ class Truncate(Fault):
         super().__init__(message, octets, times=times, host=host)
         self.octets = octets
 
-    def sending(self, conversation: Conversation, message: Message) -> Message:
+    def sending(self, handler: FaultyHandler, message: Message) -> Message:
         return Octets(message, bytes(message)[:self.octets])
 
-    def sent(self, conversation: Conversation, message: Message) -> None:
-        self.hang_up(conversation)
+    def sent(self, handler: FaultyHandler, message: Message) -> None:
+        self.hang_up(handler)
 
 
 # --- nothing wrong, but not as usual ---
@@ -254,11 +244,11 @@ class Delay(Fault):
         super().__init__(message, seconds, times=times, host=host)
         self.seconds = seconds
 
-    def received(self, conversation: Conversation) -> None:
-        conversation.pause(self.seconds)
+    def received(self, handler: FaultyHandler) -> None:
+        handler.pause(self.seconds)
 
-    def sending(self, conversation: Conversation, message: Message) -> Message:
-        conversation.pause(self.seconds)
+    def sending(self, handler: FaultyHandler, message: Message) -> Message:
+        handler.pause(self.seconds)
         return message
 
 
@@ -269,11 +259,11 @@ class Drip(Fault):
         self.about = TO_CLIENT if message is None else one_of(TO_CLIENT, message)
         super().__init__(*[] if message is None else [message], times=times, host=host)
 
-    def sending(self, conversation: Conversation, message: Message) -> Message:
+    def sending(self, handler: FaultyHandler, message: Message) -> Message:
         octets = bytes(message)
         for i in range(len(octets) - 1):
-            conversation.connection.sendall(octets[i:i + 1])
-            conversation.pause(PAUSE)
+            handler.connection.sendall(octets[i:i + 1])
+            handler.pause(PAUSE)
         return Octets(message, octets[-1:])
 
 
@@ -304,9 +294,6 @@ class DropDatagrams(Fault):
         self.way = way
         self.every = every
 
-    def selectors(self) -> Dict[str, object]:
-        return {**({"every": self.every} if self.every > 1 else {}), **super().selectors()}
-
     def pass_on(self, octets: bytes) -> List[bytes]:
         """What becomes of a datagram that is struck."""
         return []
@@ -335,23 +322,22 @@ class FragmentDatagrams(DropDatagrams):
 
 # --- the faults of one proxy ---
 
+@dataclass(eq=False)
 class Armed:
-    """A fault, and how often it may still strike in one proxy."""
+    """A fault, how often it may still strike in one proxy (None: always), and how many messages it has met."""
 
-    def __init__(self, fault: Fault) -> None:
-        self.fault = fault
-        self.left = fault.times
-        self.met = 0
+    fault: Fault
+    left: Optional[int]
+    met: int = 0
 
     def strikes(self, message: MessageClass, host: str) -> bool:
         """Whether it strikes this message; if so, that was one of its times."""
         fault = self.fault
-        if not issubclass(message, fault.about) or self.left == 0:
-            return False
-        if fault.host is not None and normal(fault.host) != normal(host):
+        elsewhere = fault.host is not None and canonical(fault.host) != canonical(host)
+        if elsewhere or not issubclass(message, fault.about) or self.left == 0:
             return False
         self.met += 1
-        if self.met % getattr(fault, "every", 1):
+        if self.met % fault.every:
             return False
         if self.left is not None:
             self.left -= 1
@@ -369,7 +355,7 @@ class Faults:
         if not isinstance(fault, Fault):
             raise TypeError(f"{fault!r} is no fault: ReplyWith(...) is one, and socks5srv.testing.faults has more")
         with self.lock:
-            self.armed.append(Armed(fault))
+            self.armed.append(Armed(fault, fault.times))
 
     def clear(self) -> None:
         with self.lock:
@@ -383,13 +369,8 @@ class Faults:
             if strikes:
                 yield armed.fault
 
-    def of_datagrams(self) -> bool:
-        """Whether datagrams have to take the bad line."""
-        with self.lock:
-            return any(Datagram in armed.fault.about for armed in self.armed)
-
     def pass_on(self, way: str, octets: bytes, held: Dict[Armed, bytes]) -> List[bytes]:
-        """What becomes of a datagram; `held` has those that the line keeps back for now, by fault."""
+        """What becomes of a datagram; `held` has those that the link keeps back for now, by fault."""
         try:
             host = Datagram.read(BytesIO(octets)).address.host
         except (ProtocolError, RequestFailed):
@@ -409,5 +390,4 @@ class Faults:
             return [octets]
         if isinstance(fault, ReorderDatagrams):
             held[armed] = octets
-            return []
         return fault.pass_on(octets)

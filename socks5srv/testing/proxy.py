@@ -1,5 +1,5 @@
 """
-A proxy in the background: `start()`, and the `Proxy` that it returns.
+A proxy in the background: `Proxy`, which tests call `start`.
 
     with start(hosts={"api.example.com": "127.0.0.1"}) as proxy:
         requests.get("http://api.example.com:8000/", proxies=proxy.proxies)
@@ -21,29 +21,27 @@ import os
 import socketserver
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union, cast
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union
 from urllib.parse import quote
 
-from ..protocol import Address, Command, Message, Reply, ReplyCode, Request, RequestFailed, Socks5Error
-from ..names import normal
-from ..rules import Rule
 from ..handler import Socks5Handler
+from ..names import canonical
+from ..observer import Observer
+from ..protocol import Address, Command, Datagram, Message, Reply, ReplyCode, Request, RequestFailed, Socks5Error
+from ..rules import Rule
 from ..server import Socks5Server
 from ..session import Session
+from ..upstream import UpstreamHandler
 from ..users import Users
 from .faults import Broken, Fault, Faults, MessageClass, SecondReply
-from .line import Line
+from .link import LossyLink
 
 Place = Union[str, Tuple[Any, ...]]     # an IP address; or that and a port
 
 
-def start(handler: Type[Socks5Handler] = Socks5Handler, *, host: str = "127.0.0.1", port: int = 0,
-          hosts: Optional[Mapping[str, Place]] = None, internet: bool = False,
-          users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = (),
-          faults: Iterable[Fault] = (), upstream: Optional[str] = None, **settings: Any) -> Proxy:
+class Proxy:
     """
     A proxy that serves, and does so until its stop(), or the end of a ``with`` block.
 
@@ -59,34 +57,26 @@ def start(handler: Type[Socks5Handler] = Socks5Handler, *, host: str = "127.0.0.
 
     Any other keyword is a setting of Socks5Server, such as `commands` or `idle_timeout`.  OSError if it cannot
     listen there; TypeError for a setting that there is not, ValueError for `hosts` that are no addresses.
-    """
-    return Proxy(handler, host, port, hosts or {}, internet, users, list(rules), faults, upstream, settings)
 
-
-class Proxy:
-    """
-    A proxy that serves; see start().
-
-    `host`, `port`  where
-    `user`, `password`  the first of its users; None if it has none, or keeps hashes
-    `errors`        what the handler's methods have raised, and nobody has been told of yet
-
-    Its list of sessions, and its faults, outlive restart().
+    Attributes to read: `host` and `port`; `user` and `password`, of the first of its users (None if it has none, or
+    keeps hashes); `errors`, what the handler's methods have raised and nothing has been told of yet.  Its list of
+    sessions, and its faults, outlive restart().
     """
 
-    def __init__(self, handler: Type[Socks5Handler], host: str, port: int, hosts: Mapping[str, Place], internet: bool,
-                 users: Union[Users, Mapping[str, str], None], rules: Sequence[Union[str, Rule]], faults: Iterable[Fault],
-                 upstream: Optional[str], settings: Mapping[str, Any]) -> None:
+    def __init__(self, handler: Type[Socks5Handler] = Socks5Handler, *, host: str = "127.0.0.1", port: int = 0,
+                 hosts: Optional[Mapping[str, Place]] = None, internet: bool = False,
+                 users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = (),
+                 faults: Iterable[Fault] = (), upstream: Optional[str] = None, **settings: Any) -> None:
         for name in settings:
             if not is_setting(name):
                 raise TypeError(f"a proxy has no {name}=; README.rst has a table of its settings")
         self.handler = handler
         self.upstream = upstream
         self.host = host
-        self.hosts = {normal(name): as_place(name, place) for name, place in hosts.items()}
+        self.hosts = {canonical(name): as_place(name, place) for name, place in (hosts or {}).items()}
         self.internet = internet
         self.users = users
-        self.rules = rules
+        self.rules = list(rules)
         self.settings = settings
         self.user: Optional[str] = next(iter(users), None) if isinstance(users, Mapping) else None
         self.password = users[self.user] if isinstance(users, Mapping) and self.user is not None else None
@@ -112,13 +102,11 @@ class Proxy:
         self.server = server
 
     def stop(self) -> None:
-        """
-        End all connections, serve no more, and raise what the handler's methods have raised.
-
-        May be called again: the second time, nothing happens.
-        """
+        """Serve no more, end all connections, and raise what the handler's methods have raised.  May be called again."""
         self.close()
-        self.check()
+        errors, self.errors = self.errors, []       # which count as told then
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         server, self.server = self.server, None
@@ -126,23 +114,17 @@ class Proxy:
             server.halted.set()
             server.server_close()
             self.thread.join()
-            for line in server.lines:
-                line.join()
-
-    def check(self) -> None:
-        """Raise the first of `errors`, with its own traceback; they then count as told."""
-        if self.errors:
-            error = self.errors[0]
-            self.errors.clear()
-            raise error
+            for link in server.links:
+                link.thread.join()
 
     def __enter__(self) -> Proxy:
         return self
 
     def __exit__(self, kind: object, error: Optional[BaseException], traceback: object) -> None:
-        self.close()
-        if error is None or isinstance(error, Exception):       # which may well have come from that
-            self.check()
+        if error is None or isinstance(error, Exception):       # which may well have come from what stop() raises
+            self.stop()
+        else:
+            self.close()
 
     # --- its address ---
 
@@ -201,24 +183,22 @@ class Proxy:
 
         Returns them.  AssertionError, with all sessions in it, when the seconds are over.
         """
-        def done(session: Session) -> bool:
-            return session.seconds is not None or (not closed and session.reply is not None)
-
         def found() -> List[Session]:
-            return [session for session in self.seen if done(session) and is_about(session, host, port, command, user)]
+            return [
+                session for session in self.find(host, port, command, user)
+                if session.seconds is not None or (not closed and session.reply is not None)
+            ]
 
-        until = time.monotonic() + timeout
         with self.news:
-            while len(found()) < count:
-                if not self.news.wait(until - time.monotonic()):
-                    asked = selection(host, port, command, user) + (" closed" if closed else " answered")
-                    raise AssertionError(f"{len(found())} of {count} sessions{asked} within {timeout:g} s\n{self.report()}")
+            if not self.news.wait_for(lambda: len(found()) >= count, timeout):
+                asked = selection(host, port, command, user) + (" closed" if closed else " answered")
+                raise AssertionError(f"{len(found())} of {count} sessions{asked} within {timeout:g} s\n{self.report()}")
             return found()
 
     def assert_used(self, host: Optional[str] = None, port: Optional[int] = None, times: Optional[int] = None, *,
                     command: Optional[Command] = None, user: Optional[str] = None) -> None:
         """
-        Somebody has asked for this, exactly so many `times`, or at least once.
+        A client has asked for this, exactly so many `times`, or at least once.
 
         With a name for `host` it also says that the client left the name to the proxy: else it would have
         written an address.
@@ -229,7 +209,7 @@ class Proxy:
             raise AssertionError(f"the proxy was {wanted}{selection(host, port, command, user)}\n{self.report()}")
 
     def assert_not_used(self, host: Optional[str] = None, port: Optional[int] = None) -> None:
-        """Nobody has asked for this; without arguments, nobody has come at all."""
+        """No client has asked for this; without arguments, none has come at all."""
         if self.find(host, port):
             raise AssertionError(f"the proxy was used{selection(host, port, None, None)}\n{self.report()}")
 
@@ -249,11 +229,6 @@ class Proxy:
         self.faults.add(fault)
 
     # --- for the handlers ---
-
-    def add(self, session: Session) -> None:
-        with self.news:
-            self.seen.append(session)
-            self.news.notify_all()
 
     def tell(self) -> None:
         """There is news of a session."""
@@ -276,16 +251,15 @@ class Proxy:
             self.keep(error)
             raise
 
-    def place_of(self, host: str) -> Optional[Tuple[Any, ...]]:
-        """Where `hosts` says that this is: an IP address, and perhaps a port."""
-        return self.hosts.get(normal(host))
-
     def may_be_reached(self, address: Address) -> bool:
         """Whether the test has said that this may be reached, or it is on this computer anyway."""
         literal = address.literal
         if self.internet or literal is None or literal.is_unspecified or ip_address(literal.host).is_loopback:
             return True
         return literal.host in {*self.hosts, *(place[0] for place in self.hosts.values())}
+
+
+start = Proxy       # as a test says it: what it wants is a proxy that has been started
 
 
 def as_place(name: str, place: Place) -> Tuple[Any, ...]:
@@ -305,12 +279,9 @@ def is_setting(name: str) -> bool:
 
 def is_about(session: Session, host: Optional[str], port: Optional[int], command: Optional[Command], user: Optional[str]) -> bool:
     where = session.destination
-    return (
-        (host is None or (where is not None and normal(where.host) == normal(host)))
-        and (port is None or (where is not None and where.port == port))
-        and (command is None or session.command is command)
-        and (user is None or session.user == user)
-    )
+    found = (where and canonical(where.host), where and where.port, session.command, session.user)
+    wanted = (host if host is None else canonical(host), port, command, user)
+    return all(one is None or one == other for one, other in zip(wanted, found))
 
 
 def selection(host: Optional[str], port: Optional[int], command: Optional[Command], user: Optional[str]) -> str:
@@ -320,24 +291,16 @@ def selection(host: Optional[str], port: Optional[int], command: Optional[Comman
     return f" for {told}" if told else ""
 
 
-def observed(handler: Type[Socks5Handler], upstream: Optional[str]) -> Type[Socks5Handler]:
-    """The handler as a proxy needs it."""
-    bases: List[Type[Socks5Handler]] = [Observed, handler]
-    if upstream is not None:
-        from ..upstream import UpstreamHandler
-
-        bases = [Observed, *([] if handler is Socks5Handler else [handler]), UpstreamHandler]
-    return type(handler.__name__, tuple(bases), {"upstream": upstream})
-
-
 class Server(Socks5Server):
-    """A server that keeps its bugs for whoever started it."""
+    """A server that tells its proxy of bugs."""
 
     def __init__(self, proxy: Proxy) -> None:
         self.proxy = proxy
         self.halted = threading.Event()         # for those that pause
-        self.lines: List[Line] = []
-        super().__init__((proxy.host, proxy.port), observed(proxy.handler, proxy.upstream), users=proxy.users, rules=proxy.rules)
+        self.links: List[LossyLink] = []
+        super().__init__((proxy.host, proxy.port), in_front_of(proxy.handler, proxy.upstream), users=proxy.users, rules=proxy.rules)
+        self.upstream = proxy.upstream
+        self.observers = (Sessions(proxy),)
         for name, value in proxy.settings.items():
             setattr(self, name, value)
 
@@ -347,21 +310,45 @@ class Server(Socks5Server):
             self.proxy.keep(error)
 
 
-class Observed(Socks5Handler):
-    """Mixed into the handler, in front of it: tells the proxy, and lets the faults strike."""
+class Sessions(Observer):
+    """Tells the proxy of its sessions."""
 
-    line: Optional[Line] = None
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+
+    def started(self, session: Session) -> None:
+        with self.proxy.news:
+            self.proxy.seen.append(session)
+            self.proxy.tell()
+
+    def sending(self, session: Session, message: Message, error: Optional[Socks5Error]) -> None:
+        self.proxy.tell()
+
+
+def in_front_of(handler: Type[Socks5Handler], upstream: Optional[str]) -> Type[Socks5Handler]:
+    """
+    The test's handler with `Faulty` in front.
+
+    Here alone a class is made at run time: faults decide, in place of methods that the test's own class may override.
+    """
+    behind = [each for each in (handler, UpstreamHandler if upstream is not None else Socks5Handler) if each is not Socks5Handler]
+
+    class Handler(Faulty, *behind):  # type: ignore[misc]
+        pass
+
+    return Handler
+
+
+class Faulty(Socks5Handler):
+    """In front of the handler: lets the faults strike, and keeps the test on this computer."""
+
+    server: Server
+    link: Optional[LossyLink] = None
     replied = False             # what is sent after a reply is another one, and only BIND has two
 
     @property
     def proxy(self) -> Proxy:
-        return cast(Server, self.server).proxy
-
-    # --- what is told ---
-
-    def setup(self) -> None:
-        super().setup()
-        self.proxy.add(self.session)
+        return self.server.proxy
 
     def handle(self) -> None:
         try:
@@ -369,10 +356,10 @@ class Observed(Socks5Handler):
         except BaseException as error:      # an assertion in a method of the test's, for instance
             self.proxy.keep(error)
 
-    def finished(self) -> None:
-        if self.line is not None:
-            self.line.close()
-        super().finished()
+    def close(self) -> None:
+        if self.link is not None:
+            self.link.close()
+        super().close()
         self.proxy.tell()
 
     # --- where it leads ---
@@ -384,17 +371,17 @@ class Observed(Socks5Handler):
             return super().allow(command, address)
 
     def resolve(self, host: str) -> Sequence[str]:
-        place = self.proxy.place_of(host)
+        place = self.proxy.hosts.get(canonical(host))
         if place is not None:
             return [place[0]]
         own = self.proxy.handler.resolve is not Socks5Handler.resolve
-        if not (own or self.proxy.internet or normal(host) == "localhost"):
+        if not (own or self.proxy.internet or canonical(host) == "localhost"):
             raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{host} is not in hosts=, and only internet=True looks further")
         with self.proxy.keeping_bugs(Socks5Error, OSError, UnicodeError):
             return super().resolve(host)
 
     def connect(self, request: Request) -> Any:
-        place = self.proxy.place_of(request.destination.host)
+        place = self.proxy.hosts.get(canonical(request.destination.host))
         if place is not None and (len(place) > 1 or self.proxy.upstream is not None):
             self.check(request.command, request.destination)
             request = Request(request.command, Address.named(*[*place, request.destination.port][:2]))
@@ -420,8 +407,7 @@ class Observed(Socks5Handler):
         super().perform(request)
 
     def send(self, message: Message) -> None:
-        self.proxy.tell()
-        changed, faults = self.on_bad_line(message), []
+        changed, faults = self.by_lossy_link(message), []
         for fault in self.striking(SecondReply if self.replied else type(message)):
             changed = fault.sending(self, changed)
             faults.append(fault)
@@ -430,17 +416,17 @@ class Observed(Socks5Handler):
         for fault in faults:
             fault.sent(self, message)
 
-    def on_bad_line(self, message: Message) -> Message:
-        """The reply to UDP ASSOCIATE, with the address of a bad line if datagrams are to have one."""
+    def by_lossy_link(self, message: Message) -> Message:
+        """The reply to UDP ASSOCIATE, with the address of a lossy link if datagrams are to have one."""
         if not isinstance(message, Reply) or message.code is not ReplyCode.SUCCEEDED:
             return message
-        if self.session.command is not Command.UDP_ASSOCIATE or not self.proxy.faults.of_datagrams():
+        if self.session.command is not Command.UDP_ASSOCIATE or not any(Datagram in armed.fault.about for armed in list(self.proxy.faults.armed)):
             return message
-        self.line = Line(message.bound, self.session.client.zoned, self.proxy.faults.pass_on)
-        cast(Server, self.server).lines.append(self.line)
-        return Reply(message.code, self.line.bound)
+        self.link = LossyLink(message.bound, self.session.client.zoned, self.proxy.faults.pass_on)
+        self.server.links.append(self.link)
+        return Reply(message.code, self.link.bound)
 
     def pause(self, seconds: float) -> None:
         """Do nothing for so many seconds; Broken if the proxy stops meanwhile."""
-        if cast(Server, self.server).halted.wait(seconds):
+        if self.server.halted.wait(seconds):
             raise Broken("the proxy has stopped")

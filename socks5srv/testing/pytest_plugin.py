@@ -26,7 +26,7 @@ import pytest
 
 if TYPE_CHECKING:
     from .proxy import Proxy
-    from .targets import DnsServer, EchoServer, FtpServer, Target, WebServer
+    from .targets import DnsServer, EchoServer, FtpServer, WebServer
 
 proxies_of = pytest.StashKey[List["Proxy"]]()
 
@@ -48,10 +48,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
 
 
 @pytest.fixture
-def make_socks5_proxy(request: pytest.FixtureRequest) -> Iterator[Callable[..., Proxy]]:
+def make_socks5_proxy(request: pytest.FixtureRequest) -> Callable[..., Proxy]:
     """A function that starts proxies, with the keywords of socks5srv.testing.start(), and those of the mark."""
-    from contextlib import ExitStack
-
     from .proxy import start
 
     marked: Dict[str, Any] = {}
@@ -59,14 +57,13 @@ def make_socks5_proxy(request: pytest.FixtureRequest) -> Iterator[Callable[..., 
         marked.update(mark.kwargs)
     started = request.node.stash.setdefault(proxies_of, [])
 
-    with ExitStack() as stack:
-        def make(*arguments: Any, **keywords: Any) -> Proxy:
-            proxy = start(*arguments, **{**marked, **keywords})
-            started.append(proxy)
-            stack.callback(proxy.stop)
-            return proxy
+    def make(*arguments: Any, **keywords: Any) -> Proxy:
+        proxy = start(*arguments, **{**marked, **keywords})
+        started.append(proxy)
+        request.addfinalizer(proxy.stop)
+        return proxy
 
-        yield make
+    return make
 
 
 @pytest.fixture
@@ -91,25 +88,20 @@ class Targets:
     ftp: FtpServer
     dns: DnsServer
 
-    def __init__(self) -> None:
-        self.started: List[Target] = []
-
     def __getattr__(self, name: str) -> Any:
         from . import targets
 
         kinds = {"echo": targets.EchoServer, "web": targets.WebServer, "ftp": targets.FtpServer, "dns": targets.DnsServer}
         if name not in kinds:
             raise AttributeError(f"there is no target {name!r}, only {', '.join(kinds)}")
-        target = kinds[name]()
-        self.started.append(target)
-        setattr(self, name, target)
-        return target
+        setattr(self, name, kinds[name]())
+        return getattr(self, name)
 
 
 @pytest.fixture
 def socks5_targets() -> Iterator[Targets]:
-    """Somebody to talk to behind the proxy: .echo (TCP and UDP), .web, .ftp and .dns."""
+    """Servers to talk to behind the proxy: .echo (TCP and UDP), .web, .ftp and .dns."""
     targets = Targets()
     yield targets
-    for target in targets.started:
+    for target in vars(targets).values():
         target.close()

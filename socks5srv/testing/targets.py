@@ -1,5 +1,5 @@
 """
-Somebody to talk to behind the proxy: an echo, a web server, an FTP server, a DNS server.
+Servers to talk to behind the proxy: an echo, a web server, an FTP server, a DNS server.
 
     with EchoServer() as echo, start() as proxy:
         ...                                     # connect to echo.host, echo.port through the proxy
@@ -16,12 +16,13 @@ import socket
 import socketserver
 import struct
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 
 T = TypeVar("T", bound="Target")
 
-PATIENCE = 10.0     # seconds after which a target gives up on whoever has called it
+PATIENCE = 10.0     # seconds after which a target gives up on a client
 
 
 class Target:
@@ -35,17 +36,12 @@ class Target:
     port: int
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.clients: List[Tuple[str, int]] = []
-        self.services: List[Service] = []
+        self.servers: List[Server] = []
 
-    def serve(self, server: socketserver.BaseServer) -> None:
-        self.services.append(Service(server))
-        self.host, self.port = self.services[-1].address[:2]
-
-    def saw(self, client_address: Any) -> None:
-        with self.lock:
-            self.clients.append(client_address[:2])
+    def serve(self, server: Server) -> None:
+        self.servers.append(server)
+        self.host, self.port = server.server_address[:2]        # type: ignore[assignment]
 
     @property
     def address(self) -> Tuple[str, int]:
@@ -53,8 +49,8 @@ class Target:
 
     def close(self) -> None:
         """Serve no more, and end all connections.  May be called again."""
-        while self.services:
-            self.services.pop().close()
+        while self.servers:
+            self.servers.pop().close()
 
     def __enter__(self: T) -> T:
         return self
@@ -66,43 +62,43 @@ class Target:
         return f"<{type(self).__name__} {self.host}:{self.port}>"
 
 
-class Service:
-    """A socketserver in a thread.  (Its own serve_forever() would take half a second to end.)"""
+class Server(socketserver.TCPServer):
+    """Serves in a thread, until close().  (Its own serve_forever() would take half a second to end.)"""
 
-    def __init__(self, server: Any) -> None:
-        self.server = server
-        self.address: Tuple[Any, ...] = server.server_address
-        self.ending = False
-        server.verify_request = lambda *_: not self.ending
+    request_queue_size = 128
+    ending = False
+
+    def __init__(self, target: Target, handler: Type[socketserver.BaseRequestHandler], host: str, port: int = 0) -> None:
+        self.target = target
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
         self.thread = threading.Thread(target=self.run, name="target", daemon=True)
         self.thread.start()
 
     def run(self) -> None:
         while not self.ending:
-            self.server.handle_request()
+            self.handle_request()
+
+    def verify_request(self, _request: Any, _client_address: Any) -> bool:
+        return not self.ending
 
     def close(self) -> None:
         self.ending = True
-        with socket.socket(self.server.address_family, self.server.socket_type) as sock:     # a client, so that it looks
+        with socket.socket(self.address_family, self.socket_type) as sock:     # a client, so that it looks
             sock.settimeout(PATIENCE)
-            sock.connect(self.address)
-            if self.server.socket_type == socket.SOCK_DGRAM:
+            sock.connect(self.server_address)
+            if self.socket_type == socket.SOCK_DGRAM:
                 sock.send(b"")
         self.thread.join()
-        self.server.server_close()
+        self.server_close()
 
 
-class TcpServer(socketserver.TCPServer):
+class TcpServer(Server):
     """A thread for each connection, which ends with the server at the latest."""
 
-    allow_reuse_address = False
-    request_queue_size = 128
-
-    def __init__(self, target: Target, handler: Type[socketserver.BaseRequestHandler], host: str, port: int = 0) -> None:
-        self.target = target
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    def __init__(self, *arguments: Any) -> None:
         self.connections: Dict[Any, threading.Thread] = {}
-        super().__init__((host, port), handler)
+        super().__init__(*arguments)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         thread = threading.Thread(target=self.converse, args=(request, client_address), name="target", daemon=True)
@@ -113,31 +109,23 @@ class TcpServer(socketserver.TCPServer):
     def converse(self, request: Any, client_address: Any) -> None:
         request.settimeout(PATIENCE)
         try:
-            self.finish_request(request, client_address)
-        except (OSError, ValueError, IndexError):       # the client has left, or says what no toy understands
-            pass
+            with suppress(OSError, ValueError, IndexError):     # the client has left, or says what no toy understands
+                self.finish_request(request, client_address)
         finally:
             self.shutdown_request(request)
 
     def server_close(self) -> None:
         super().server_close()
         for connection, thread in self.connections.items():
-            try:
+            with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             thread.join()
 
 
-class UdpServer(socketserver.UDPServer):
+class UdpServer(Server, socketserver.UDPServer):
     """Answers one datagram after the other."""
 
     max_packet_size = 65535
-
-    def __init__(self, target: Target, handler: Type[socketserver.BaseRequestHandler], host: str, port: int = 0) -> None:
-        self.target = target
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The client has gone, or has sent what is no question: no answer."""
@@ -154,6 +142,7 @@ class EchoServer(Target):
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         super().__init__()
+        self.lock = threading.Lock()
         self.received = b""
         self.datagrams: List[bytes] = []
         tcp, udp = on_one_port(self, host)
@@ -162,15 +151,12 @@ class EchoServer(Target):
 
 
 def on_one_port(target: Target, host: str) -> Tuple[TcpServer, UdpServer]:
-    for attempt in range(100):
+    for _ in range(100):
         tcp = TcpServer(target, EchoOverTcp, host)
-        try:
+        with suppress(OSError):         # UDP has another user of that port
             return tcp, UdpServer(target, EchoOverUdp, host, tcp.server_address[1])
-        except OSError:                 # UDP has another user of that port
-            tcp.server_close()
-            if attempt == 99:
-                raise
-    raise AssertionError
+        tcp.close()
+    raise OSError("no port is free for both TCP and UDP")
 
 
 class EchoOverTcp(socketserver.BaseRequestHandler):
@@ -178,13 +164,11 @@ class EchoOverTcp(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         target: Any = self.server.target
-        target.saw(self.client_address)
-        octets = self.request.recv(65536)
-        while octets:
+        target.clients.append(self.client_address[:2])
+        for octets in iter(lambda: self.request.recv(65536), b""):
             with target.lock:
                 target.received += octets
             self.request.sendall(octets)
-            octets = self.request.recv(65536)
 
 
 class EchoOverUdp(socketserver.BaseRequestHandler):
@@ -192,10 +176,9 @@ class EchoOverUdp(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         target: Any = self.server.target
-        target.saw(self.client_address)
+        target.clients.append(self.client_address[:2])
         octets, sock = self.request
-        with target.lock:
-            target.datagrams.append(octets)
+        target.datagrams.append(octets)
         sock.sendto(octets, self.client_address)
 
 
@@ -236,13 +219,11 @@ class Page(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         target = self.server.target
-        target.saw(self.client_address)
+        target.clients.append(self.client_address[:2])
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        with target.lock:
-            target.requests.append(Seen(self.command, self.path, dict(self.headers.items()), body))
-        page = target.pages.get(self.path)
-        if page is None:
-            page = json.dumps({"method": self.command, "path": self.path, "host": self.headers.get("Host", "").split(":")[0]})
+        target.requests.append(Seen(self.command, self.path, dict(self.headers.items()), body))
+        asked = {"method": self.command, "path": self.path, "host": self.headers.get("Host", "").split(":")[0]}
+        page = target.pages.get(self.path, json.dumps(asked))
         octets = page.encode() if isinstance(page, str) else page
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8" if self.path in target.pages else "application/json")
@@ -258,6 +239,9 @@ class Page(BaseHTTPRequestHandler):
 
 
 # --- FTP, active mode: it calls the client back ---
+
+FTP_ANSWERS = {"USER": "230 come in", "PASS": "230 come in", "PWD": '257 "/"', "TYPE": "200 so be it", "QUIT": "221 bye"}
+
 
 class FtpServer(Target):
     """
@@ -283,34 +267,19 @@ class Ftp(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         self.target = self.server.target
-        self.target.saw(self.client_address)
+        self.target.clients.append(self.client_address[:2])
         self.say("220 ready")
         for line in self.rfile:
             command = line.decode(errors="replace").strip()
-            with self.target.lock:
-                self.target.commands.append(command)
+            self.target.commands.append(command)
             verb, _, argument = command.partition(" ")
-            self.say(getattr(self, f"do_{verb.upper()}", self.unknown)(argument))
+            do = getattr(self, f"do_{verb.upper()}", None)
+            self.say(do(argument) if do is not None else FTP_ANSWERS.get(verb.upper(), "502 not here"))
             if verb.upper() == "QUIT":
                 return
 
     def say(self, line: str) -> None:
         self.wfile.write(line.encode() + b"\r\n")
-
-    def unknown(self, _argument: str) -> str:
-        return "502 not here"
-
-    def do_USER(self, _name: str) -> str:
-        return "230 come in"
-
-    def do_PASS(self, _password: str) -> str:
-        return "230 come in"
-
-    def do_PWD(self, _argument: str) -> str:
-        return '257 "/"'
-
-    def do_TYPE(self, _argument: str) -> str:
-        return "200 so be it"
 
     def do_PORT(self, argument: str) -> str:
         numbers = argument.split(",")
@@ -328,17 +297,13 @@ class Ftp(socketserver.StreamRequestHandler):
         if name not in self.target.files:
             return "550 no such file"
         self.say("150 calling")
-        with self.target.lock:
-            self.target.calls.append(self.where)
+        self.target.calls.append(self.where)
         try:
             with socket.create_connection(self.where, PATIENCE) as data:
                 data.sendall(self.target.files[name])
         except OSError as error:
             return f"425 {error.strerror or error}"
         return "226 done"
-
-    def do_QUIT(self, _argument: str) -> str:
-        return "221 bye"
 
 
 # --- DNS ---
@@ -366,9 +331,8 @@ class Dns(socketserver.BaseRequestHandler):
         target: Any = self.server.target
         message, sock = self.request
         name, kind, end = question_in(message)
-        target.saw(self.client_address)
-        with target.lock:
-            target.questions.append(name)
+        target.clients.append(self.client_address[:2])
+        target.questions.append(name)
         records = answers(target.names.get(name), kind)
         known = 0 if name in target.names else 3        # NXDOMAIN
         head = message[:2] + struct.pack("!5H", 0x8180 | known, 1, len(records), 0, 0)

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -20,6 +19,7 @@ from tests.conftest import Client, exchange
 
 from socks5srv.protocol import Address, Command, CredentialsReply, Method, ReplyCode, Request
 from socks5srv.service import log
+from socks5srv.service.settings import Settings
 from socks5srv.session import Session
 
 Place = Tuple[Any, ...]
@@ -524,13 +524,13 @@ def test_nothing_that_goes_wrong_with_the_file_comes_out_of_the_call_that_logs(
     def fail(*_arguments: Any, **_keywords: Any) -> Any:
         raise PermissionError("not yours")
 
-    log.set_up(Namespace(log_file=str(tmp_path / "log"), color="auto", log_format="text", quiet=False, verbose=0))
+    log.set_up(Settings(log_file=str(tmp_path / "log")))
     logger = logging.getLogger("socks5srv")
     monkeypatch.setattr(sys, "stderr", Closed())
     with monkeypatch.context() as patch:
         patch.setattr(log.os, "stat", fail)
         logger.info("first")
-        log.look_again()
+        log.reopen()
     (tmp_path / "log").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(log.File, "_open", fail)
@@ -636,7 +636,7 @@ def _logger_as_before() -> Iterator[None]:
 ])
 def test_the_options_set_levels_of_our_own_loggers_only(quiet: bool, verbose: int, level: int, wire: bool, tmp_path: Path) -> None:
     root = logging.getLogger().level
-    log.set_up(Namespace(log_file=str(tmp_path / "log"), color="auto", log_format="text", quiet=quiet, verbose=verbose))
+    log.set_up(Settings(log_file=str(tmp_path / "log"), quiet=quiet, verbose=verbose))
     assert logging.getLogger("socks5srv").level == level
     assert logging.getLogger("socks5srv").isEnabledFor(logging.ERROR), "errors are always told"
     if not quiet:

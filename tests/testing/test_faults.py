@@ -433,7 +433,7 @@ def test_datagrams_of_one_host_go_astray(echo: EchoServer) -> None:
         assert talker.answers(1) == [b"2"]
 
 
-def test_the_bad_line_ends_with_its_session(echo: EchoServer) -> None:
+def test_the_lossy_link_ends_with_its_session(echo: EchoServer) -> None:
     with start(faults=[DropDatagrams(times=1)]) as proxy:
         for _ in range(3):
             with Talker(proxy, echo) as talker:
@@ -441,8 +441,8 @@ def test_the_bad_line_ends_with_its_session(echo: EchoServer) -> None:
                 while talker.hear().data != b"once more":
                     pass
         assert [session.up > 0 for session in proxy.wait_for(3, closed=True)] == [True] * 3
-        for line in proxy.server.lines:         # type: ignore[union-attr]
-            line.join()
+        for link in proxy.server.links:         # type: ignore[union-attr]
+            link.thread.join()
 
 
 def test_what_is_no_datagram_passes(echo: EchoServer) -> None:
@@ -452,7 +452,7 @@ def test_what_is_no_datagram_passes(echo: EchoServer) -> None:
         assert talker.answers(1) == [b"2"]
 
 
-def test_without_such_a_fault_there_is_no_bad_line(echo: EchoServer) -> None:
+def test_without_such_a_fault_there_is_no_lossy_link(echo: EchoServer) -> None:
     with start(faults=[ReplyWith(5, host="elsewhere.example")]) as proxy, Talker(proxy, echo) as talker:
         talker.say(b"1")
         talker.hear()

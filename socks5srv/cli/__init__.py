@@ -1,0 +1,1 @@
+"""``python -m socks5srv``: from the words of the command line to the exit code."""

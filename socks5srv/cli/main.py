@@ -1,0 +1,127 @@
+"""
+``python -m socks5srv`` from its words to its exit code.
+
+Not here: what the words mean (options.py), what a server is made of (service/build.py), what a signal does (signals.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Optional, Sequence
+
+from ..service.build import CannotStart, Single, cannot_listen, listening_sockets, or_cannot_start
+from ..service.log import complain, show
+from ..service.node import Node
+from ..service.settings import Settings
+from ..service.summary import Summary
+from ..users import BadUsersFile
+from .banner import banner, listening
+from .child import Destinations, run_command
+from .options import parse
+from .signals import stop_on_signals
+from .startup import check, port_file, refuse_to_be_its_own_upstream, status_address
+
+if TYPE_CHECKING:
+    from ..monitor.http import StatusPage
+
+logger = logging.getLogger("socks5srv")
+
+
+def main(words: Optional[Sequence[str]] = None) -> int:
+    """Run the server; returns the exit code."""
+    if sys.stderr is None:      # started with it closed
+        sys.stderr = open(os.devnull, "w")      # noqa: SIM115
+    task = parse(words)
+    try:
+        return run(task) if isinstance(task, Settings) else task()
+    except CannotStart as error:
+        complain(*error.args)
+        return error.code
+    except BadUsersFile as error:
+        complain(str(error), "make a HASH with  socks5srv --hash-password")
+        return 2
+
+
+def run(settings: Settings) -> int:
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(contextlib.closing(make_node(settings, check(settings))))
+        refuse_to_be_its_own_upstream(settings.upstream, node.addresses)
+        page = stack.enter_context(status_page(node, settings, *settings.status)).url if settings.status else None
+        if isinstance(node, Single) and settings.pcap is not None:
+            node.capture(settings.pcap)     # now that nothing else can fail, since it empties the file
+        return serve_command(node, settings) if settings.command else serve(node, settings, page)
+
+
+def make_node(settings: Settings, hosts: Sequence[str]) -> Node:
+    """What serves, at these IP addresses."""
+    sockets = listening_sockets(hosts, settings.port)
+    if settings.workers > 1:
+        from ..workers.supervisor import Supervisor
+
+        return Supervisor(settings, sockets)
+    return Single(settings, sockets, Destinations if settings.command else Summary)
+
+
+def status_page(node: Node, settings: Settings, host: str, port: int) -> StatusPage:
+    """The page of --status, to be entered while serving and until all has ended."""
+    from ..monitor.http import StatusPage
+
+    address = status_address(host, port, settings.status_open)
+    words = listening(node.addresses, node.users, settings.commands)
+    facts = {"listening": [f"socks5h://{each}" for each in node.addresses], "auth": words["auth"], "commands": words["commands"], "workers": settings.workers}
+    with or_cannot_start(cannot_listen, address.host, address.port):
+        page = StatusPage(node.stats, facts, address, settings.status_open)
+    node.private.add(page.address)
+    return page
+
+
+def serve(node: Node, settings: Settings, page: Optional[str]) -> int:
+    """Serve until a signal says to stop."""
+    stop_on_signals(node, settings)
+    if node.start():
+        greet(node, settings, page)
+        with port_file(settings.port_file, node.addresses[0].port):      # a script that waits for it finds the greeting in the log
+            if at_keyboard():
+                from .console import Console
+
+                Console(node, settings.explain).start()
+            gc.freeze()             # objects of the start live forever: keep them out of every collection
+            node.serve_forever()
+    node.close()
+    text = node.summary.text()
+    short = " ".join(text.split("\n")[:2])      # for programs
+    logger.info("%s", text if sys.stderr.isatty() else short, extra={"event": "stop", "facts": node.summary.facts()})
+    return 0
+
+
+def serve_command(node: Node, settings: Settings) -> int:
+    """Serve one command, until it has ended."""
+    try:
+        code = run_command(node, settings)
+    except OSError as error:
+        code = 127 if error.errno == errno.ENOENT else 126      # as a shell has it
+        raise CannotStart(f"cannot run {settings.command[0]}: {error.strerror}", "check its name, and PATH", code=code) from None
+    if settings.summary and isinstance(node.summary, Destinations):
+        show(node.summary.contacted_by(os.path.basename(settings.command[0])))
+    return code
+
+
+def greet(node: Node, settings: Settings, page: Optional[str]) -> None:
+    facts = {**listening(node.addresses, node.users, settings.commands), **({"status": page} if page is not None else {})}
+    if sys.stderr.isatty() and settings.log_format == "text" and not settings.quiet:
+        show(banner(node.addresses, node.users, at_keyboard(), page))
+    if settings.log_file or settings.log_format == "json" or not sys.stderr.isatty():
+        words = f"listening {' '.join(facts['urls'])} auth={facts['auth']} commands={','.join(facts['commands'])} pid={facts['pid']}"
+        logger.info("%s%s", words, f" status={page}" * (page is not None), extra={"event": "listening", "facts": facts})
+    if settings.upstream is not None:
+        logger.info("going out through %s", settings.upstream)
+
+
+def at_keyboard() -> bool:
+    """Whether there is a terminal to type at and to look at."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))

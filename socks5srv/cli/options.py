@@ -1,0 +1,365 @@
+"""
+The command line: words to `Settings`, or to what is to be done in place of serving.
+
+A mistake is told in one sentence with the way out, and exit code 2.  Nothing is opened but an ``@FILE``,
+nothing bound or started: what only the system can say is asked by startup.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import ipaddress
+import itertools
+import os
+import shlex
+import socket
+import sys
+from argparse import ArgumentTypeError
+from contextlib import suppress
+from dataclasses import fields
+from functools import partial
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, NoReturn, Optional, Sequence, Tuple, Union
+
+from .. import __version__
+from ..client import Proxy
+from ..protocol import Command
+from ..rules import BadRule, Network, Rule
+from ..service.build import CannotStart
+from ..service.log import complain
+from ..service.settings import DEFAULT_ADDRESS, DEFAULT_PORT, Settings
+from ..session import COMMAND_WORDS
+from ..users import hash_password
+from .selftest import self_test
+
+MAX_WORKERS = 256       # more are a typing error
+
+DESCRIPTION = """\
+A SOCKS5 proxy server.  Without options it serves this computer only, on
+127.0.0.1 port 1080, and asks for no password.
+"""
+
+EXAMPLES = """\
+examples:
+  socks5srv                          this computer only, port 1080
+  socks5srv 0                        a free port, printed at the start
+  socks5srv -b 192.168.1.20 -u anna  the local network; asks for a password
+  socks5srv -u anna --commands connect
+  socks5srv @proxy.conf              options from a file, one a line, # comments
+
+SOCKS5SRV_OPTIONS in the environment holds further options, read before these.
+Exit codes: 0 stopped, 1 cannot start or serve, 2 usage, 130 second Ctrl-C.
+"""
+
+
+class Word(str):
+    """A word of an ``@FILE``, which knows where it stands: FILE:LINE."""
+
+    where: str
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors look like all others of the program."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(message, f"see  {self.prog} --help")
+        self.exit(2)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="socks5srv", usage="socks5srv [options] [PORT | ADDRESS:PORT]", description=DESCRIPTION, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
+        allow_abbrev=False,     # or a new option could break a script that abbreviates
+    )
+
+    where = parser.add_argument_group("where to listen")
+    where.add_argument("address", nargs="?", metavar="PORT", type=listen_address, help="port, or ADDRESS:PORT (same as -b and -p)")
+    where.add_argument("-b", "--bind", dest="hosts", action="append", default=[], metavar="ADDRESS", help=f"address to listen on; may be repeated (default: {DEFAULT_ADDRESS})")
+    where.add_argument("-p", "--port", type=port_number, help=f"port to listen on; 0 picks a free one (default: {DEFAULT_PORT})")
+    where.add_argument("--port-file", metavar="FILE", help="write the port to FILE when ready to serve")
+
+    who = parser.add_argument_group("who may use it")
+    who.add_argument("-u", "--user", dest="users", action="append", default=[], metavar="NAME[:PASSWORD]",
+                     help="ask clients for this login; may be repeated. Without :PASSWORD it is taken from SOCKS5SRV_PASSWORD, or asked for")
+    who.add_argument("--users-file", metavar="FILE", help="logins, one NAME:HASH a line; read again when it changes")
+    who.add_argument("--hash-password", action="store_true", help="ask for a password, print its HASH, and exit")
+    who.add_argument("--allow-from", action="append", type=network, metavar="NETWORK",
+                     help="serve clients in NETWORK, such as 192.168.1.0/24, without a login; may be repeated")
+    who.add_argument("--allow-open-proxy", action="store_true", help="serve other computers although nobody has to log in")
+
+    what = parser.add_argument_group("what it may do")
+    what.add_argument("--allow", dest="rules", action="append", type=partial(rule, "allow"), metavar="TARGET",
+                      help="HOST, *.DOMAIN or NETWORK/BITS, each with :PORT or :PORT-PORT, or :PORT alone; may be repeated. With --deny, the first match wins")
+    what.add_argument("--deny", dest="rules", action="append", type=partial(rule, "deny"), metavar="TARGET",
+                      help="refuse such targets (reply 02)")
+    what.add_argument("--allow-local-targets", action="store_true", help="let other computers reach this computer's own addresses")
+    what.add_argument("--commands", type=command_list, metavar="LIST",
+                      help="of connect,bind,udp (default: all three)")
+
+    out = parser.add_argument_group("how it goes out")
+    family = out.add_mutually_exclusive_group()
+    family.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, help="use IPv4 only")
+    family.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="use IPv6 only")
+    out.add_argument("--source", action="append", type=source, metavar="ADDRESS",
+                     help="go out from this address, and by its family only; may be given once for IPv4 and once for IPv6")
+    out.add_argument("--upstream", type=proxy_url, metavar="URL",
+                     help="go out through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT; names are left to it. A URL with a password belongs into an @FILE")
+
+    many = parser.add_argument_group("how many")
+    many.add_argument("--max-clients", type=count, metavar="N", help="at most so many clients at a time (default: what the descriptors allow)")
+    many.add_argument("--max-per-client", type=count, metavar="N", help="of those from one address (default: no limit)")
+    many.add_argument("--workers", type=workers, default=1, metavar="N|auto",
+                      help="serve with so many processes; auto: one for each CPU (default: 1). Limits are of all together")
+
+    limit = partial(parser.add_argument_group("how long it waits, in seconds").add_argument, type=seconds, metavar="S")
+    limit("--handshake-timeout", help="for a client to say what it wants (default: 30)")
+    limit("--connect-timeout", help="for a target to answer (default: 10)")
+    limit("--bind-timeout", help="for the peer of BIND to call (default: 120)")
+    limit("--idle-timeout", help="for a silent tunnel (default: for ever)")
+
+    see = parser.add_argument_group("what you see")
+    see.add_argument("-v", "--verbose", action="count", default=0, help="also when clients connect; -vv every message")
+    see.add_argument("--explain", action="store_true", help="each message of each client as the RFC draws it, and why it was answered so")
+    see.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    see.add_argument("--log-format", choices=("text", "json"), help="one line a client, for people or for programs (default: text)")
+    see.add_argument("--log-file", metavar="FILE", help="append log lines to FILE instead")
+    see.add_argument("--pcap", metavar="FILE", help="record everything as packets, for Wireshark; passwords, too. - is standard output")
+    see.add_argument("--status", type=listen_address, metavar="[ADDRESS:]PORT",
+                     help="a web page of what goes on, on this address; also /status.json, /metrics, /healthz, /readyz (PORT alone: on 127.0.0.1; 0: a free one)")
+    see.add_argument("--status-open", action="store_true", help="let other computers see that page: who uses the proxy, and for what")
+    see.add_argument("--color", choices=("auto", "always", "never"), help="default: auto; obeys NO_COLOR")
+
+    other = parser.add_argument_group("help and setup")
+    other.add_argument("-h", "--help", action="help", help="print this and exit")
+    other.add_argument("-V", "--version", action="version", version=f"socks5srv {__version__}", help="print the version and exit")
+    other.add_argument("--run", dest="command", nargs=argparse.REMAINDER, metavar="COMMAND",
+                       help="run COMMAND with this proxy in ALL_PROXY, print what it has contacted, and exit as it does; the last option, what follows is COMMAND's")
+    other.add_argument("--self-test", action="store_true", help="try CONNECT, BIND and UDP through itself, on this computer only, and exit")
+    return parser
+
+
+def parse(words: Optional[Sequence[str]] = None) -> Union[Settings, Callable[[], int]]:
+    """What SOCKS5SRV_OPTIONS and then `words` (default: the command line) ask for; a function returns the exit code."""
+    parser = build_parser()
+    given = list(sys.argv[1:] if words is None else words)
+    end = given.index("--run") if "--run" in given else len(given)      # what follows is not ours, not even an @
+    try:
+        further = shlex.split(os.environ.get("SOCKS5SRV_OPTIONS", ""))
+    except ValueError as error:         # a quote that is not closed
+        parser.error(f"{error} in SOCKS5SRV_OPTIONS")
+    options = parser.parse_args([*expand(parser, further + given[:end]), *given[end:]])
+    if options.self_test or options.hash_password:
+        return self_test if options.self_test else print_hash
+    refuse_contradictions(parser, options)
+    complete(parser, options)
+    values: Dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()
+    }
+    return Settings(**{field.name: values[field.name] for field in fields(Settings) if values[field.name] is not None})
+
+
+def refuse_contradictions(parser: Parser, options: argparse.Namespace) -> None:
+    command, pcap, many = options.command, options.pcap, options.workers > 1
+    for is_wrong, message in (
+        (options.address and options.port is not None, "the port is given twice, as PORT and as -p"),
+        (options.users and options.users_file is not None, "-u and --users-file exclude each other: put all logins into the file"),
+        (command == [], "--run needs a COMMAND after it, such as  --run curl example.com"),
+        (command and (many or options.users_file is not None), "--run needs neither --users-file nor --workers: leave them out"),
+        (pcap is not None and many, "--pcap records one process: leave --workers out"),
+        (pcap == "-" and command, "--pcap - and the COMMAND of --run would write to the same output: give a FILE"),
+        (pcap == "-" and sys.stdout is not None and sys.stdout.isatty(),
+         "refusing to write binary data to a terminal: give --pcap a FILE, or add  | wireshark -k -i -"),
+    ):
+        if is_wrong:
+            parser.error(message)
+
+
+def complete(parser: Parser, options: argparse.Namespace) -> None:
+    """Make of the options what `Settings` has under their names; what is None has its default."""
+    host, port = options.address or (None, options.port)
+    options.hosts = [host] * bool(host) + options.hosts or None
+    options.port = 0 if port is None and options.command else port       # which is told where to look
+    options.summary = not options.quiet
+    options.quiet = options.quiet or (bool(options.command) and not options.verbose)        # with --run only the summary is shown, or more with -v
+    if options.status is not None:
+        options.status = (options.status[0] or DEFAULT_ADDRESS, options.status[1])
+    refuse_sources(parser, options)
+    options.users = logins_of(parser, options.users) or None
+
+
+def refuse_sources(parser: Parser, options: argparse.Namespace) -> None:
+    """Where they leave no way out, or a choice."""
+    families = [6 if ":" in source else 4 for source in options.source or ()]
+    if len(families) > len(set(families)):
+        parser.error(f"--source is given twice for IPv{families[-1]}: one address of each family is enough")
+    family = {socket.AF_INET: 4, socket.AF_INET6: 6}.get(options.family)
+    if families and family not in (None, *families):
+        parser.error(f"-{family} and --source {options.source[0]} leave no way out: leave one of them out")
+
+
+def expand(parser: Parser, words: Iterable[str], depth: int = 0) -> Iterator[str]:
+    """Replace each ``@FILE`` by the words in it: as in a shell several a line, with quotes and comments."""
+    for word in words:
+        if not word.startswith("@"):
+            yield word
+        elif depth > 9:
+            parser.error(f"{word} is in itself")
+        else:
+            yield from expand(parser, words_of(parser, word[1:]), depth + 1)
+
+
+def words_of(parser: Parser, path: str) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            lines = stream.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"cannot read the options in {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            parser.error(f"{path}:{number}: {error}")
+        # Not shlex's own comments, which begin also within a word: a password may have a #.
+        for text in itertools.takewhile(lambda word: word[0:1] != "#", words):
+            option, equals, value = text.partition("=")
+            for part in (option, value) if equals and text.startswith("--") else (text,):
+                word = Word(part)
+                word.where = f"{path}:{number}"
+                yield word
+
+
+# --- the types of the options: text to value ---
+
+def port_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise ArgumentTypeError(f"{text!r} is no port: a number from 0 to 65535 is")
+    return int(text)
+
+
+def listen_address(text: str) -> Tuple[Optional[str], int]:
+    """``PORT``, ``ADDRESS:PORT`` or ``[ADDRESS]:PORT``."""
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        if not port.isdigit():
+            raise ArgumentTypeError(f"{text!r} is no port; an address takes -b {text}, or {text}:{DEFAULT_PORT}")
+        return None, port_number(port)
+    if not host:
+        raise ArgumentTypeError(f"{text!r} lacks an address: write 127.0.0.1{text} for this computer only, or 0.0.0.0{text} for all")
+    if ":" in host and not (host[0] == "[" and host[-1] == "]"):
+        raise ArgumentTypeError(f"{text!r} needs brackets around its IPv6 address, as in [::1]:{DEFAULT_PORT}")
+    return host.strip("[]"), port_number(port)
+
+
+def source(text: str) -> str:
+    host, percent, _zone = text.partition("%")
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no IP address") from None
+    if percent or (ip.version == 6 and ip.is_link_local):
+        raise ArgumentTypeError(f"{text!r} reaches only one link: give an address without a zone that is not link-local")
+    return str(ip)
+
+
+def rule(verb: str, text: str) -> Rule:
+    try:
+        return Rule.parse(f"{verb} {text}")
+    except BadRule as error:
+        raise ArgumentTypeError(f"{text.where}: {error}" if isinstance(text, Word) else str(error)) from None
+
+
+def proxy_url(text: str) -> Proxy:
+    try:
+        return Proxy.parse(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def network(text: str) -> Network:
+    if "%" in text:
+        raise ArgumentTypeError(f"{text!r} has a zone, and networks are known without: leave the % and what follows away")
+    try:
+        found = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no network") from None
+    if ipaddress.ip_interface(text).ip != found.network_address:
+        raise ArgumentTypeError(f"{text!r} is no network; {found} would be one")
+    return found
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ArgumentTypeError(f"must be a positive number, not {text!r}")
+    return int(text)
+
+
+def workers(text: str) -> int:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1       # that this process may use
+    number = cpus if text == "auto" else int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
+    if not 0 < number <= MAX_WORKERS:
+        raise ArgumentTypeError(f"{text!r} is no number of processes: 1 to {MAX_WORKERS}, or auto, is")
+    if number > 1 and os.name != "posix":
+        raise ArgumentTypeError("several processes cannot share a listening socket on this system; leave the option out")
+    return number
+
+
+def seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < 1e9:
+            return float(text)
+    raise ArgumentTypeError(f"must be a positive number of seconds, not {text!r}")
+
+
+def command_list(text: str) -> FrozenSet[Command]:
+    words: Dict[str, Command] = {word: command for command, word in COMMAND_WORDS.items()}
+    unknown = [word for word in text.split(",") if word not in words]
+    if unknown:
+        raise ArgumentTypeError(f"{unknown[0]!r} is no command; choose from {','.join(words)}")
+    return frozenset(words[word] for word in text.split(","))
+
+
+def logins_of(parser: Parser, given: Sequence[str]) -> Dict[str, str]:
+    """The passwords of -u, by name."""
+    logins: Dict[str, str] = {}
+    for text in given:
+        name, colon, password = text.partition(":")
+        if not colon:
+            password = password_for(parser, name)
+        for what, value in (("name", name), ("password", password)):
+            if not fits(value):
+                parser.error(f"the {what} of user {name!r} does not do: SOCKS5 takes 1 to 255 octets of text")
+        logins[name] = password
+    return logins
+
+
+def fits(text: str) -> bool:
+    """Whether it can be a name or a password of SOCKS5, and be told."""
+    return text.isprintable() and 1 <= len(text.encode("utf-8", "surrogateescape")) <= 255
+
+
+def password_for(parser: Parser, name: str) -> str:
+    if "SOCKS5SRV_PASSWORD" in os.environ:
+        return os.environ["SOCKS5SRV_PASSWORD"]
+    if not sys.stdin.isatty():
+        parser.error(f"user {name!r} has no password: set SOCKS5SRV_PASSWORD, or write -u {name}:PASSWORD")
+    try:
+        return getpass.getpass(f"Password for {name}: ")
+    except (EOFError, KeyboardInterrupt):
+        parser.error("no password was given")
+    except UnicodeDecodeError:
+        parser.error("the password is no text in the encoding of this terminal")
+
+
+def print_hash() -> int:
+    """``--hash-password``: ask twice, print once."""
+    try:
+        password, again = getpass.getpass("Password: "), getpass.getpass("The same again: ")
+    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
+        raise CannotStart("no password was given, or none that is text", code=2) from None
+    if password != again:
+        raise CannotStart("the two are not the same", "try again", code=2)
+    if not fits(password):
+        raise CannotStart("a password has 1 to 255 octets of text", "try again", code=2)
+    print(hash_password(password))
+    return 0

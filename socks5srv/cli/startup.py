@@ -1,0 +1,145 @@
+"""
+What must be right before the server serves, and what scripts find when it does.
+
+Whatever is not is a CannotStart, in words and with a way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import tempfile
+from typing import Iterator, List, Optional, Sequence
+
+from ..client import Proxy
+from ..descriptors import open_at_once
+from ..locality import is_own_address, with_zone
+from ..policy import is_at, is_loopback
+from ..protocol import Address
+from ..resolver import look_up
+from ..rules import behind
+from ..service import log
+from ..service.build import CannotStart, cannot_write, or_cannot_start
+from ..service.settings import Settings
+
+logger = logging.getLogger("socks5srv")
+
+
+def check(settings: Settings) -> List[str]:
+    """The IP addresses to listen on, if it may serve there.  From here on there is a log."""
+    addresses = listen_addresses(settings.hosts)
+    refuse_to_be_open(settings, addresses)
+    for source in settings.source or ():
+        if not is_own_address(source):
+            raise CannotStart(f"--source {source} is not an address of this computer", "leave it out to have one chosen")
+    with or_cannot_start(cannot_write, "log file", settings.log_file, "--log-file"):
+        log.set_up(settings)
+    raise_descriptor_limit()
+    return addresses
+
+
+# --- where to listen ---
+
+def listen_addresses(hosts: Sequence[str]) -> List[str]:
+    found = [address for host in hosts for address in resolved(host, "-b 127.0.0.1")]
+    if "::" in found and socket.has_dualstack_ipv6():
+        found = [address for address in found if address != "0.0.0.0"]      # which is served by it
+    return list(dict.fromkeys(found))
+
+
+def resolved(host: str, way_out: str) -> List[str]:
+    """The IP addresses of a host to listen on, at least one."""
+    try:
+        found = look_up(host.strip("[]"))
+    except (OSError, UnicodeError):
+        raise CannotStart(f"{host!r} is no address to listen on", f"try  {way_out}") from None
+    return sorted(set(found), key=lambda address: ":" in address)
+
+
+def refuse_to_be_open(settings: Settings, addresses: Sequence[str]) -> None:
+    asks_for_login, port = settings.users is not None or settings.users_file is not None, settings.port
+    beyond = [address for address in addresses if not is_loopback(address)]
+    if beyond and not (asks_for_login or settings.allow_from or settings.allow_open_proxy):
+        raise CannotStart(
+            "refusing to be an open proxy",
+            f"Whoever can reach {beyond[0]}{f' port {port}' * bool(port)} could use your connection, and",
+            "reach machines that only you can reach.  Choose one:",
+            f"  socks5srv -b {beyond[0]} -u NAME                      ask for a login",
+            f"  socks5srv -b {beyond[0]} --allow-from 192.168.1.0/24  only these computers",
+            f"  socks5srv -b {beyond[0]} --allow-open-proxy           everybody, on purpose",
+            "  socks5srv                                      this computer only",
+            code=2,
+        )
+
+
+def refuse_to_be_its_own_upstream(proxy: Optional[Proxy], addresses: Sequence[Address]) -> None:
+    """As far as that can be seen now; longer loops are found when they are used."""
+    if proxy is None or all(own.port != proxy.port for own in addresses):
+        return
+    try:
+        hosts = look_up(proxy.host)
+    except (OSError, UnicodeError):         # it may be known later, when the network is there
+        return
+    called = [Address.numeric(host, proxy.port).dialled for host in hosts]
+    every = [each for address in called for each in (address, *behind(address))]
+    if any(own.port == proxy.port and is_at(own, each) for own in addresses for each in every):
+        raise CannotStart(f"--upstream {proxy} is this server itself", "give the address of another proxy, or leave it out", code=2)
+
+
+def status_address(host: str, port: int, is_open: bool) -> Address:
+    """Where the page is to be, which is not for other computers unless they are let in."""
+    address = Address.numeric(resolved(host, "--status 127.0.0.1:9180")[0], port)
+    if not is_loopback(address.host) and not is_open:
+        raise CannotStart(
+            f"--status {with_zone(address)} would show other computers who uses this proxy, and for what",
+            f"for this computer only:  --status {port}",
+            "for everybody who can reach it, on purpose:  --status-open", code=2,
+        )
+    return address
+
+
+# --- the process and its files ---
+
+def raise_descriptor_limit() -> None:
+    """As far as the system lets us: each client takes two."""
+    try:
+        import resource
+
+        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except ImportError:             # Windows has no such limit
+        pass
+    except (OSError, ValueError) as error:      # macOS calls it unlimited, and means 10240
+        logger.debug("the limit of descriptors stays: %s", error)
+
+
+@contextlib.contextmanager
+def port_file(path: Optional[str], port: int) -> Iterator[None]:
+    """While serving, a file with the port in it.  It appears whole, since scripts wait for it."""
+    if path is None:
+        yield
+        return
+    whole = not os.path.exists(path) or os.path.isfile(path)
+    with or_cannot_start(cannot_write, "port file", path, "--port-file"):
+        if whole:
+            write_whole(path, f"{port}\n")
+        else:                       # /dev/stdout, say
+            with open(path, "w", encoding="ascii", opener=open_at_once) as stream:
+                stream.write(f"{port}\n")
+    try:
+        yield
+    finally:
+        if whole:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+
+def write_whole(path: str, text: str) -> None:
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
+        new = os.path.join(folder, "new")
+        with open(new, "w", encoding="ascii") as stream:
+            stream.write(text)
+        os.chmod(new, 0o644)
+        os.replace(new, path)

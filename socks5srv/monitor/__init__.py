@@ -1,0 +1,1 @@
+"""The numbers and the last sessions, for people and for scrapers."""

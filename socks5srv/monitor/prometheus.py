@@ -1,0 +1,88 @@
+"""
+A snapshot in the formats of Prometheus, through prometheus_client: ``pip install "socks5srv[metrics]"``.
+
+The one idea: nothing is counted twice.  A collector makes all samples when they are asked for, so that
+the library has to be told of nothing meanwhile.
+
+Labels are of closed sets; no name, user or address is among them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import accumulate
+from typing import Iterator, List, Mapping, Tuple
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from .. import __version__
+from ..session import COMMAND_WORDS
+from .metrics import BOUNDS
+from .stats import Snapshot, Stats, sum_of_counters
+
+# Counts that become a metric as they are: name in Counters, name, what it is, labels.
+COUNTERS: List[Tuple[str, str, str, Tuple[str, ...]]] = [
+    ("clients", "socks5srv_connections", "Clients that have connected, by what became of them: taken, turned_away.", ("result",)),
+    ("sessions", "socks5srv_sessions_ended", "Sessions that have ended, by how far they came.", ("event",)),
+    ("requests", "socks5srv_requests", "Requests, by command and final reply.", ("command", "reply")),
+    ("handshake_failures", "socks5srv_handshake_failures", "Clients that never came to a login or request, by reason.", ("reason",)),
+    ("auth_attempts", "socks5srv_auth_attempts", "Logins, by method and result.", ("method", "result")),
+    ("accept_errors", "socks5srv_accept_errors", "Calls of accept() that failed, by errno.", ("errno",)),
+    ("octets", "socks5srv_relay_bytes", "Octets of payload moved: up from clients, down to them.", ("direction",)),
+]
+HISTOGRAMS: List[Tuple[str, str, str]] = [
+    ("connecting", "socks5srv_connect_duration_seconds", "How long it took to connect to a target, once its addresses were known."),
+    ("resolving", "socks5srv_dns_duration_seconds", "How long a name's look-up took, successful or not."),
+]
+
+
+class Collector:
+    """Makes the samples, when it is asked for them."""
+
+    def __init__(self, stats: Stats) -> None:
+        self.stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        snapshots = self.stats.snapshots(sessions=False)
+        counters = sum_of_counters(snapshots)
+        info = GaugeMetricFamily(
+            "socks5srv_build_info", "Always 1; its labels say what runs.", labels=["version", "python"],
+        )
+        info.add_metric([__version__, "%d.%d.%d" % sys.version_info[:3]], 1)
+        yield info
+        for name, metric, text, labels in COUNTERS:
+            family = CounterMetricFamily(metric, text, labels=labels)
+            for values, number in counters.by(name).items():
+                family.add_metric(values, number)
+            yield family
+        for name, metric, text in HISTOGRAMS:
+            numbers = accumulate(counters[name, bound] for bound in BOUNDS)
+            yield HistogramMetricFamily(metric, text, buckets=list(zip(BOUNDS, numbers)), sum_value=counters[name, "microseconds"] / 1e6)
+        yield from self.gauges(snapshots)
+
+    def gauges(self, snapshots: Mapping[int, Snapshot]) -> Iterator[Metric]:
+        sessions = GaugeMetricFamily("socks5srv_sessions", "Sessions that live, by command; none: has not asked yet.", labels=["command"])
+        for command in [*COMMAND_WORDS.values(), "none"]:
+            sessions.add_metric([command], sum(snapshot.live[command] for snapshot in snapshots.values()))
+        yield sessions
+        threads, workers = sum(snapshot.threads for snapshot in snapshots.values()), sum(number >= 0 for number in snapshots)
+        yield GaugeMetricFamily("socks5srv_threads", "Threads of all processes that serve.", threads)
+        yield GaugeMetricFamily("socks5srv_workers", "Processes that serve.", workers)
+        yield GaugeMetricFamily("socks5srv_ready", "1 if more clients may come, as /readyz has it.", float(not self.stats.not_ready()))
+        yield GaugeMetricFamily("socks5srv_limit_clients", "How many clients may be here at a time; +Inf for no limit.", self.stats.capacity()[1])
+
+
+def exposition(stats: Stats, accept: str) -> Tuple[bytes, str]:
+    """The text of all metrics in a form that `accept` asks for, and its content type."""
+    registry = CollectorRegistry()
+    registry.register(Collector(stats))
+    ProcessCollector(registry=registry, pid=os.getpid)
+    PlatformCollector(registry=registry)
+    try:
+        encode, kind = choose_encoder(accept if accept.isascii() and accept.isprintable() else "")
+    except (TypeError, ValueError):     # a version that is no number; `kind` would repeat it
+        encode, kind = choose_encoder("")
+    return encode(registry), kind

@@ -1,0 +1,338 @@
+"""
+What can be typed while the server serves, at a real pseudo-terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import pytest
+
+from socks5srv.protocol import UNSPECIFIED, Address, Command, ReplyCode
+from socks5srv.cli import console
+from tests.clients.harness import need
+from tests.conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange
+
+Place = Tuple[str, int]
+
+COMMAND = (sys.executable, "-m", "socks5srv")
+READY = "socks5srv --help shows more."
+
+
+class Keyboard:
+    """A server at a terminal, and who sits there."""
+
+    def __init__(self, terminal: Any) -> None:
+        self.terminal = terminal
+        self.seen = 0
+        self.wait_for(READY + "\n")
+        self.port = int(re.findall(r"socks5h://\S+:(\d+)\n", terminal.text)[0])
+        self.place = (LOCALHOST, self.port)
+
+    def wait_for(self, text: str) -> str:
+        """What is shown up to this text, behind what has been waited for before."""
+        eventually_shown = self.terminal
+        while text not in eventually_shown.text[self.seen:]:
+            assert eventually_shown.read(TIMEOUT), f"waited for {text!r} in vain: {eventually_shown.text[self.seen:]!r}"
+        start, self.seen = self.seen, self.terminal.text.index(text, self.seen) + len(text)
+        return str(self.terminal.text[start:self.seen])
+
+    def press(self, key: str, end: str) -> List[str]:
+        """Type it and Enter; the lines that are shown then, up to the one with `end` in it."""
+        self.terminal.type(key + "\n")
+        self.wait_for(key + "\n")       # which the terminal shows by itself
+        lines = self.wait_for(end)
+        return (lines + self.wait_for("\n")).splitlines()
+
+    def stop(self) -> Tuple[int, str]:
+        self.terminal.type("\x03")
+        code, text = self.terminal.end()
+        assert "Fatal" not in text
+        assert "Traceback" not in text
+        return code, text
+
+
+@pytest.fixture
+def keyboard(at_terminal: Callable[..., Any]) -> Callable[..., Keyboard]:
+    return lambda *words, **keywords: Keyboard(at_terminal("0", *words, **keywords))
+
+
+# --- the keys ---
+
+@pytest.mark.parametrize("key", ["h", "H", "?", "what is this"])
+def test_help_has_a_line_for_each_key(keyboard: Callable[..., Keyboard], key: str) -> None:
+    lines = keyboard().press(key, "Each with Enter.")
+    assert lines == [
+        "  l  list the clients that are being served", "  s  what has happened so far", "  e  explain every message of new clients, or no longer",
+        "  q  stop, as Ctrl-C does", "  h  show this", "Each with Enter.",
+    ]
+
+
+def test_enter_alone_shows_nothing(keyboard: Callable[..., Keyboard]) -> None:
+    server = keyboard()
+    server.terminal.type("\n \n")
+    server.wait_for("\n \n")
+    assert server.press("l", "being served") == ["0 clients being served, 0 up, 0 down"]
+
+
+def test_the_list_has_what_a_living_tunnel_has_carried_by_now(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+    server = keyboard("-u", "anna:sesame")
+    with Client(server.place) as client, Client(server.place):
+        client.greet(2)
+        client.login("anna", "sesame")
+        assert client.request(Command.CONNECT, Address.named("localhost", echo[1])).code is ReplyCode.SUCCEEDED
+        exchange(client, b"x" * 1234)
+        name = "%s:%d" % client.socket.getsockname()
+        eventually(lambda: "2 clients" in server.press("l", "being served")[-1])
+        heading, first, second, sum = server.press("l", "being served")
+        assert heading.split() == ["id", "client", "user", "command", "target", "up", "down", "seconds"]
+        assert re.fullmatch(rf"#1 +{name} +anna +connect +localhost:{echo[1]} -> 127.0.0.1:{echo[1]} +1\.2k +1\.2k +\d\.\d", first)
+        assert re.fullmatch(r"#2 +127.0.0.1:\d+ +- +- +- +0 +0 +\d\.\d", second)
+        assert len(heading) == len(first) == len(second), "in columns"
+        assert sum == "2 clients being served, 1.2k up, 1.2k down"
+        exchange(client, b"x" * 1000)
+        assert server.press("l", "being served")[-1] == "2 clients being served, 2.2k up, 2.2k down"
+    eventually(lambda: server.press("l", "being served")[-1] == "0 clients being served, 0 up, 0 down")
+    assert "1 ok, 1 not" in server.stop()[1]
+
+
+def test_the_list_has_udp_clients(keyboard: Callable[..., Keyboard]) -> None:
+    server = keyboard()
+    with Client(server.place) as client:
+        client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED)
+        assert re.search(r"#1 .* udp +0\.0\.0\.0:0 +0 +0 ", server.press("l", "being served")[1])
+
+
+def test_the_summary_so_far(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+    server = keyboard()
+    assert re.fullmatch(r"serving for \ds: 0 connections .*", server.press("s", "at once")[0])
+    with Client(server.place) as client:
+        client.connect(echo)
+        exchange(client)
+    server.wait_for("client closed\n")
+    first, second = server.press("s", "at once")
+    assert re.fullmatch(r"serving for \ds: 1 connection \(1 ok, 0 not\) from 1 client,", first)
+    assert second == "5 up, 5 down, at most 1 at once"
+    code, text = server.stop()
+    assert code == 0
+    assert "stopped after" in text
+
+
+@pytest.mark.parametrize("words", [(), ("--workers", "2"), ("--pcap", os.devnull)])
+def test_explain_is_switched_for_new_clients(keyboard: Callable[..., Keyboard], echo: Place, words: Tuple[str, ...]) -> None:
+    server = keyboard(*words)
+
+    def converse() -> str:
+        with Client(server.place) as client:
+            client.connect(echo)
+        return server.wait_for("client closed\n")
+
+    assert "RFC 1928" not in converse()
+    assert server.press("e", "explain is")[-1] == "explain is on for new clients"
+    if "--workers" in words:
+        eventually(lambda: "RFC 1928" in converse())        # they hear of it a moment later
+    else:
+        assert "RFC 1928" in converse()
+    assert server.press("e", "explain is")[-1] == "explain is off"
+    if "--workers" in words:
+        eventually(lambda: "RFC 1928" not in converse())
+    else:
+        assert "RFC 1928" not in converse()
+
+
+def test_explain_that_was_an_option_can_be_switched_off(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+    server = keyboard("--explain")
+    assert server.press("e", "explain is") == ["explain is off"]
+    with Client(server.place) as client:
+        client.connect(echo)
+    assert "RFC 1928" not in server.wait_for("client closed\n")
+
+
+def test_quit_is_like_ctrl_c(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+    server = keyboard()
+    with Client(server.place) as client:
+        client.connect(echo)
+        server.terminal.type("q\n")
+        code, text = server.terminal.end()
+    assert code == 0
+    assert "server stopped" in text
+    assert "stopped after" in text
+    assert "Fatal" not in text
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_is_not_held_up(keyboard: Callable[..., Keyboard]) -> None:
+    """By the thread that waits for the next line."""
+    code, text = keyboard().stop()
+    assert code == 0
+    assert text.count("stopped after") == 1
+
+
+def test_with_workers_all_keys_work_too(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+    server = keyboard("--workers", "2")
+    with Client(server.place) as client, Client(server.place) as other:
+        for each in (client, other):
+            each.connect(echo)
+            exchange(each)
+        eventually(lambda: server.press("l", "being served")[-1] == "2 clients being served, 10 up, 10 down")
+        assert [line.split()[0] for line in server.press("l", "being served")[:-1]] == ["id", "#1", "#2"]
+    server.wait_for("client closed\n")
+    eventually(lambda: "2 connections (2 ok" in server.press("s", "at once")[0])
+    server.terminal.type("q\n")
+    assert server.terminal.end()[0] == 0
+
+
+# --- the keyboard ---
+
+def test_the_end_of_the_keyboard_is_not_the_end_of_the_server(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+    server = keyboard()
+    server.terminal.type("\x04")
+    with Client(server.place) as client:
+        client.connect(echo)
+        exchange(client)
+    server.wait_for("client closed\n")
+    code, text = server.stop()
+    assert code == 0
+    assert "stopped after" in text
+
+
+def test_without_a_keyboard_there_are_no_keys(at_terminal: Callable[..., Any]) -> None:
+    terminal = at_terminal("0", command=(need("sh"), "-c", '"$@" </dev/null', "sh", *COMMAND))
+    text = terminal.wait_for(READY)
+    assert "Ctrl-C stops.  " + READY in text
+    assert "h + Enter" not in text
+    terminal.type("h\n\x03")
+    assert "list the clients" not in terminal.end()[1]
+
+
+def test_a_program_that_is_run_has_the_keyboard_to_itself(at_terminal: Callable[..., Any]) -> None:
+    terminal = at_terminal("--run", need("sh"), "-c", "echo ready; exec cat")
+    terminal.wait_for("ready\n")
+    terminal.type("h\n")
+    terminal.wait_for("h\nh\n")
+    terminal.type("\x04")
+    code, text = terminal.end()
+    assert code == 0
+    assert "list the clients" not in text
+
+
+@pytest.fixture
+def in_shell(at_terminal: Callable[..., Any], tmp_path: Path) -> Callable[[str], Tuple[Any, int]]:
+    """A shell at a terminal that runs this script, in which ``"$@"`` is a server: the terminal and the port, once it serves."""
+    def started(script: str) -> Tuple[Any, int]:
+        port_file = tmp_path / "port"
+        terminal = at_terminal("0", "--port-file", str(port_file), command=(need("bash"), "-c", script, "bash", *COMMAND))
+        terminal.wait_for(READY + "\n")
+        eventually(port_file.exists)
+        return terminal, int(port_file.read_text())
+
+    return started
+
+
+def test_in_the_background_the_server_serves_and_leaves_the_keyboard_alone(in_shell: Callable[[str], Any], echo: Place) -> None:
+    """A shell stops programs that read the keyboard from there."""
+    terminal, port = in_shell('set -m; "$@" & echo "so be it"; read line; echo "the shell has $line"; kill %1; wait')
+    assert_serves(port, echo)
+    terminal.type("h\n")
+    terminal.wait_for("the shell has h\n")
+    assert "list the clients" not in terminal.end()[1]
+
+
+def test_sent_to_the_background_it_serves_on_and_back_in_the_foreground_it_listens_again(in_shell: Callable[[str], Any], echo: Place) -> None:
+    terminal, port = in_shell('set -m; "$@"; echo "it is stopped"; bg; read line; echo "the shell has $line"; fg')
+    terminal.type("l\n")
+    terminal.wait_for("0 clients being served")
+    terminal.type("\x1a")
+    terminal.wait_for("it is stopped\n")
+    assert_serves(port, echo)
+    terminal.type("h\n")
+    terminal.wait_for("the shell has h\n")
+    assert "list the clients" not in terminal.text
+    terminal.type("h\n")
+    terminal.wait_for("Each with Enter.\n")
+    terminal.type("\x03")
+    assert "stopped after" in terminal.end()[1]
+
+
+def assert_serves(port: int, echo: Place) -> None:
+    with Client((LOCALHOST, port)) as client:
+        client.connect(echo)
+        exchange(client)
+
+
+# --- lines and lists by themselves ---
+
+@pytest.fixture
+def pipe() -> Iterator[Tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+
+
+@pytest.mark.parametrize(("octets", "found"), [
+    (b"l\ns\n", ["l", "s"]), (b"l\r\n", ["l\r"]), (b"l\nnot entered", ["l"]), (b"", []), (b"\xff\n", ["\ufffd"]),
+])
+def test_lines_are_read_until_the_end(pipe: Tuple[int, int], octets: bytes, found: List[str]) -> None:
+    reader, writer = pipe
+    os.write(writer, octets)
+    os.close(writer)
+    assert list(console.lines(reader)) == found
+
+
+def test_a_line_that_comes_in_pieces_is_one(pipe: Tuple[int, int]) -> None:
+    reader, writer = pipe
+    found = console.lines(reader)
+    os.write(writer, b"s\nhe")
+    assert next(found) == "s"
+    os.write(writer, b"lp\n")
+    assert next(found) == "help"
+    os.close(writer)
+    assert list(found) == []
+
+
+def row(id: int, **changes: Any) -> Dict[str, Any]:
+    return {
+        "id": id, "client": f"192.0.2.1:{40000 + id}", "user": "anna\n", "command": "connect", "host": "a\x1b[2Jb", "port": 80, "peer": None,
+        "up": 10, "down": 0, "seconds": 1.5, **changes,
+    }
+
+
+def test_of_many_clients_the_newest_are_listed_and_all_are_counted() -> None:
+    lines = console.listing([row(id) for id in range(1, 71)], 70, 50).split("\n")
+    assert [line.split()[0] for line in lines[1:-1]] == [f"#{id}" for id in range(21, 71)]
+    assert lines[-1] == "70 clients being served, 700 up, 0 down, of which these are the newest 50"
+
+
+def test_of_very_many_clients_only_some_are_known() -> None:
+    assert console.listing([row(1), row(7)], 900, 50).endswith("\n900 clients being served, of which these are 2 that are busy")
+
+
+def test_hostile_names_are_escaped_in_the_list() -> None:
+    text = console.listing([row(1, peer="c\n:80")], 1, 50)
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert r"a\x1b[2Jb:80 -> c\n:80" in text
+
+
+@pytest.mark.parametrize(("changes", "target"), [
+    ({"host": "::1"}, "[::1]:80"), ({"host": "::1", "peer": "[::1]:80"}, "[::1]:80"), ({"host": "a", "peer": "[::1]:80"}, "a:80 -> [::1]:80"),
+    ({"host": None, "port": None}, "-"),
+])
+def test_the_target_is_as_in_the_log(changes: Dict[str, Any], target: str) -> None:
+    assert console.target_of(row(1, **changes)) == target
+
+
+def test_a_bug_is_told_and_not_met_by_the_server(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(console.KEYS, "l", ("fail", lambda _console: 1 // 0))
+    node: Any = None
+    console.Console(node, False).press("l")
+    assert [record.getMessage() for record in caplog.records] == ["a bug, met at the keyboard"]
+
+
+def test_what_the_terminal_does_not_take_any_more_is_lost_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull) as unwritable:
+        monkeypatch.setattr(sys, "stderr", unwritable)
+        console.show("anything")

@@ -1,0 +1,358 @@
+"""
+The status page in a real browser: Chromium, driven by chromedriver through Selenium.
+
+Nothing is downloaded, and the page is all that the browser may visit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+from tests.clients.harness import need, need_module
+from tests.conftest import LOCALHOST, eventually, exchange
+from tests.monitor.watched import Watched
+
+from socks5srv.protocol import Address, Command, Method
+
+# A browser takes its time to start.
+pytestmark = pytest.mark.timeout(180)
+
+SWITCHES = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
+    "--disable-features=NetworkTimeServiceQuerying,OptimizationHints", "--hide-scrollbars", "--window-size=1280,900",
+]
+
+Show = Callable[[Watched], "Browser"]
+
+
+class Browser:
+    """A page as it is shown."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def script(self, text: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(text, *arguments)
+
+    def texts(self, selector: str) -> List[str]:
+        return [str(text) for text in self.script("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent.trim())", selector)]
+
+    def text(self, selector: str) -> str:
+        return self.texts(selector)[0]
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def press(self, *keys: str) -> None:
+        self.driver.switch_to.active_element.send_keys(*keys)
+
+    def emulate(self, width: int = 1280, height: int = 900, **features: str) -> None:
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": f"prefers-{name.replace('_', '-')}", "value": value} for name, value in features.items()]})
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
+
+    def complaints(self) -> List[Dict[str, Any]]:
+        """What it has written into its console."""
+        return list(self.driver.get_log("browser"))
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    need("chromium")
+    need("chromedriver")
+    webdriver = need_module("selenium.webdriver")
+    service_module = need_module("selenium.webdriver.chrome.service")
+    directory = tmp_path_factory.mktemp("browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = need("chromium")
+    for switch in [*SWITCHES, f"--user-data-dir={directory / 'data'}"]:
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = service_module.Service(need("chromedriver"), env={**os.environ, "HOME": str(directory)})
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def show(driver: Any) -> Iterator[Show]:
+    """Have the browser show a page; whatever its console complains of is a failure."""
+    browser = Browser(driver)
+
+    def shown(page: Watched) -> Browser:
+        browser.emulate()
+        driver.get(page.page.url)
+        eventually(lambda: browser.text("#state-text") == "live")
+        return browser
+
+    yield shown
+    complaints = browser.complaints()
+    driver.get("about:blank")       # or the page would go on to look for a server that has gone
+    assert complaints == []
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left() -> None:
+    """The driver's connection stays open from test to test, so that here nobody counts."""
+
+
+def talk(page: Watched, new_client: Any, echo: Any, user: str = "", host: str = LOCALHOST) -> Any:
+    client = new_client(page.server)
+    if user:
+        client.greet(Method.USERNAME_PASSWORD)
+        assert client.login(user, "sesame").status == 0
+    else:
+        client.greet()
+    assert client.request(Command.CONNECT, Address.named(host, echo[1])).code == 0
+    return client
+
+
+def test_the_page_loads_and_says_whose_it_is(watch: Callable[..., Watched], show: Show) -> None:
+    page = watch()
+    browser = show(page)
+    address = f"socks5h://127.0.0.1:{page.server.server_address[1]}"
+    assert browser.text("h1") == address
+    assert address in browser.driver.title
+    assert re.match(r"up \d+ s · no login · connect, bind, udp$", browser.text("#about"))
+    assert re.match(r"\d+\.\d+\.\d+$", browser.text("#version"))
+    assert browser.text("#try") == f"curl -x {address} example.com"
+    visited = browser.script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert visited
+    assert all(name.startswith(page.page.url) for name in visited)
+
+
+def test_a_session_appears_while_it_is_open_and_goes_when_it_closes(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch(users={"anna": "sesame"})
+    browser = show(page)
+    assert browser.texts("#rows tr") == []
+    client = talk(page, new_client, echo, "anna", "localhost")
+    eventually(lambda: browser.texts("#rows .destination") == [f"localhost:{echo[1]}"])
+    eventually(lambda: browser.text("#rows .peer") == "→ {}:{}".format(*echo))
+    assert browser.text("#rows .client") == "{}:{}".format(*client.socket.getsockname())
+    assert browser.text("#rows .user") == "anna"
+    exchange(client, b"x" * 1500)
+    eventually(lambda: browser.texts("#rows .up span") == ["1.5 kB"])
+    client.close()
+    eventually(lambda: browser.texts("#rows tr") == [])
+    assert not browser.find("#sessions").is_displayed()
+    assert browser.find("#sessions-empty").is_displayed()
+
+
+def test_rates_change_and_so_does_the_plot(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch()
+    browser = show(page)
+    before = browser.find("#line-up").get_attribute("d")
+    client = talk(page, new_client, echo)
+    assert browser.text("#rate-up") == "0 B/s"
+
+    def moving() -> bool:
+        exchange(client, b"x" * 30000)
+        return browser.text("#rate-up") != "0 B/s" and browser.texts("#rows .up.moving small") not in ([], ["0 B/s"])
+
+    eventually(moving)
+    assert browser.find("#line-up").get_attribute("d") != before
+    assert re.match(r"Up at most .*B/s, now .*B/s\. Down at most .*B/s", browser.text("#plot-text"))
+    eventually(lambda: browser.text("#rate-up") == "0 B/s")
+
+
+def request_arrow(browser: Browser) -> Any:
+    eventually(lambda: [label for label in labels(browser) if "REQUEST" in label])
+    return browser.find("[data-step][aria-label*=REQUEST]")
+
+
+def labels(browser: Browser) -> List[str]:
+    return list(browser.script("return [...document.querySelectorAll('[data-step]')].map((e) => e.getAttribute('aria-label'))"))
+
+
+def test_a_click_on_an_arrow_shows_the_fields_of_its_message(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch()
+    browser = show(page)
+    talk(page, new_client, echo, host="localhost")
+    request_arrow(browser).click()
+    assert browser.text("#detail h3") == "REQUEST"
+    assert browser.texts(".picture thead th") == ["VER", "CMD", "RSV", "ATYP", "DST.ADDR", "DST.PORT"]
+    port = f"{echo[1]:04x}"
+    assert browser.texts(".picture tbody tr:last-child td")[:4] + browser.texts(".picture tbody tr:last-child td")[5:] == ["05", "01", "00", "03", f"{port[:2]} {port[2:]}"]
+    assert "localhost" in browser.texts(".fields td")
+    assert browser.find("[data-step][aria-pressed=true]").get_attribute("aria-label") == request_arrow(browser).get_attribute("aria-label")
+
+
+def test_the_resolver_has_a_lane_if_it_was_asked(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch()
+    talk(page, new_client, echo)
+    browser = show(page)
+    eventually(lambda: [label for label in labels(browser) if "REPLY" in label])
+    assert browser.texts("#diagram .head") == ["client", "proxy", "target"]
+    talk(page, new_client, echo, host="localhost")
+    eventually(lambda: len(browser.texts("nav li")) == 2)
+    browser.find("nav li:first-child button").click()
+    eventually(lambda: browser.texts("#diagram .head") == ["client", "proxy", "resolver", "target"])
+    assert [label.partition(": ")[0].partition(", ")[2] for label in labels(browser)][3:6] == ["proxy to resolver", "resolver to proxy", "proxy to target"]
+    starts = browser.script("return [...document.querySelectorAll('#diagram .arrow')].map((e) => Math.round(e.getBBox().x))")
+    lanes = [round(float(x)) for x in browser.script("return [...document.querySelectorAll('#diagram .lane')].map((e) => e.getAttribute('x1'))")]
+    assert lanes == sorted(lanes)
+    assert all(lanes[1] < x < lanes[2] for x in starts[3:6])        # of the look-up and of the connection, from the proxy's lane
+    widths = browser.script("return [...document.querySelectorAll('#diagram .arrow')].map((e) => Math.round(e.getBBox().width))")
+    assert widths[3] == widths[4] < lanes[2] - lanes[1] < widths[5]
+
+
+def test_a_conversation_that_is_chosen_stays_while_others_come(watch: Any, show: Show, echo: Any, new_client: Any, refusing: Any) -> None:
+    page = watch()
+    new_client(page.server).ask(Command.CONNECT, refusing())
+    talk(page, new_client, echo)
+    browser = show(page)
+    eventually(lambda: browser.texts("nav strong") == [f"#2 127.0.0.1:{echo[1]}", browser.texts("nav strong")[-1]])
+    browser.find("nav li:last-child button").click()
+    eventually(lambda: [label for label in labels(browser) if "REPLY connection refused" in label])
+    talk(page, new_client, echo)
+    eventually(lambda: len(browser.texts("nav li")) == 3)
+    assert browser.script("return [...document.querySelectorAll('nav [aria-current=true]')].map((e) => e.parentNode.dataset.id)") == ["1"]
+    assert browser.find("#diagram svg").get_attribute("aria-label").startswith("Conversation 1 in ")
+    assert browser.texts("nav small")[-1].startswith("connect · failed (reply 05)")
+    assert [text.partition(" ")[0] for text in browser.texts("#diagram .bad .label")] == ["not", "REPLY"]
+
+
+def test_the_keyboard_does_as_well(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch()
+    talk(page, new_client, echo)
+    browser = show(page)
+    eventually(lambda: [label for label in labels(browser) if "REPLY" in label])
+    browser.find("body").click()
+    for _ in range(30):
+        browser.press("\ue004")     # Tab
+        if browser.script("return document.activeElement.dataset.step") == "0":
+            break
+    else:
+        raise AssertionError("Tab does not lead to the arrows")
+    browser.press("\ue007")         # Enter
+    assert browser.text("#detail h3") == "GREETING"
+    browser.press("\ue015")         # the arrow key down
+    browser.press(" ")
+    assert browser.text("#detail h3") == "METHOD SELECTION"
+    assert browser.script("return getComputedStyle(document.activeElement.querySelector('.hit')).strokeWidth") == "2px"
+
+
+def test_an_update_takes_neither_the_focus_nor_the_place(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch()
+    talk(page, new_client, echo)
+    browser = show(page)
+    browser.emulate(height=400)
+    eventually(lambda: [label for label in labels(browser) if "REPLY" in label])
+    browser.script("document.querySelector('[data-step=\"1\"]').focus(); scrollTo(0, 500)")
+    place = browser.script("return scrollY")
+    kept = browser.script("return window.kept = document.querySelector('#rows tr')")
+    before = browser.script("return document.querySelector('#about').textContent")
+    client = talk(page, new_client, echo)
+    exchange(client)
+    eventually(lambda: len(browser.texts("nav li")) == 2 and browser.text("#about") != before)
+    assert browser.script("return document.activeElement.dataset.step") == "1"
+    assert browser.script("return window.kept === document.querySelector('#rows tr')"), kept
+    assert abs(browser.script("return scrollY") - place) < 120      # what has become longer above it
+
+
+@pytest.mark.parametrize("text", ["<img src=x onerror=document.title='pwned'>", "</script><script>document.title='pwned'</script>", "\"'><svg/onload=document.title='pwned'>"])
+def test_a_hostile_name_is_text(watch: Any, show: Show, echo: Any, new_client: Any, text: str) -> None:
+    page = watch(users={text: "sesame"})
+    client = talk(page, new_client, echo, text)
+    browser = show(page)
+    eventually(lambda: browser.texts("#rows .user") == [text])
+    eventually(lambda: [label for label in labels(browser) if text[:4] in label])
+    browser.find("[data-step][aria-label*=PASSWORD]").click()
+    assert browser.text("#detail h3") == "USERNAME/PASSWORD"
+    client.close()
+    eventually(lambda: any(text in line for line in browser.texts("nav small")))
+    assert browser.script("return document.images.length") == 1         # the page's own
+    assert browser.script("return document.scripts.length") == 1
+    assert "pwned" not in browser.driver.title
+
+
+def test_the_counters_are_shown(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch(users={"anna": "sesame"})
+    client = new_client(page.server)
+    client.greet(Method.USERNAME_PASSWORD)
+    client.login("anna", "wrong")
+    stranger = new_client(page.server)
+    stranger.send(b"GET / HTTP/1.0\r\n\r\n")
+    stranger.rest()
+    talk(page, new_client, echo, "anna").close()
+    browser = show(page)
+
+    def tiles() -> Dict[str, str]:
+        return dict(zip(browser.texts("#counters dt"), browser.texts("#counters dd")))
+
+    eventually(lambda: tiles()["Clients"] == "3" and tiles()["Open now"] == "0")
+    assert tiles()["Failed logins"] == "1"
+    eventually(lambda: sorted(browser.texts("#by-event dt")) == ["bad protocol", "login failed", "served"])
+    assert browser.texts("#by-failure dt") == ["http"]
+    assert browser.texts("#by-reply dt") == ["succeeded"]
+
+
+def test_it_says_when_the_server_is_gone_and_when_it_is_back(watch: Any, driver: Any) -> None:
+    page = watch()
+    browser = Browser(driver)
+    driver.get(page.page.url)
+    eventually(lambda: browser.text("#state-text") == "live")
+    page.page.hang_up()
+    eventually(lambda: browser.text("#state-text") == "disconnected")
+    eventually(lambda: browser.text("#state-text") == "live")
+    page.page.socket.shutdown(socket.SHUT_RDWR)
+    page.page.hang_up()
+    eventually(lambda: browser.text("#state-text") == "disconnected")
+    driver.get("about:blank")
+    browser.complaints()            # it tells of each attempt
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 820, 360])
+def test_it_fits_and_can_be_read(watch: Any, show: Show, echo: Any, new_client: Any, scheme: str, width: int, tmp_path: Path) -> None:
+    page = watch()
+    client = talk(page, new_client, echo, host="localhost")
+    exchange(client)
+    browser = show(page)
+    browser.emulate(width, color_scheme=scheme, reduced_motion="reduce")
+    drawn = "const svg = document.querySelector('#diagram svg'); return svg && svg.viewBox.baseVal.width === svg.parentNode.clientWidth"
+    eventually(lambda: browser.script(drawn))       # it is drawn again where there is less room
+    request_arrow(browser).click()
+    assert browser.script("return document.documentElement.scrollWidth") <= width
+    colors = browser.script("""
+        const lightness = (text) => text.match(/[0-9.]+/g).slice(0, 3).map(Number).map((c) => c / 255)
+            .map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+        const back = getComputedStyle(document.querySelector(".card")).backgroundColor;
+        return ["h1", ".muted", ".legend b", "#rows .up small", "#rows .peer", ".fields td", "nav small", ".diagram .label"].map((selector) => {
+            const style = getComputedStyle(document.querySelector(selector));
+            const [a, b] = [lightness(selector.includes("diagram") ? style.fill : style.color), lightness(back)].sort((x, y) => y - x);
+            return [selector, (a + .05) / (b + .05)];
+        });
+    """)
+    assert [selector for selector, contrast in colors if contrast < 4.5] == []
+    assert (browser.script("return getComputedStyle(document.body).backgroundColor") == "rgb(16, 19, 22)") == (scheme == "dark")
+    assert browser.script("return getComputedStyle(document.querySelector('#rows tr')).animationName") == "none"
+    assert browser.script("return document.getAnimations().length") == 0
+    browser.driver.save_screenshot(str(tmp_path / f"{scheme}-{width}.png"))
+    assert (tmp_path / f"{scheme}-{width}.png").stat().st_size > 10_000
+
+
+def test_a_screen_reader_finds_its_way(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
+    page = watch()
+    talk(page, new_client, echo)
+    browser = show(page)
+    request_arrow(browser)
+    tree = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node.get("ignored") and "role" in node]
+    for role, name in [
+        ("banner", ""), ("main", ""), ("contentinfo", ""), ("navigation", "The last conversations"), ("complementary", "The chosen message"),
+        ("table", "Live sessions"), ("columnheader", "Destination"), ("columnheader", "Up"),
+    ]:
+        assert (role, name) in found, (role, name)
+    assert next(name for role, name in found if role == "heading").startswith("socks5h://")
+    assert any(role in ("img", "image", "graphics-document") and name.startswith("Throughput") for role, name in found)
+    buttons = [name for role, name in found if role in ("button", "togglebutton", "ToggleButton")]
+    assert any(re.match(r"1, client to proxy: GREETING .*, after [0-9.]+ ms", name) for name in buttons)
+    assert all(name for name in buttons)
+    unnamed = browser.script("return [...document.querySelectorAll('a, button, [role=button], [role=img]')].filter((e) => !(e.textContent.trim() || e.getAttribute('aria-label') || e.getAttribute('aria-labelledby'))).length")
+    assert unnamed == 0

@@ -1,0 +1,201 @@
+"""
+``/metrics``, read by Prometheus' own parser.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import sys
+from typing import Any, Callable, Dict, Iterator, Tuple
+
+import pytest
+from tests.clients.harness import need_module
+from tests.conftest import LOCALHOST, eventually, exchange
+from tests.monitor.watched import Watched
+
+from socks5srv.protocol import Address, Command, Method, ReplyCode
+from socks5srv.session import COMMAND_WORDS
+
+Start = Callable[..., Watched]
+
+REASONS = {"closed", "timeout", "crowded_out", "stopped", "no_acceptable_method", "socks4", "http", "tls", "not_socks", "bad_message"}
+
+# All values that a label can have; what is not here has none but numbers.
+CLOSED = {
+    "result": {"taken", "turned_away", "success", "failure"},
+    "event": {"close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol"},
+    "command": {*COMMAND_WORDS.values(), "none"},
+    "reply": {code.name.lower() for code in ReplyCode} | {"none"},
+    "reason": REASONS,
+    "method": {"none", "username_password"},
+    "direction": {"up", "down"},
+}
+
+
+def families(page: Watched) -> Dict[str, Any]:
+    parser = need_module("prometheus_client.parser")
+    answer, body = page.ask("/metrics")
+    assert answer.status == 200, body
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    return {family.name: family for family in parser.text_string_to_metric_families(body.decode())}
+
+
+def samples(page: Watched, name: str) -> Dict[Tuple[str, ...], float]:
+    """By the values of their labels, of the family of this name."""
+    return {tuple(sample.labels.values()): sample.value for sample in families(page)[name].samples if not sample.name.endswith("_created")}
+
+
+def test_the_names_are_those_that_are_promised(watch: Start) -> None:
+    found = families(watch())
+    assert {name: family.type for name, family in found.items() if name.startswith("socks5srv_")} == {
+        "socks5srv_build_info": "gauge", "socks5srv_connections": "counter", "socks5srv_sessions": "gauge",
+        "socks5srv_sessions_ended": "counter", "socks5srv_requests": "counter", "socks5srv_handshake_failures": "counter",
+        "socks5srv_auth_attempts": "counter", "socks5srv_accept_errors": "counter", "socks5srv_relay_bytes": "counter",
+        "socks5srv_connect_duration_seconds": "histogram", "socks5srv_dns_duration_seconds": "histogram",
+        "socks5srv_threads": "gauge", "socks5srv_workers": "gauge", "socks5srv_ready": "gauge", "socks5srv_limit_clients": "gauge",
+    }
+    assert all(family.documentation for family in found.values())
+    assert {sample.labels["direction"]: sample.value for sample in found["socks5srv_relay_bytes"].samples if "direction" in sample.labels} == {"up": 0, "down": 0}
+
+
+def test_they_count_what_happens(watch: Start, echo: Any, new_client: Any, refusing: Any) -> None:
+    page = watch(users={"anna": "sesame"})
+    for password in ("wrong", "sesame", "sesame"):
+        client = new_client(page.server)
+        client.greet(Method.USERNAME_PASSWORD)
+        if client.login("anna", password).status == 0:
+            place = Address.named("localhost", echo[1]) if page.metrics.read()[0].by("requests") else Address.named(*refusing())
+            client.request(Command.CONNECT, place)
+    exchange(client, b"x" * 100)
+    assert eventually(lambda: samples(page, "socks5srv_relay_bytes") == {("up",): 100.0, ("down",): 100.0})
+    assert samples(page, "socks5srv_requests") == {("connect", "connection_refused"): 1.0, ("connect", "succeeded"): 1.0}
+    assert samples(page, "socks5srv_auth_attempts") == {("username_password", "failure"): 1.0, ("username_password", "success"): 2.0}
+    assert samples(page, "socks5srv_connections") == {("taken",): 3.0}
+    assert samples(page, "socks5srv_sessions") == {("bind",): 0.0, ("connect",): 1.0, ("none",): 0.0, ("udp",): 0.0}
+    assert counted(page, "socks5srv_connect_duration_seconds") == 1
+    assert counted(page, "socks5srv_dns_duration_seconds") == 1
+    client.close()
+    eventually(lambda: samples(page, "socks5srv_sessions_ended") == {("close",): 1.0, ("failed",): 1.0, ("login_failed",): 1.0})
+    assert samples(page, "socks5srv_relay_bytes") == {("up",): 100.0, ("down",): 100.0}
+
+
+def counted(page: Watched, name: str) -> float:
+    return next(sample.value for sample in families(page)[name].samples if sample.name == f"{name}_count")
+
+
+def test_a_histogram_is_cumulative(watch: Start) -> None:
+    page = watch()
+    for seconds in (0.001, 0.005, 0.3, 99.0):
+        page.metrics.counters.time("resolving", seconds)
+    found = families(page)["socks5srv_dns_duration_seconds"].samples
+    buckets = {sample.labels["le"]: sample.value for sample in found if sample.name.endswith("_bucket")}
+    assert (buckets["0.005"], buckets["0.25"], buckets["0.5"], buckets["10.0"], buckets["+Inf"]) == (2, 2, 3, 3, 4)
+    assert next(sample.value for sample in found if sample.name.endswith("_sum")) == pytest.approx(99.306)
+
+
+def test_labels_are_of_closed_sets_whatever_comes_over_the_wire(watch: Start, new_client: Any) -> None:
+    page = watch()
+    octets = [
+        b"\x05\x01\x00\x05\x09\x00\x01\x01\x01\x01\x01\x00\x50", b"\x05\x01\x00\x05\x01\x00\x09\x01\x01\x01\x01\x00\x50", b"\x04", b"{evil=\"1\"}",
+        b"\x05\x01\x00\x05\x01\x00\x03\x0dno such name!\x00\x50", b"\x05\x01\x00\x05\x01\x00\x01", b"\x05\x00", b"",
+    ]
+    for message in octets:
+        client = new_client(page.server)
+        client.send(message)
+        client.end()
+        client.rest()
+    eventually(lambda: sum(page.metrics.counters.by("sessions").values()) == len(octets))
+    for family in families(page).values():
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                if label in CLOSED and family.name.startswith("socks5srv_"):
+                    assert value in CLOSED[label], sample
+                else:
+                    assert label in {"le", "version", "python", "errno", "implementation", "major", "minor", "patchlevel"}
+
+
+def test_what_is_turned_away_is_counted(watch: Start, new_client: Any) -> None:
+    page = watch(max_clients=1)
+    new_client(page.server).greet()
+    assert new_client(page.server).rest() == b""
+    assert samples(page, "socks5srv_connections") == {("taken",): 1.0, ("turned_away",): 1.0}
+    assert samples(page, "socks5srv_ready") == {(): 0.0}
+    assert samples(page, "socks5srv_limit_clients") == {(): 1.0}
+
+
+def test_what_the_system_is_out_of_is_counted(watch: Start) -> None:
+    page = watch()
+    page.server.stopped.set()           # or it would wait a while
+
+    class Full:
+        def accept(self) -> Any:
+            raise OSError(errno.EMFILE, "too many open files")
+
+    with pytest.raises(OSError, match="too many"):
+        page.server.accept(Full())
+    page.server.stopped.clear()
+    assert samples(page, "socks5srv_accept_errors") == {("EMFILE",): 1.0}
+
+
+def test_the_process_is_told_of(watch: Start) -> None:
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("not on this platform: no /proc")
+    assert {"process_open_fds", "process_max_fds", "process_resident_memory_bytes", "process_cpu_seconds", "process_start_time_seconds"} <= set(families(watch()))
+
+
+def test_openmetrics_is_spoken_to_who_asks_for_it(watch: Start) -> None:
+    need_module("prometheus_client")
+    answer, body = watch().ask("/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+
+
+@pytest.fixture
+def _without_the_extra(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    real = builtins.__import__
+
+    def importing(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name.startswith("prometheus_client"):
+            raise ImportError(name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.delitem(sys.modules, "socks5srv.monitor.prometheus", raising=False)
+    monkeypatch.setattr(builtins, "__import__", importing)
+    return
+
+
+@pytest.mark.usefixtures("_without_the_extra")
+def test_without_the_extra_it_says_what_to_install(watch: Start) -> None:
+    page = watch()
+    answer, body = page.ask("/metrics")
+    assert answer.status == 501
+    assert b'pip install "socks5srv[metrics]"' in body
+    assert body.count(b"\n") == 1
+    assert page.ask("/healthz", Host=f"{LOCALHOST}:{page.port}")[1] == b"ok\n"
+
+
+def test_the_readme_has_every_metric_and_every_label(watch: Start) -> None:
+    from tests.test_readme import literals, section, table
+
+    rows = table("Metric", section("Status page"))
+    documented = {name[:-len("_total")] if name.endswith("_total") else name for names, _labels in rows for name in literals(names)}
+    assert documented == {name for name in families(watch()) if name.startswith("socks5srv_")}
+    labels = {label for _names, cell in rows for label in literals(cell)}
+    assert labels == {*CLOSED, "errno", "version", "python"}
+    (reasons,) = [cell.partition(": ")[2] for names, cell in rows if "handshake" in names]
+    assert set(reasons.split(", ")) == REASONS
+
+
+@pytest.mark.parametrize("version", ["abc", "1.x", "1.0.0\r\n X: y", "\xff", ""])
+@pytest.mark.parametrize("kind", ["text/plain", "application/openmetrics-text"])
+def test_a_version_that_is_none_is_no_bug_and_comes_not_back(watch: Start, caplog: pytest.LogCaptureFixture, kind: str, version: str) -> None:
+    need_module("prometheus_client")
+    page = watch()
+    accept = f"Accept: {kind};version={version}".encode("latin-1")
+    answer = page.raw(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%s\r\n\r\n" % (page.port, accept))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"socks5srv_build_info" in answer
+    assert b"X: y" not in answer
+    assert "a bug" not in caplog.text

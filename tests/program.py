@@ -1,0 +1,273 @@
+"""
+``python -m socks5srv`` as its users start it: a process of its own, a file or a terminal to write to.
+
+With SOCKS5SRV_TEST_WORKERS=2 in the environment all that `start` starts has two workers.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+
+from tests.conftest import LOCALHOST, TIMEOUT
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {ROOT / "tests" / room for room in ("capture", "cli", "explain", "monitor", "service", "workers")}
+COMMAND = (sys.executable, "-m", "socks5srv")
+WORKERS = "SOCKS5SRV_TEST_WORKERS"
+
+# Opens the terminal that it is told as its own, as a login does, and becomes what else it is told.
+IN_TERMINAL = """
+import os, sys
+os.setsid()
+tty = os.open(sys.argv[1], os.O_RDWR)
+for fd in range(3):
+    os.dup2(tty, fd)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def environment(**changes: str) -> Dict[str, str]:
+    """Ours, without what would change what the command does or how it looks."""
+    ours = {
+        name: value for name, value in os.environ.items()
+        if not name.startswith("SOCKS5SRV_") and name not in ("NO_COLOR", "FORCE_COLOR", "PYTHONWARNINGS")
+    }
+    return {**ours, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", **changes}
+
+
+def with_workers() -> List[str]:
+    """The options for as many workers as the environment of the tests asks for."""
+    number = os.environ.get(WORKERS)
+    return ["--workers", number] if number else []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """With workers leave out what starts no server, and would only do again what it does without."""
+    if WORKERS in os.environ:
+        same = {item for item in items if Path(item.fspath).parent in ROOMS and "start" not in getattr(item, "fixturenames", ())}
+        items[:] = [item for item in items if item not in same]
+        config.hook.pytest_deselected(items=list(same))
+
+
+@pytest.fixture
+def processes() -> int:
+    """How many `start` starts."""
+    return int(os.environ.get(WORKERS, 0)) + 1
+
+
+@pytest.fixture(autouse=True)
+def _no_options_from_outside(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the tests of these rooms.  (Not by `monkeypatch`, which all tests would have before their other fixtures then.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if Path(request.node.fspath).parent in ROOMS and name.startswith("SOCKS5SRV_") and name != WORKERS:
+                patch.delenv(name)
+        yield
+
+
+class Outcome:
+    """What a command that has ended has left: `code`, `stdout` and `stderr`."""
+
+    def __init__(self, code: int, stdout: str, stderr: str) -> None:
+        self.code = code
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+@pytest.fixture
+def run_command() -> Callable[..., Outcome]:
+    """Run it to its end, without a terminal: ``run_command("-V")``; keywords are environment variables."""
+    def run(*words: str, **variables: str) -> Outcome:
+        done = subprocess.run(
+            [*COMMAND, *words], env=environment(**variables), stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=TIMEOUT, check=False, encoding="utf-8",
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+class Service:
+    """A server that serves, in a process of its own; its stdout and stderr go to files."""
+
+    def __init__(self, directory: Path, command: Tuple[str, ...], variables: Dict[str, str]) -> None:
+        self.port_file = directory / "port"
+        self.stdout_file, self.stderr_file = directory / "stdout", directory / "stderr"
+        with self.stdout_file.open("wb") as stdout, self.stderr_file.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*command, "--port-file", str(self.port_file)], env=environment(**variables),
+                stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
+            )
+        self.server_address = (LOCALHOST, 0)
+
+    def wait_until_it_serves(self) -> None:
+        self.wait_until(self.port_file.exists, "the port file")
+        self.port = int(self.port_file.read_text())
+        self.server_address = (LOCALHOST, self.port)
+
+    @property
+    def stdout(self) -> str:
+        return self.stdout_file.read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_file.read_text(encoding="utf-8")
+
+    def wait_until(self, condition: Callable[[], object], what: str) -> None:
+        until = time.monotonic() + TIMEOUT
+        while not condition():
+            if time.monotonic() > until:
+                raise AssertionError(f"waited for {what} in vain; stderr:\n{self.stderr}")
+            if self.ended_within(0.005):
+                assert condition(), f"it ended instead of {what}; stderr:\n{self.stderr}"
+
+    def wait_for(self, text: str) -> str:
+        """The line of stderr that has this text in it, as soon as it is there in full."""
+        self.wait_until(lambda: any(text in line for line in self.stderr.split("\n")[:-1]), repr(text))
+        return next(line for line in self.stderr.split("\n") if text in line)
+
+    def ended_within(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Send it a signal; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(TIMEOUT)
+
+    def kill(self) -> None:
+        """End it, and what a shell may have started for it."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):      # it has ended
+            pass
+        self.process.wait(TIMEOUT)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Start a server on a free port: ``start("-v")``; keywords are environment variables."""
+    with ExitStack() as stack:
+        def started(*words: str, port: Optional[str] = "0", command: Tuple[str, ...] = COMMAND, **variables: str) -> Service:
+            directory = tmp_path / f"service-{len(list(tmp_path.iterdir()))}"
+            directory.mkdir()
+            service = Service(directory, (*command, *with_workers(), *words, *([port] if port else [])), variables)
+            stack.callback(service.kill)
+            service.wait_until_it_serves()
+            return service
+
+        yield started
+
+
+class Terminal:
+    """A command at a terminal: what it shows, and what is typed."""
+
+    def __init__(self, words: Tuple[str, ...], variables: Dict[str, str], command: Tuple[str, ...]) -> None:
+        self.text = ""
+        self.screen, terminal = os.openpty()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", IN_TERMINAL, os.ttyname(terminal), *command, *words], env=environment(**variables),
+            )
+            self.wait_for_reader()
+        finally:
+            os.close(terminal)
+
+    def wait_for_reader(self) -> None:
+        """Wait for the first text: before, the terminal is only ours, and would be gone with our end."""
+        self.read(TIMEOUT)
+
+    def read(self, seconds: float) -> bool:
+        """Take what is shown next; False if nothing is, or nothing will be."""
+        if not select.select([self.screen], [], [], max(0, seconds))[0]:
+            return False
+        try:
+            octets = os.read(self.screen, 65536)
+        except OSError:         # Linux: the other end is closed
+            return False
+        self.text += octets.decode().replace("\r\n", "\n")
+        return bool(octets)
+
+    def wait_for(self, text: str) -> str:
+        """All that is shown, as soon as this text is among it."""
+        until = time.monotonic() + TIMEOUT
+        while text not in self.text:
+            assert self.read(until - time.monotonic()), f"waited for {text!r} in vain: {self.text!r}"
+        return self.text
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def end(self) -> Tuple[int, str]:
+        """Wait for its end: the exit code, and all that was shown."""
+        while self.read(TIMEOUT):
+            pass
+        return self.process.wait(TIMEOUT), self.text
+
+    def hang_up(self) -> None:
+        """Close the terminal, as somebody does who closes its window."""
+        os.close(self.screen)
+        self.screen = -1
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(TIMEOUT)
+        if self.screen >= 0:
+            os.close(self.screen)
+
+
+@pytest.fixture
+def at_terminal() -> Iterator[Callable[..., Terminal]]:
+    """Start a command at a terminal: ``at_terminal("-v")``; keywords are environment variables."""
+    if not hasattr(os, "openpty"):
+        pytest.skip("not on this platform: pseudo-terminals")
+    with ExitStack() as stack:
+        def started(*words: str, command: Tuple[str, ...] = COMMAND, **variables: str) -> Terminal:
+            terminal = Terminal(words, variables, command)
+            stack.callback(terminal.close)
+            return terminal
+
+        yield started
+
+
+@pytest.fixture
+def expect_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """
+    Call a function that has to complain: ``expect_error(function, argument)``.
+
+    Its exit code has to be 2 and its message to look like all messages; returns the message.
+    """
+    def expect(function: Callable[..., Any], *arguments: Any) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            function(*arguments)
+        assert exit_.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("socks5srv: error: ")
+        assert captured.err.endswith("\n  see  socks5srv --help\n")
+        return captured.err[len("socks5srv: error: "):-len("\n  see  socks5srv --help\n")]
+
+    return expect
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Start a server in this process with a status page: ``watch(users=, others=, **attributes)``; see watched.py."""
+    from tests.monitor.watched import watching
+
+    with watching(monkeypatch) as start:
+        yield start

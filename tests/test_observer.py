@@ -1,0 +1,210 @@
+"""What observers are told, when, and that they are in no client's way."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import queue
+import select
+import socket
+from typing import Any, Callable, List, Tuple, Type
+
+import pytest
+
+from socks5srv.observer import HOOKS, Attempt, Hooks, Observer
+from socks5srv.protocol import Command, Credentials, Greeting, Method, ReplyCode, Request
+
+from .conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange, handler_with, name
+
+Told = Tuple[str, Tuple[Any, ...]]
+
+
+def telling(hook: str) -> Callable[..., None]:
+    def tell(self: Any, *details: Any) -> None:
+        self.told.put((hook, details))
+
+    return tell
+
+
+class Listener(Observer):
+    """Keeps all that it is told."""
+
+    def __init__(self) -> None:
+        self.told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+
+    started, received, malformed, sending, throttled, authenticated, resolved, judged, tried, opened, datagram, ended, turned_away, accept_failed = map(
+        telling, HOOKS)
+
+    def until(self, hook: str) -> List[Told]:
+        """All up to the next one of this name."""
+        found = [self.told.get(timeout=TIMEOUT)]
+        while found[-1][0] != hook:
+            found.append(self.told.get(timeout=TIMEOUT))
+        return found
+
+
+@pytest.fixture
+def listener() -> Listener:
+    return Listener()
+
+
+def names(told: List[Told]) -> List[str]:
+    return [hook for hook, _details in told]
+
+
+def test_every_hook_has_its_place_in_the_table_of_those_that_are_called() -> None:
+    assert {hook for hook in vars(Hooks) if not hook.startswith("_")} == set(HOOKS)
+    assert all(getattr(Hooks(), hook) == () for hook in HOOKS), "an observer is called only for what it overrides"
+    assert all(len(getattr(Hooks([Listener(), Observer()]), hook)) == 1 for hook in HOOKS)
+
+
+def test_a_connection_is_told_in_the_order_in_which_it_comes_about(start_server: Any, new_client: Any, echo: Any, listener: Listener) -> None:
+    server = start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST]), observers=(listener,))
+    with new_client(server) as client:
+        client.connect(name("echo.example", echo[1]))
+        exchange(client)
+    told = listener.until("ended")
+    assert names(told) == [
+        "started", "received", "sending", "authenticated", "received", "judged", "resolved", "judged", "tried", "sending", "opened", "ended",
+    ]
+    details = [details for _hook, details in told]
+    session = details[0][0]
+    assert all(each[0] is session for each in details)
+    assert (type(details[1][1]), details[1][2], details[1][3]) == (Greeting, b"\5\1\0", 0)
+    assert details[3][1:] == (Method.NO_AUTHENTICATION_REQUIRED, None)
+    assert [verdict.address.host for verdict in (details[5][1], details[7][1])] == ["echo.example", LOCALHOST]
+    assert details[6][1:3] == ("echo.example", [LOCALHOST])
+    assert (details[8][1].connected, details[8][1].error, str(details[8][1].address)) == (True, None, f"{LOCALHOST}:{echo[1]}")
+    assert details[9][1].code is ReplyCode.SUCCEEDED
+    assert details[9][2] is None
+    assert details[10][1] == session.bound
+    assert (session.outcome, session.up, session.down) == ("close", 5, 5), "it is complete"
+
+
+@pytest.mark.parametrize(("octets", "hooks"), [
+    ([b""], ["started", "malformed", "ended"]),
+    ([b"\4\1\0\x50"], ["started", "malformed", "sending", "ended"]),
+    ([b"\5\1\xff"], ["started", "received", "sending", "ended"]),
+    ([b"\5\1\0", b"\5\1\0\7"], ["started", "received", "sending", "authenticated", "malformed", "sending", "ended"]),
+    ([b"\5\1\0", b"\5\1"], ["started", "received", "sending", "authenticated", "malformed", "ended"]),
+], ids=["nothing", "SOCKS4", "no method", "no address type", "half a request"])
+def test_each_client_that_has_started_ends_once(
+        start_server: Any, new_client: Any, listener: Listener, octets: List[bytes], hooks: List[str]) -> None:
+    client = new_client(start_server(observers=(listener,)))
+    client.send(*octets)
+    client.end()
+    client.rest()
+    told = listener.until("ended")
+    assert names(told) == hooks
+    for hook, details in told:
+        if hook == "malformed":
+            assert details[2] == octets[-1]
+    assert listener.told.empty()
+
+
+def test_a_message_is_told_with_the_octets_that_it_was_and_how_many_lie_behind_it(
+        start_server: Any, new_client: Any, listener: Listener, closed_port: Any) -> None:
+    request = bytes(Request(Command.CONNECT, name(*closed_port()), rsv=0x42))
+    new_client(start_server(observers=(listener,))).send(b"\5\1\0" + request)
+    told = [details for hook, details in listener.until("ended") if hook == "received"]
+    assert [(octets, ahead) for _session, _message, octets, ahead in told] == [(b"\5\1\0", len(request)), (request, 0)]
+
+
+def test_a_message_is_told_before_it_leaves(start_server: Any, new_client: Any) -> None:
+    early: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    class Looking(Observer):
+        def sending(self, *_details: Any) -> None:
+            early.put(bool(select.select([client.socket], [], [], 0)[0]))
+
+    client: Client = new_client(start_server(observers=(Looking(),)))
+    client.greet()
+    assert early.get(timeout=TIMEOUT) is False
+
+
+def test_what_a_failure_reply_answers_is_told_with_it(start_server: Any, new_client: Any, listener: Listener, closed_port: Any) -> None:
+    client = new_client(start_server(observers=(listener,)))
+    reply = client.ask(Command.CONNECT, closed_port())
+    told = listener.until("ended")
+    (_session, message, error), (_session, attempt) = (next(d for h, d in reversed(told) if h == hook) for hook in ("sending", "tried"))
+    assert (message, error.code) == (reply, ReplyCode.CONNECTION_REFUSED)
+    assert attempt.error.errno == errno.ECONNREFUSED
+    assert not attempt.connected
+
+
+def test_of_the_addresses_of_a_name_those_that_failed_are_told_and_the_one_that_was_first(
+        start_server: Any, new_client: Any, listener: Listener, echo: Any) -> None:
+    server = start_server(handler_with(resolve=lambda _self, _host: ["127.0.0.2", LOCALHOST]), observers=(listener,))
+    new_client(server).ask(Command.CONNECT, name("two.example", echo[1]))
+    attempts: List[Attempt] = [details[1] for hook, details in listener.until("opened") if hook == "tried"]
+    assert [(each.address.host, each.error is None, each.connected) for each in attempts] == [("127.0.0.2", False, False), (LOCALHOST, True, True)]
+
+
+def test_logins_are_told_right_wrong_and_late(start_server: Any, new_client: Any, listener: Listener) -> None:
+    server = start_server(users={"anna": "sesame"}, observers=(listener,))
+    for _ in range(5):
+        server.policy.throttle.failed(LOCALHOST)
+    client = new_client(server)
+    client.greet(2)
+    client.send(Credentials(b"anna", b"wrong"))
+    told = listener.until("ended")
+    assert "throttled" in names(told)
+    assert [(details[1], str(details[2])) for hook, details in told if hook == "authenticated"] == [
+        (Method.USERNAME_PASSWORD, "wrong name or password"),
+    ]
+
+
+def test_a_client_that_is_turned_away_is_told_and_has_no_session(start_server: Any, new_client: Any, listener: Listener) -> None:
+    server = start_server(max_clients=1, observers=(listener,))
+    new_client(server).greet()
+    listener.until("authenticated")
+    assert new_client(server).rest() == b""
+    [(_hook, (client, reason))] = listener.until("turned_away")
+    assert (client.host, reason) == (LOCALHOST, "limit of 1 clients reached: see --max-clients")
+
+
+def test_a_failed_accept_is_told(start_server: Any, new_client: Any, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, failures = socket.socket.accept, [OSError(errno.ECONNABORTED, "gone")]
+
+    def fail_once(sock: socket.socket) -> Any:
+        if failures:
+            accept(sock)[0].close()
+            raise failures.pop()
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", fail_once)
+    server = start_server(observers=(listener,))
+    assert new_client(server).rest() == b""
+    [(_hook, (error,))] = listener.until("accept_failed")
+    assert error.errno == errno.ECONNABORTED
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook not in ("malformed", "throttled", "resolved", "datagram", "turned_away", "accept_failed")])
+def test_a_hook_that_raises_is_a_bug_in_the_log_and_costs_the_client_nothing(
+        start_server: Any, new_client: Any, echo: Any, bugs: List[logging.LogRecord], hook: str) -> None:
+    def fail(*_details: Any) -> None:
+        raise ZeroDivisionError(hook)
+
+    broken: Type[Observer] = type("Broken", (Observer,), {hook: fail})
+    server = start_server(observers=(broken(), Listener()))
+    with new_client(server) as client:
+        client.connect(echo)
+        exchange(client)
+    assert server.next_ended().outcome == "close"
+    eventually(lambda: bugs)
+    assert {record.getMessage() for record in bugs} == {"a bug, met in an observer"}
+    bugs.clear()
+
+
+def test_an_observer_is_told_of_the_clients_that_come_after_it(start_server: Any, new_client: Any, listener: Listener) -> None:
+    server = start_server()
+    before = new_client(server)
+    before.greet()
+    server.observers += (listener,)
+    before.close()
+    after = new_client(server)
+    after.greet()
+    after.close()
+    assert {details[0].id for _hook, details in listener.until("ended")} == {2}
+    server.next_ended(), server.next_ended()
+    assert listener.told.empty()

@@ -1,0 +1,120 @@
+"""
+Which processes there are, and which of them has a client: read in /proc.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
+
+import pytest
+
+from socks5srv.protocol import CredentialsReply, Method
+from socks5srv.users import Hash
+from tests.conftest import Client, exchange
+
+Place = Tuple[Any, ...]
+Start = Callable[..., Any]
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="not on this platform: workers share a socket only on POSIX")
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not on this platform: who has which socket is read in /proc")
+
+
+def parent_of(pid: str) -> int:
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+        state, parent = stream.read().rpartition(")")[2].split()[:2]
+    return 0 if state == "Z" else int(parent)
+
+
+def workers_of(service: Any) -> Set[int]:
+    """The process ids of the workers that live: of a program, or of a Supervisor in this process."""
+    parent, found = service.process.pid if hasattr(service, "process") else os.getpid(), set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if parent_of(pid) == parent:
+                found.add(int(pid))
+        except OSError:         # it has ended meanwhile
+            pass
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return parent_of(str(pid)) != 0
+    except OSError:
+        return False
+
+
+def inodes(client: Client) -> Set[str]:
+    """What the system calls the other end of a connection on loopback, once it has been accepted."""
+    ours, theirs = client.socket.getsockname()[1], client.socket.getpeername()[1]
+    with open("/proc/net/tcp", encoding="ascii") as stream:
+        rows = [line.split() for line in stream][1:]
+    return {row[9] for row in rows if row[1].endswith(f":{theirs:04X}") and row[2].endswith(f":{ours:04X}")} - {"0"}
+
+
+def owner(pids: Iterable[int], client: Client) -> Optional[int]:
+    """Which of these processes has this client."""
+    names = {f"socket:[{inode}]" for inode in inodes(client)}
+    for pid in pids:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                if os.readlink(f"/proc/{pid}/fd/{fd}") in names:
+                    return pid
+            except OSError:
+                pass
+    return None
+
+
+def door(service: Any) -> Place:
+    """Where clients come to."""
+    return service.server_address if hasattr(service, "server_address") else service.addresses[0]
+
+
+def settled(service: Any) -> Optional[List[int]]:
+    """The numbers of descriptors of all workers; None while one has a client."""
+    if not os.path.isdir("/proc/self/fd"):
+        return [0]
+    connections = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    if any(row[1].endswith(f":{service.port:04X}") and row[3] == "01" for row in connections):
+        return None
+    return [len(os.listdir(f"/proc/{pid}/fd")) for pid in sorted(workers_of(service))]
+
+
+def objects(service: Any) -> List[Dict[str, Any]]:
+    """Its log, as --log-format json has it."""
+    return [json.loads(line) for line in service.stderr.splitlines()]
+
+
+# --- what clients do ---
+
+def tunnels(clients: Dict[int, Client], place: Place) -> None:
+    for client in clients.values():
+        client.connect(place)
+        exchange(client)
+
+
+def try_to_log_in(client: Client, password: str) -> bool:
+    client.greet(Method.USERNAME_PASSWORD)
+    return client.login("anna", password).status == CredentialsReply.SUCCESS
+
+
+def hash_of(password: str) -> str:
+    blank = Hash("pbkdf2_sha256", (1000,), b"salt", bytes(32))
+    return str(blank._replace(digest=blank.of(password)))
+
+
+def first_octets(client: Client) -> bytes:
+    try:
+        return client.read(2)
+    except ConnectionError:
+        return b""
+
+
+def comes_in(address: Place) -> bool:
+    with Client(address) as client:
+        client.send(b"\5\1\0")
+        return first_octets(client) == b"\5\0"
