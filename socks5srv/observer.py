@@ -130,6 +130,15 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def wanted(observer: Observer, session: Session) -> bool:
+    """Whether an observer wants a client; one that raises does not."""
+    try:
+        return observer.wants(session)
+    except Exception:
+        logger.exception("a bug, met in an observer")
+        return False
+
+
 # --- the documented loggers ---
 
 class SessionLog(Observer):
@@ -160,7 +169,7 @@ class HookTable:
 
     def hooks_for(self, session: Session) -> Hooks:
         """Those of the observers that want this session, and of the loggers as far as they listen now."""
-        unwanted = tuple(each for each in self.selective if not each.wants(session))
+        unwanted = tuple(each for each in self.selective if not wanted(each, session))
         sessions, messages = logger.isEnabledFor(logging.DEBUG), wire.isEnabledFor(logging.DEBUG)
         key = (unwanted, sessions, messages)
         if key not in self.made:

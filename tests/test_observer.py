@@ -196,6 +196,21 @@ def test_a_hook_that_raises_is_a_bug_in_the_log_and_costs_the_client_nothing(
     bugs.clear()
 
 
+def test_an_observer_that_cannot_say_what_it_wants_costs_the_client_nothing(
+        start_server: Any, new_client: Any, echo: Any, bugs: List[logging.LogRecord]) -> None:
+    class Broken(Listener):
+        def wants(self, session: Any) -> bool:
+            raise ZeroDivisionError(session.id)
+
+    broken = Broken()
+    client = new_client(start_server(observers=(broken,)))
+    client.connect(echo)
+    exchange(client)
+    assert [record.getMessage() for record in bugs] == ["a bug, met in an observer"]
+    bugs.clear()
+    assert broken.told.empty()
+
+
 def test_an_observer_is_told_of_the_clients_that_come_after_it(start_server: Any, new_client: Any, listener: Listener) -> None:
     server = start_server()
     before = new_client(server)
