@@ -1,4 +1,4 @@
-"""``python -m socks5srv``, and the script ``socks5srv``: see service/."""
+"""``python -m socks5srv``, and the script ``socks5srv``: see cli/."""
 
 import sys
 

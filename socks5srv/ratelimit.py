@@ -1,5 +1,5 @@
 """
-Which warnings may be logged now: each kind once a minute, so that no client fills the log with one.
+Which warnings may be logged now, each kind once a minute, and threads that go on whatever they meet.
 
 What is left out is counted, and told with the next line of its kind.
 

@@ -2,8 +2,8 @@
 What is known of one client: the record that the log, tests and metrics read.
 
 A `Session` begins when the client is accepted and is filled in as the conversation goes on;
-after `end()` nothing changes any more.  It holds plain values and does nothing but put them
-into words: no sockets, no threads, no passwords.
+after `end()` nothing changes any more.  It holds plain values, and while it lives the tunnel that
+counts its octets; it does nothing but put them into words: no sockets, no threads, no passwords.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ def serve(server: WorkerServer) -> None:
     try:
         server.serve_forever()
     except Exception:
-        logger.exception("a bug, met while keeping the books")
+        logger.exception("a bug, met in serve_forever()")
         os._exit(1)
     server.server_close()
     server.update_summary()
