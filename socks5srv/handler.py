@@ -35,7 +35,7 @@ from . import foreign, outbound, resolver
 from .datagrams import Association
 from .descriptors import COMMANDS, USED_UP, descriptors, on_error
 from .listener import OUT_OF, RETRY
-from .observer import Attempt, Hooks
+from .observer import Attempt, Hooks, HookTable
 from .outbound import ClientGone, Route
 from .policy import Policy
 from .protocol import (
@@ -74,8 +74,8 @@ class Host(Protocol):
     idle_timeout: Optional[float]
     reassemble: bool
     upstream: Any
+    hooks: HookTable
 
-    def hooks_for(self, session: Session) -> Hooks: ...
     def relay_thread(self) -> Relay: ...
     def warn_once(self, kind: str, message: str, *details: object) -> None: ...
     def log_foreign(self, session: Session) -> None: ...
@@ -98,17 +98,17 @@ class ClientStream:
     message at hand stays in `buffer`, for the next message or for the target.
     """
 
+    consumed = b""      # of the message at hand, if there are observers to be shown it
+
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.buffer = b""
-        self.consumed = b""         # of the message at hand: what its observers are shown
 
     def read(self, n: int, /) -> bytes:
         """`n` octets, or fewer if the client has ended."""
         while len(self.buffer) < n and self.fill():
             pass
         octets, self.buffer = self.buffer[:n], self.buffer[n:]
-        self.consumed += octets
         return octets
 
     def fill(self) -> bool:
@@ -123,6 +123,15 @@ class ClientStream:
     def take(self) -> bytes:
         """All that has come too early."""
         octets, self.buffer = self.buffer, b""
+        return octets
+
+
+class ObservedStream(ClientStream):
+    """The same, which keeps the octets of the message at hand for the observers."""
+
+    def read(self, n: int, /) -> bytes:
+        octets = super().read(n)
+        self.consumed += octets
         return octets
 
 
@@ -169,8 +178,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         # Not the base's rfile and wfile: a buffered file would swallow early data, and
         # after one timeout never be readable again.
         self.connection = self.request
-        self.stream = ClientStream(self.connection)
-        self.hooks = self.server.hooks_for(self.session)    # it keeps those it has begun with
+        self.hooks = self.server.hooks.of(self.session)     # it keeps those it has begun with
+        self.stream = (ObservedStream if self.hooks.received or self.hooks.malformed else ClientStream)(self.connection)
         for started in self.hooks.started:      # before its place may be given to another
             started(self.session)
         self.server.registry.add(self)

@@ -167,10 +167,12 @@ class HookTable:
         self.made: Dict[Tuple[Any, ...], Hooks] = {}
         self.all = Hooks(self.observers)        # for what is told of no session
 
-    def hooks_for(self, session: Session) -> Hooks:
+    def of(self, session: Session) -> Hooks:
         """Those of the observers that want this session, and of the loggers as far as they listen now."""
-        unwanted = tuple(each for each in self.selective if not wanted(each, session))
         sessions, messages = logger.isEnabledFor(logging.DEBUG), wire.isEnabledFor(logging.DEBUG)
+        if not (self.selective or sessions or messages):
+            return self.all
+        unwanted = tuple(each for each in self.selective if not wanted(each, session))
         key = (unwanted, sessions, messages)
         if key not in self.made:
             logs = [SessionLog()] * (sessions or messages) + [WireLog()] * messages

@@ -76,7 +76,7 @@ class Policy:
         return self.by_rule(address, self.access.rules.decide(address, name))
 
     def by_rule(self, address: Address, rule: Optional[Rule]) -> Verdict:
-        return Verdict(address, "" if rule is None or rule.allows else f"rule: {rule.text}", rule)
+        return Verdict(address) if rule is None else Verdict(address, "" if rule.allows else f"rule: {rule.text}", rule)
 
     def is_own(self, command: Command, address: Address) -> bool:
         """Whether this leads to one of our own sockets, where the server would talk to itself."""

@@ -493,7 +493,7 @@ class Flow:
 
     @property
     def holds(self) -> bool:
-        return self.chunk is not None or self.pipe is not None
+        return bool(self.chunk or self.pipe)
 
     def read_on(self, reading: bool) -> None:
         """Wait for the source, or else, as the sink is full, for the sink."""
@@ -509,7 +509,7 @@ class Flow:
     @property
     def interest(self) -> int:
         """What the source is waited for: to be read here, to be written by the opposite flow."""
-        return (READ if self.reading else 0) | (WRITE if self.opposite.holds else 0)
+        return (READ if self.reading else 0) | (WRITE if self.opposite.chunk or self.opposite.pipe else 0)
 
     def refresh(self) -> None:
         self.tunnel.relay.waiter.change(self.source.fileno(), self.interest)

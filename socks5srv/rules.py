@@ -119,7 +119,10 @@ class Rules(List[Rule]):
 
     def decide(self, address: Address, name: Optional[str] = None) -> Optional[Rule]:
         """The first rule that matches an IP address and the name that led to it; None if none does."""
-        return next((rule for rule in self if rule.matches(address, name)), None)
+        for rule in self:
+            if rule.matches(address, name):
+                return rule
+        return None
 
     def decide_by_name(self, address: Address) -> Optional[Rule]:
         """
@@ -218,8 +221,9 @@ def addresses_within(address: Address, every: bool) -> List[IPAddress]:
 
 def behind(address: Address) -> List[Address]:
     """Where a gateway would take what is sent to this IP address."""
-    found = [] if address.address_type is AddressType.IPV4 else embedded(ip_address(address.host))
-    return [Address(str(ip), address.port, AddressType.IPV4) for ip in found]
+    if address.address_type is AddressType.IPV4:
+        return []
+    return [Address(str(ip), address.port, AddressType.IPV4) for ip in embedded(ip_address(address.host))]
 
 
 def embedded(ip: IPAddress) -> List[IPv4Address]:

@@ -31,7 +31,7 @@ from . import outbound
 from .descriptors import descriptors, on_error
 from .handler import Socks5Handler
 from .listener import OUT_OF, RETRY, Listener
-from .observer import Hooks, HookTable, Observer
+from .observer import HookTable, Observer
 from .outbound import Route
 from .policy import Policy
 from .protocol import Address, Command
@@ -129,10 +129,6 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
     def observers(self, observers: Sequence[Observer]) -> None:
         self.current_observers = tuple(observers)
         self.hooks = HookTable(observers)
-
-    def hooks_for(self, session: Session) -> Hooks:
-        """By which a client that has just come is watched."""
-        return self.hooks.hooks_for(session)
 
     def server_bind(self) -> None:
         prepare(self.socket, str(self.server_address[0]))
@@ -278,18 +274,23 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to talk to this client at all."""
-        client = Address.of(client_address)
-        if self.allow_from and self.users is None and not self.policy.trusts(client):
-            refusal = Refusal(f"rejected {client.host}", f"{client.host} rejected: not in --allow-from")
-        else:
-            refused = self.registry.admit(client.host)
-            if refused is None:
-                return True
-            refusal = refused
+        refusal = self.admit(client_address)
+        if refusal is None:
+            return True
         self.warn_once(refusal.kind, "%s", refusal.reason)
         for turned_away in self.hooks.all.turned_away:
-            turned_away(client, refusal.reason)
+            turned_away(Address.of(client_address), refusal.reason)
         return False
+
+    def admit(self, client_address: Any) -> Optional[Refusal]:
+        """Count one more client, or say why not."""
+        host = client_address[0]
+        if ":" in host or self.allow_from:      # else it is an IPv4 address as it stands, and nothing need be asked about it
+            client = Address.of(client_address)
+            host = client.host
+            if self.allow_from and self.users is None and not self.policy.trusts(client):
+                return Refusal(f"rejected {host}", f"{host} rejected: not in --allow-from")
+        return self.registry.admit(host)
 
     def log_foreign(self, session: Session) -> None:
         """Log a client that did not speak SOCKS5: the same mistake of the same host once a minute."""
