@@ -165,3 +165,8 @@ def amount(octets: int) -> str:
         if number < 999.95 or unit == "T":
             break
     return f"{number:.1f}{unit}"
+
+
+def plural(number: int, thing: str) -> str:
+    """``1 client``, ``2 clients``."""
+    return f"{number} {thing}{'s' * (number != 1)}"

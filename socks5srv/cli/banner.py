@@ -9,8 +9,7 @@ from .. import __version__, outbound
 from ..locality import host_with_zone, in_url, with_zone
 from ..policy import is_loopback
 from ..protocol import Address, Command
-from ..service.summary import plural
-from ..session import COMMAND_WORDS
+from ..session import COMMAND_WORDS, plural
 
 BANNER = """\
 socks5srv {version}  serving {whom}, {login}

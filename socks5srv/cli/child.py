@@ -19,8 +19,8 @@ from ..locality import in_url
 from ..protocol import Address
 from ..service.node import Node
 from ..service.settings import Settings
-from ..service.summary import Summary, plural
-from ..session import Session, amount
+from ..service.summary import Summary
+from ..session import Session, amount, plural
 from .banner import reachable_address
 from .signals import answer, answer_hangup
 

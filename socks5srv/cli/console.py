@@ -21,8 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 from ..service.log import show
 from ..service.node import Node
-from ..service.summary import plural
-from ..session import amount, word
+from ..session import amount, plural, word
 
 logger = logging.getLogger("socks5srv")
 

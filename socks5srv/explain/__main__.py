@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Optional, Sequence
 
-from .fields import plural
+from ..session import plural
 from .tables import readings
 
 USAGE = """\

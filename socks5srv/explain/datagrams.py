@@ -18,8 +18,9 @@ from typing import Callable, Optional, Tuple
 
 from ..protocol import Datagram, Socks5Error
 from ..rules import Verdict
+from ..session import plural
 from . import reasons
-from .fields import brief, plain_sentence, plural
+from .fields import brief, plain_sentence
 from .tables import Explanation, broken, explanation
 
 logger = logging.getLogger("socks5srv")

@@ -18,7 +18,7 @@ from ..protocol import (
     COMMANDS, CREDENTIALS_VER, REPLY_CODES, VER, Address, AddressType, Command, Credentials, CredentialsReply,
     Datagram, Greeting, Message, Method, MethodSelection, Reply, ReplyCode, Request, Socks5Error, read_name,
 )
-from ..session import shown, word
+from ..session import plural, shown, word
 
 Meaning = Tuple[bytes, str]
 
@@ -94,10 +94,6 @@ def address_type(parts: List[FieldOctets]) -> int:
 
 
 # --- text ---
-
-def plural(number: int, word: str) -> str:
-    return f"{number} {word}{'s' * (number != 1)}"
-
 
 def plain(text: str) -> str:
     """In ASCII, and with whatever could forge a line escaped; blanks too, which wrapping would change."""

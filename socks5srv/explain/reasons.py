@@ -14,7 +14,8 @@ from .. import relay
 from ..observer import Attempt
 from ..protocol import Address, AddressType, Command, Method, Request, Socks5Error
 from ..rules import Verdict
-from .fields import brief, plain_sentence, plural
+from ..session import plural
+from .fields import brief, plain_sentence
 
 MAX_LISTED = 8                  # addresses in one sentence
 WHAT_CLIENTS_PRINT = "What clients print for it: docs/client-messages.rst"

@@ -22,12 +22,13 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 from .. import foreign
 from .fields import (
     LAYOUTS, FieldOctets, Meaning, address_type, cut, deviations, ends_too_soon, meanings, name_text, plain,
-    plain_sentence, plural, sentence,
+    plain_sentence, sentence,
 )
 from ..protocol import (
     CREDENTIALS_VER, VER, Address, Credentials, CredentialsReply, Datagram, Greeting, Message, Method, MethodSelection, Reply,
     Request, Socks5Error,
 )
+from ..session import plural
 
 WIDTH = 79          # columns of a table
 CELL = 6            # octets of a field in the picture; of more, the first three and the last

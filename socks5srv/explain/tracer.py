@@ -26,10 +26,10 @@ from ..protocol import (
     Socks5Error,
 )
 from ..rules import Verdict
-from ..session import Session
+from ..session import Session, plural
 from . import reasons
 from .datagrams import DatagramTrace
-from .fields import LAYOUTS, brief, plain_sentence, plural
+from .fields import LAYOUTS, brief, plain_sentence
 from .tables import Explanation, broken, explanation, not_socks
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Callable, Counter as CounterType, Dict, Set
 
 from ..observer import Observer
-from ..session import Session, amount, shown
+from ..session import Session, amount, plural, shown
 
 COUNTERS = ("outcomes", "clients", "octets", "failures", "up", "down")
 
@@ -93,8 +93,3 @@ class Summary(Observer):
                 lines.append(f"  {title:<12}  {shown(target)}  {amount(number) if counter is self.octets else f'{number} x'}")
                 title = ""
         return "\n".join(lines)
-
-
-def plural(number: int, thing: str) -> str:
-    """``1 client``, ``2 clients``."""
-    return f"{number} {thing}{'s' * (number != 1)}"
