@@ -523,7 +523,6 @@ def refused_login(e: Examiner, wrong: Callable[[bytes, bytes], Tuple[bytes, byte
 
 
 def other(octets: bytes) -> bytes:
-    """Not the same."""
     return bytes([octets[0] ^ 1]) + octets[1:] if octets else b"!"
 
 
@@ -562,22 +561,19 @@ def end_after_wrong_login(e: Examiner) -> str:
         return talk.closes()
 
 
-@question(RFC_1929, "Is a request after a wrong login carried out?", "no")
-def request_after_wrong_login(e: Examiner) -> None:
-    name, password = name_and_password(e)
-    not_let_in(e, bytes(Credentials(name, other(password))))
+QUESTIONS += [
+    Question("request_after_wrong_login", RFC_1929, "Is a request after a wrong login carried out?", "no",
+             lambda e: not_let_in(e, lambda name, password: bytes(Credentials(name, other(password))))),
+    Question("request_instead_of_login", RFC_1929, "Is a request instead of the login?", "no",
+             lambda e: not_let_in(e, lambda _name, _password: b"")),
+]
 
 
-@question(RFC_1929, "Is a request instead of the login?", "no")
-def request_instead_of_login(e: Examiner) -> None:
-    name_and_password(e)
-    not_let_in(e, b"")
-
-
-def not_let_in(e: Examiner, login: bytes) -> None:
+def not_let_in(e: Examiner, login: Callable[[bytes, bytes], bytes]) -> None:
+    octets = login(*name_and_password(e))
     with e.target() as target, e.talk() as talk:
         talk.choose_login()
-        not_carried_out(talk, target, login + bytes(Request(Command.CONNECT, target.address)))
+        not_carried_out(talk, target, octets + bytes(Request(Command.CONNECT, target.address)))
 
 
 def not_carried_out(talk: Talk, target: Target, octets: bytes) -> None:
@@ -601,14 +597,12 @@ def connects(e: Examiner, *hosts: str, name: Optional[str] = None) -> str:
     return words(Reply(ReplyCode.SUCCEEDED))
 
 
-@question(CONNECT, "CONNECT to an IPv4 address (ATYP 01)", "00, and octets both ways")
-def connect_ipv4(e: Examiner) -> str:
-    return connects(e, e.host(AddressType.IPV4))
-
-
-@question(CONNECT, "CONNECT to a name (ATYP 03)", "00, and octets both ways")
-def connect_name(e: Examiner) -> str:
-    return connects(e, *filter(can_bind, e.hosts.values()), name=e.name)
+QUESTIONS += [
+    Question("connect_ipv4", CONNECT, "CONNECT to an IPv4 address (ATYP 01)", "00, and octets both ways",
+             lambda e: connects(e, e.host(AddressType.IPV4))),
+    Question("connect_name", CONNECT, "CONNECT to a name (ATYP 03)", "00, and octets both ways",
+             lambda e: connects(e, *filter(can_bind, e.hosts.values()), name=e.name)),
+]
 
 
 @question(CONNECT, "CONNECT to an IPv6 address (ATYP 04)", "00, and octets both ways")
@@ -623,14 +617,12 @@ def connect_literal_name(e: Examiner) -> str:
         return connects(e, name=e.any_host().partition("%")[0])
 
 
-@question(CONNECT, "A request with an unknown CMD", "07")
-def unknown_command(e: Examiner) -> str:
-    return malformed(e, 1, 0x09, ReplyCode.COMMAND_NOT_SUPPORTED)
-
-
-@question(CONNECT, "A request with an unknown ATYP", "08")
-def unknown_address_type(e: Examiner) -> str:
-    return malformed(e, 3, 0x02, ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED)
+QUESTIONS += [
+    Question("unknown_command", CONNECT, "A request with an unknown CMD", "07",
+             lambda e: malformed(e, 1, 0x09, ReplyCode.COMMAND_NOT_SUPPORTED)),
+    Question("unknown_address_type", CONNECT, "A request with an unknown ATYP", "08",
+             lambda e: malformed(e, 3, 0x02, ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED)),
+]
 
 
 def malformed(e: Examiner, place: int, octet: int, *usual: ReplyCode) -> str:
@@ -658,14 +650,11 @@ def request_rsv(e: Examiner) -> str:
             return words(talk.receive(Reply))
 
 
-@question(CONNECT, "CONNECT to a name of 0 octets", "a failure")
-def empty_name(e: Examiner) -> str:
-    return refused_name(e, "")
-
-
-@question(CONNECT, "CONNECT to a name with a NUL in it", "a failure")
-def name_with_nul(e: Examiner) -> str:
-    return refused_name(e, e.any_host() + "\0.example")
+QUESTIONS += [
+    Question("empty_name", CONNECT, "CONNECT to a name of 0 octets", "a failure", lambda e: refused_name(e, "")),
+    Question("name_with_nul", CONNECT, "CONNECT to a name with a NUL in it", "a failure",
+             lambda e: refused_name(e, e.any_host() + "\0.example")),
+]
 
 
 def refused_name(e: Examiner, name: str) -> str:
@@ -801,9 +790,7 @@ def reset(e: Examiner) -> None:
 BIND = "RFC 1928 section 6, BIND"
 
 
-@question(BIND, "Is there BIND?", "00")
-def bind_there(e: Examiner) -> str:
-    return there_is(e, Command.BIND, Address.numeric(e.any_host(), 0))
+QUESTIONS.append(Question("bind_there", BIND, "Is there BIND?", "00", lambda e: there_is(e, Command.BIND, Address.numeric(e.any_host(), 0))))
 
 
 def there_is(e: Examiner, command: Command, destination: Address) -> str:
@@ -860,9 +847,7 @@ def bind_client_gone(e: Examiner) -> None:
 UDP, HEADER = "RFC 1928 section 6, UDP ASSOCIATE", "RFC 1928 section 7"
 
 
-@question(UDP, "Is there UDP ASSOCIATE?", "00")
-def udp_there(e: Examiner) -> str:
-    return there_is(e, Command.UDP_ASSOCIATE, UNSPECIFIED)
+QUESTIONS.append(Question("udp_there", UDP, "Is there UDP ASSOCIATE?", "00", lambda e: there_is(e, Command.UDP_ASSOCIATE, UNSPECIFIED)))
 
 
 @question(UDP, "Does the association end with its TCP connection?", "yes")
@@ -879,9 +864,8 @@ def udp_lifetime(e: Examiner) -> None:
             raise Wrong(f"no, not within {e.timeout:g} s")
 
 
-@question(HEADER, "Datagrams to an IPv4 address, and the answers", "the target's address in front")
-def udp_ipv4(e: Examiner) -> str:
-    return udp_to(e, e.host(AddressType.IPV4))
+QUESTIONS.append(Question("udp_ipv4", HEADER, "Datagrams to an IPv4 address, and the answers", "the target's address in front",
+                          lambda e: udp_to(e, e.host(AddressType.IPV4))))
 
 
 @question(HEADER, "Datagrams to an IPv6 address, and the answers", "the target's address in front")

@@ -1,7 +1,5 @@
 """
-Which warnings may be logged now, each kind once a minute, and threads that go on whatever they meet.
-
-What is left out is counted, and told with the next line of its kind.
+Which warnings may be logged now: each kind once a minute.  What is left out is counted, and told with the next line of its kind.
 
 The other half is `Resilient`: a thread that serves many goes on whatever happens, and so may meet the same error forever.
 """

@@ -119,10 +119,7 @@ class Rules(List[Rule]):
 
     def decide(self, address: Address, name: Optional[str] = None) -> Optional[Rule]:
         """The first rule that matches an IP address and the name that led to it; None if none does."""
-        for rule in self:
-            if rule.matches(address, name):
-                return rule
-        return None
+        return next((rule for rule in self if rule.matches(address, name)), None) if self else None
 
     def decide_by_name(self, address: Address) -> Optional[Rule]:
         """
