@@ -1,16 +1,15 @@
-"""
-UDP ASSOCIATE over real sockets.  RFC 1928 section 7.
-"""
+"""UDP ASSOCIATE over real sockets.  RFC 1928 section 7."""
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import time
 from contextlib import ExitStack
 from io import BytesIO
-from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
 
@@ -29,11 +28,11 @@ from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, 
 class UdpSocket:
     """A UDP socket on this computer; `address` is its own."""
 
-    def __init__(self, host: str = LOCALHOST) -> None:
+    def __init__(self, host: str = LOCALHOST, port: int = 0) -> None:
         self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.settimeout(TIMEOUT)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        self.socket.bind((host, 0))
+        self.socket.bind((host, port))
         self.address = Address.of(self.socket.getsockname())
 
     def send(self, octets: bytes, to: Address) -> None:
@@ -43,21 +42,41 @@ class UdpSocket:
         octets, sockaddr = self.socket.recvfrom(65535)
         return octets, Address.of(sockaddr)
 
+    def send_back(self) -> bytes:
+        """What comes next goes back to where it has come from."""
+        octets, source = self.receive()
+        self.send(octets, source)
+        return octets
+
+    def is_next(self, octets: bytes) -> bool:
+        """Whether these come next, and soon."""
+        self.socket.settimeout(0.05)
+        try:
+            return self.receive()[0] == octets
+        except socket.timeout:
+            return False
+        finally:
+            self.socket.settimeout(TIMEOUT)
+
+    def has_nothing(self) -> bool:
+        return not select.select([self.socket], [], [], 0)[0]
+
 
 class UdpClient(UdpSocket):
     """A client with an association: `control` is its TCP connection, `relay` where it sends to."""
 
     association: datagrams.Association      # on the server's side, if a test needs it
 
-    def __init__(self, control: Client, host: str = LOCALHOST, asked: Address = UNSPECIFIED) -> None:
+    def __init__(self, control: Client, host: str, asked: Callable[[Address], Address]) -> None:
         super().__init__(host)
         self.control = control
-        reply = control.ask(Command.UDP_ASSOCIATE, asked)
+        reply = control.ask(Command.UDP_ASSOCIATE, asked(self.address))
         assert reply.code is ReplyCode.SUCCEEDED
         self.relay = reply.bound
 
-    def send_to(self, target: Address, data: bytes, frag: int = 0) -> None:
-        self.send(bytes(Datagram(target, data, frag)), self.relay)
+    def send_to(self, target: Address, data: bytes, frag: int = 0, sender: Optional[UdpSocket] = None) -> None:
+        """From its own socket, or from another."""
+        (sender or self).send(bytes(Datagram(target, data, frag)), self.relay)
 
     def answer(self) -> Datagram:
         octets, source = self.receive()
@@ -67,10 +86,18 @@ class UdpClient(UdpSocket):
     def echo(self, target: UdpSocket, data: bytes = b"hello") -> None:
         """Have `target` receive it and send it back; both see what they should."""
         self.send_to(target.address, data)
-        octets, proxy = target.receive()
-        assert octets == data
-        target.send(octets, proxy)
+        assert target.send_back() == data
         assert self.answer() == Datagram(target.address, data)
+
+    def reach(self, target: UdpSocket) -> Address:
+        """Where it is that what it sends to the target comes from."""
+        self.send_to(target.address, b"question")
+        return target.receive()[1]
+
+    def is_heard(self, sender: UdpSocket, target: UdpSocket) -> bool:
+        """Whether what this socket sends to the client's relay arrives."""
+        self.send_to(target.address, b"moved", sender=sender)
+        return target.is_next(b"moved")
 
 
 def association_of(server: Any) -> datagrams.Association:
@@ -81,8 +108,8 @@ def association_of(server: Any) -> datagrams.Association:
 @pytest.fixture
 def new_socket() -> Iterator[Callable[..., UdpSocket]]:
     with ExitStack() as stack:
-        def make(host: str = LOCALHOST) -> UdpSocket:
-            made = UdpSocket(host)
+        def make(host: str = LOCALHOST, port: int = 0) -> UdpSocket:
+            made = UdpSocket(host, port)
             stack.enter_context(made.socket)
             return made
 
@@ -90,9 +117,18 @@ def new_socket() -> Iterator[Callable[..., UdpSocket]]:
 
 
 @pytest.fixture
-def associate(new_client: Any) -> Iterator[Callable[..., UdpClient]]:
+def associate(new_client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., UdpClient]]:
+    """
+    A client with an association: ``associate(server, host)``; with ``idle_timeout=0.1`` that is the `idle_timeout` of all.
+
+    `asked` makes of the client's own address the one that it asks with.
+    """
     with ExitStack() as stack:
-        def make(server: Any, host: str = LOCALHOST, asked: Address = UNSPECIFIED) -> UdpClient:
+        def make(
+            server: Any, host: str = LOCALHOST, asked: Callable[[Address], Address] = lambda _own: UNSPECIFIED, **seconds: float,
+        ) -> UdpClient:
+            for key, value in seconds.items():
+                monkeypatch.setattr(datagrams.Association, key, value)
             client = UdpClient(new_client(server), host, asked)
             stack.enter_context(client.socket)
             return client
@@ -120,6 +156,19 @@ class Named(Socks5Handler):
         return HOSTS[host]
 
 
+def answering(*answers: Union[Sequence[str], Exception]) -> Any:
+    """One that answers so, whatever it is asked for: first the first, and when there are no more always the last."""
+    class Answering(Named):
+        def resolve(self, host: str) -> Sequence[str]:
+            self.asked.append(host)
+            answer = answers[min(len(self.asked), len(answers)) - 1]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    return Answering
+
+
 @pytest.fixture(autouse=True)
 def _forget_what_was_asked() -> Iterator[None]:
     Named.asked = []
@@ -134,12 +183,26 @@ def waiter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(relay, "EpollWaiter", relay.SelectorWaiter)
 
 
+@pytest.fixture
+def server(start_server: Any) -> Any:
+    return start_server(Named)
+
+
+@pytest.fixture
+def client(server: Any, associate: Any) -> UdpClient:
+    return associate(server)
+
+
+@pytest.fixture
+def target(new_socket: Any) -> UdpSocket:
+    return new_socket()
+
+
 # --- the way there and back ---
 
 @pytest.mark.usefixtures("waiter")
-def test_a_datagram_is_unwrapped_on_the_way_out_and_wrapped_on_the_way_back(
-        start_server: Any, associate: Any, new_socket: Any) -> None:
-    associate(start_server()).echo(new_socket())
+def test_a_datagram_is_unwrapped_on_the_way_out_and_wrapped_on_the_way_back(client: UdpClient, target: UdpSocket) -> None:
+    client.echo(target)
 
 
 def test_bnd_is_concrete_and_where_the_control_connection_came_in(start_server: Any, associate: Any) -> None:
@@ -149,13 +212,11 @@ def test_bnd_is_concrete_and_where_the_control_connection_came_in(start_server: 
 
 
 @needs_ipv6
-def test_every_association_has_a_port_of_its_own_that_cannot_be_guessed(start_server: Any, new_client: Any) -> None:
-    server = start_server()
+def test_every_association_has_a_port_of_its_own_that_cannot_be_guessed(server: Any, new_client: Any) -> None:
     ports = []
     for _ in range(8):
         with new_client(server) as one, new_client(server) as other:
-            for client in (one, other):
-                ports.append(client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound.port)
+            ports += [client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound.port for client in (one, other)]
         assert ports[-1] != ports[-2]
         eventually(lambda: not server.policy.relays)
     assert len(set(ports)) > 8
@@ -165,9 +226,8 @@ def test_every_association_has_a_port_of_its_own_that_cannot_be_guessed(start_se
 def test_datagrams_leave_from_the_source_address_and_their_answers_come_back(
         start_server: Any, associate: Any, new_socket: Any) -> None:
     client, target = associate(start_server(route=Route(source="127.0.0.2"))), new_socket("127.0.0.2")
-    client.send_to(target.address, b"hello")
-    octets, proxy = target.receive()
-    assert (octets, proxy.host) == (b"hello", "127.0.0.2")
+    proxy = client.reach(target)
+    assert proxy.host == "127.0.0.2"
     target.send(b"and back", proxy)
     assert client.answer() == Datagram(target.address, b"and back")
 
@@ -183,39 +243,32 @@ def test_an_outer_socket_has_its_port_before_anything_waits_for_it(
         watch(self, *newcomers)
 
     monkeypatch.setattr(relay.Relay, "watch", watch_and_note)
-    target = new_socket("127.0.0.1" if route.source is None else route.source)
-    associate(start_server(route=route)).echo(target)
+    associate(start_server(route=route)).echo(new_socket(route.source or LOCALHOST))
     [port] = ports
     assert port
 
 
-def test_ipv4_ipv6_and_names_go_through_one_association(start_server: Any, associate: Any, new_socket: Any) -> None:
-    client = associate(start_server(handler=Named))
+def test_ipv4_ipv6_and_names_go_through_one_association(client: UdpClient, new_socket: Any) -> None:
     four, six = new_socket(), new_socket("::1")
     for _ in range(2):
         client.echo(four)
         client.echo(six)
         client.send_to(name("here.invalid", four.address.port), b"by name")
-        octets, proxy = four.receive()
-        four.send(octets, proxy)
+        four.send_back()
         # The answer names its source as it is: a number, RFC 1928 has no other.
         assert client.answer() == Datagram(four.address, b"by name")
     assert Named.asked == ["here.invalid"]      # remembered
 
 
 @needs_ipv6
-def test_an_address_in_brackets_is_sent_to_and_judged_as_one(start_server: Any, associate: Any, new_socket: Any) -> None:
-    server = start_server()
-    client, six, denied = associate(server), new_socket("::1"), new_socket("::1")
+def test_an_address_in_brackets_is_sent_to_and_judged_as_one(server: Any, client: UdpClient, new_socket: Any) -> None:
+    six, denied = new_socket("::1"), new_socket("::1")
     server.rules = Rules.parse([f"deny [::1]:{denied.address.port}"])
     client.send_to(name("[::1]", denied.address.port), b"denied")
     client.send_to(name("[::1]", six.address.port), b"hello")
-    octets, proxy = six.receive()
-    six.send(octets, proxy)
+    six.send_back()
     assert client.answer() == Datagram(six.address, b"hello")
-    denied.socket.setblocking(False)
-    with pytest.raises(BlockingIOError):        # it was handled before
-        denied.receive()
+    assert denied.has_nothing(), "it was handled before"
 
 
 @needs_ipv6
@@ -228,16 +281,14 @@ def test_a_client_on_ipv6_reaches_ipv4(start_server: Any, associate: Any, new_so
 
 @needs_ipv6
 def test_a_dual_stack_listener_gives_an_ipv4_client_an_ipv4_relay(start_server: Any, new_client: Any) -> None:
-    server = start_server(address=("::", 0))
-    control = new_client((LOCALHOST, server.server_address[1]))
+    control = new_client((LOCALHOST, start_server(address=("::", 0)).server_address[1]))
     assert control.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound[::2] == (LOCALHOST, AddressType.IPV4)
 
 
 @needs_ipv6
-def test_a_name_with_both_families_is_sent_to_the_first_of_its_addresses(start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_a_name_with_both_families_is_sent_to_the_first_of_its_addresses(client: UdpClient, new_socket: Any) -> None:
     """The resolver puts first what this computer reaches best, whatever the client's own family is."""
     target = new_socket("::1")
-    client = associate(start_server(handler=Named))
     client.send_to(name("both.invalid", target.address.port), b"x")
     assert target.receive()[0] == b"x"
 
@@ -249,11 +300,10 @@ NO_ROUTE = {LOCALHOST: "127.255.255.255", "::1": "fe80::1"}
 @needs_ipv6
 @pytest.mark.parametrize(("here", "there"), [(LOCALHOST, "::1"), ("::1", LOCALHOST)])
 def test_an_address_of_a_name_without_a_route_is_passed_over(
-        here: str, there: str, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+        here: str, there: str, start_server: Any, associate: Any, new_socket: Any) -> None:
     """On a computer with one family only, a name with both leads to that one, wherever the client comes from."""
-    monkeypatch.setitem(HOSTS, "half.invalid", [NO_ROUTE[here], there])
     target = new_socket(there)
-    client = associate(start_server(handler=Named, address=(here, 0)), here)
+    client = associate(start_server(answering([NO_ROUTE[here], there]), (here, 0)), here)
     client.send_to(name("half.invalid", target.address.port), b"x")
     assert target.receive()[0] == b"x"
 
@@ -261,31 +311,23 @@ def test_an_address_of_a_name_without_a_route_is_passed_over(
 @pytest.mark.parametrize("asked", [
     UNSPECIFIED, Address.numeric("::", 0), name("0", 5353), Address.numeric("10.1.2.3", 4), name("no.such.invalid", 1),
 ], ids=str)
-def test_what_the_request_asks_for_does_not_matter(asked: Address, start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_what_the_request_asks_for_does_not_matter(asked: Address, start_server: Any, associate: Any, target: UdpSocket) -> None:
     """E42: behind NAT it is wrong, PySocks writes the name ``0``, others the target's address."""
-    associate(start_server(), asked=asked).echo(new_socket())
+    associate(start_server(), asked=lambda _own: asked).echo(target)
 
 
-def test_sixty_five_thousand_octets_pass(start_server: Any, associate: Any, new_socket: Any) -> None:
+@pytest.mark.parametrize("size", [0, 65497])
+def test_the_shortest_and_the_longest_datagram_pass(size: int, client: UdpClient, target: UdpSocket) -> None:
     """E48: 65,507 is what UDP over IPv4 has room for, less ten for the header."""
-    associate(start_server()).echo(new_socket(), os.urandom(65497))
+    client.echo(target, os.urandom(size))
 
 
-def test_an_answer_too_long_for_its_header_is_dropped_and_harms_nobody(start_server: Any, associate: Any, new_socket: Any) -> None:
-    client, target = associate(start_server()), new_socket()
-    client.send_to(target.address, b"x")
-    _octets, proxy = target.receive()
-    target.send(os.urandom(65500), proxy)
+def test_an_answer_too_long_for_its_header_is_dropped_and_harms_nobody(client: UdpClient, target: UdpSocket) -> None:
+    target.send(os.urandom(65500), client.reach(target))
     client.echo(target)
 
 
-def test_an_empty_datagram_is_passed_on(start_server: Any, associate: Any, new_socket: Any) -> None:
-    associate(start_server()).echo(new_socket(), b"")
-
-
-def test_payload_is_counted_both_ways(start_server: Any, associate: Any, new_socket: Any) -> None:
-    server = start_server()
-    client = associate(server)
+def test_payload_is_counted_both_ways(server: Any, client: UdpClient, new_socket: Any) -> None:
     client.echo(new_socket(), b"12345")
     client.echo(new_socket(), b"123")
     client.control.close()
@@ -293,8 +335,7 @@ def test_payload_is_counted_both_ways(start_server: Any, associate: Any, new_soc
     assert (session.outcome, session.up, session.down, session.reason) == ("close", 8, 8, "client closed")
 
 
-def test_a_hundred_datagrams_at_once_arrive(start_server: Any, associate: Any, new_socket: Any) -> None:
-    client, target = associate(start_server()), new_socket()
+def test_a_hundred_datagrams_at_once_arrive(client: UdpClient, target: UdpSocket) -> None:
     for number in range(100):
         client.send_to(target.address, b"%d" % number)
     assert [int(target.receive()[0]) for _ in range(100)] == list(range(100))
@@ -303,121 +344,82 @@ def test_a_hundred_datagrams_at_once_arrive(start_server: Any, associate: Any, n
 # --- who is heard ---
 
 @needs_neighbour
-def test_another_host_is_not_heard(start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_another_host_is_not_heard(client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
     """R36."""
-    client, target, stranger = associate(start_server()), new_socket(), new_socket("127.0.0.2")
-    stranger.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.send_to(target.address, b"forged", sender=new_socket("127.0.0.2"))
     client.echo(target)
 
 
 def test_another_port_of_the_clients_host_is_not_heard_after_the_first_datagram(
-        start_server: Any, associate: Any, new_socket: Any) -> None:
+        client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
     """E43."""
-    client, target, neighbour = associate(start_server()), new_socket(), new_socket()
     client.echo(target)
-    neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.send_to(target.address, b"forged", sender=new_socket())
     client.echo(target)
 
 
-class Naming:
-    """A client that names the port it will send from; it has taken it before it asks."""
+def own(address: Address) -> Address:
+    return address
 
-    def __init__(self, server: Any, new_client: Any, sock: UdpSocket, host: str = "", kind: Optional[AddressType] = None) -> None:
-        asked = Address.numeric(host or sock.address.host, sock.address.port)
-        reply = new_client(server).ask(Command.UDP_ASSOCIATE, asked if kind is None else asked._replace(address_type=kind))
-        assert reply.code is ReplyCode.SUCCEEDED
-        self.socket, self.relay = sock, reply.bound
 
-    def echo(self, target: UdpSocket) -> None:
-        self.socket.send(bytes(Datagram(target.address, b"mine")), self.relay)
-        octets, proxy = target.receive()
-        assert octets == b"mine"
-        target.send(b"answer", proxy)
-        assert self.socket.receive()[0] == bytes(Datagram(target.address, b"answer"))
+def own_as_name(address: Address) -> Address:
+    return name(address.host, address.port)
 
 
 @pytest.mark.usefixtures("waiter")
-@pytest.mark.parametrize("kind", [None, AddressType.DOMAINNAME])
+@pytest.mark.parametrize("named", [own, own_as_name])
 @pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
 def test_if_the_client_has_named_its_port_only_that_one_is_heard_from_the_beginning(
-        host: str, kind: Optional[AddressType], start_server: Any, new_client: Any, new_socket: Any) -> None:
-    mine, neighbour, target = new_socket(host), new_socket(host), new_socket(host)
-    client = Naming(start_server(address=(host, 0)), new_client, mine, kind=kind)
-    neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+        host: str, named: Any, start_server: Any, associate: Any, new_socket: Any) -> None:
+    client, target = associate(start_server(address=(host, 0)), host, asked=named), new_socket(host)
+    client.send_to(target.address, b"forged", sender=new_socket(host))
     client.echo(target)
 
 
 def test_what_a_neighbour_has_sent_before_the_named_port_was_locked_is_not_heard(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, new_socket: Any) -> None:
-    mine, neighbour, target = new_socket(), new_socket(), new_socket()
-    expect = datagrams.ClientSocket.expect
+        monkeypatch: pytest.MonkeyPatch, server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    neighbour, expect = new_socket(), datagrams.ClientSocket.expect
 
     def late(inner: datagrams.ClientSocket, client: Address) -> None:
         neighbour.send(bytes(Datagram(target.address, b"forged")), inner.association.bound)
         expect(inner, client)
 
     monkeypatch.setattr(datagrams.ClientSocket, "expect", late)
-    Naming(start_server(), new_client, mine).echo(target)
+    associate(server, asked=own).echo(target)
 
 
 @needs_neighbour
-def test_a_port_that_is_named_with_another_host_locks_nothing(start_server: Any, new_client: Any, new_socket: Any) -> None:
-    named, sends, target = new_socket(), new_socket(), new_socket()
-    client = Naming(start_server(), new_client, named, host="127.0.0.2")
-    client.socket = sends
+def test_a_port_that_is_named_with_another_host_locks_nothing(
+        server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    client = associate(server, asked=lambda address: address._replace(host="127.0.0.2"))
+    client.socket = new_socket().socket
     client.echo(target)
 
 
 def test_a_client_that_does_not_use_the_port_it_has_named_is_heard_after_a_while(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.05)
-    mine, moved, target = new_socket(), new_socket(), new_socket()
-    client: Any = Naming(start_server(), new_client, mine)
-    eventually(lambda: is_heard(moved, client, target))
-
-
-def is_heard(sender: UdpSocket, client: UdpClient, target: UdpSocket) -> bool:
-    """Whether what this socket sends to the client's relay arrives."""
-    target.socket.settimeout(0.02)
-    sender.send(bytes(Datagram(target.address, b"moved")), client.relay)
-    try:
-        return target.receive()[0] == b"moved"
-    except socket.timeout:
-        return False
-    finally:
-        target.socket.settimeout(TIMEOUT)
+        server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    client, moved = associate(server, asked=own, idle_timeout=0.05), new_socket()
+    eventually(lambda: client.is_heard(moved, target))
 
 
 @pytest.mark.usefixtures("waiter")
 def test_a_client_that_was_silent_for_a_while_may_go_on_from_another_port(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+        server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
     """A NAT that forgets gives it another."""
     assert datagrams.Association.idle_timeout == 30
-    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.05)
-    client, target, moved = associate(start_server()), new_socket(), new_socket()
+    client, moved = associate(server, idle_timeout=0.05), new_socket()
     client.echo(target)
-    eventually(lambda: is_heard(moved, client, target))
-    target.send(b"answer", Address.of((LOCALHOST, target_port(client, target, moved))))
+    proxy = client.reach(target)
+    eventually(lambda: client.is_heard(moved, target))
+    target.send(b"answer", proxy)
     assert Datagram.read(BytesIO(moved.receive()[0])) == Datagram(target.address, b"answer")
-    assert is_heard(moved, client, target)
-
-
-def target_port(client: UdpClient, target: UdpSocket, sender: UdpSocket) -> int:
-    """The port that the proxy sends to targets from."""
-    sender.send(bytes(Datagram(target.address, b"which port?")), client.relay)
-    while True:
-        octets, proxy = target.receive()
-        if octets == b"which port?":
-            return proxy.port
+    assert client.is_heard(moved, target)
 
 
 def test_a_client_that_only_listens_gets_its_answers_for_as_long_as_it_likes(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.02)
-    server = start_server()
-    client, target = associate(server), new_socket()
-    client.send_to(target.address, b"question")
-    _octets, proxy = target.receive()
+        server: Any, associate: Any, target: UdpSocket) -> None:
+    client = associate(server, idle_timeout=0.02)
+    proxy = client.reach(target)
     eventually(lambda: not association_of(server).client_socket.locked)
     for number in range(3):
         target.send(b"%d" % number, proxy)
@@ -427,38 +429,33 @@ def test_a_client_that_only_listens_gets_its_answers_for_as_long_as_it_likes(
 
 
 def test_answers_that_do_not_arrive_do_not_keep_a_silent_client_locked(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+        server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
     """The client's computer says that there is no such port any more, which is not the client's word."""
-    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.1)
-    client, target, moved = associate(start_server()), new_socket(), new_socket()
-    client.send_to(target.address, b"question")
-    _octets, proxy = target.receive()
+    client, moved = associate(server, idle_timeout=0.1), new_socket()
+    proxy = client.reach(target)
     client.socket.close()
 
     def goes_on() -> bool:
         target.send(b"into the void", proxy)
-        return is_heard(moved, client, target)
+        return client.is_heard(moved, target)
 
     eventually(goes_on)
 
 
 @pytest.mark.usefixtures("waiter")
-def test_a_client_that_speaks_keeps_its_port(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.4)
-    client, target, neighbour = associate(start_server()), new_socket(), new_socket()
+def test_a_client_that_speaks_keeps_its_port(server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    client, neighbour = associate(server, idle_timeout=0.4), new_socket()
     until = time.monotonic() + 1.2
     while time.monotonic() < until:
         client.echo(target)
-        neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+        client.send_to(target.address, b"forged", sender=neighbour)
     client.echo(target)
 
 
 @pytest.mark.usefixtures("waiter")
 def test_a_port_that_is_lost_while_the_client_is_silent_ends_its_association(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.2)
-    server = start_server()
-    client, target = associate(server), new_socket()
+        monkeypatch: pytest.MonkeyPatch, server: Any, associate: Any, target: UdpSocket) -> None:
+    client = associate(server, idle_timeout=0.2)
     client.echo(target)
 
     def taken(_route: Route, _sockaddr: Any) -> socket.socket:
@@ -471,7 +468,7 @@ def test_a_port_that_is_lost_while_the_client_is_silent_ends_its_association(
 
 @needs_neighbour
 def test_what_strangers_had_queued_before_the_port_was_locked_is_not_heard(
-        start_server: Any, associate: Any, new_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        client: UdpClient, target: UdpSocket, new_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stop, go_on = threading.Event(), threading.Event()
     ready = datagrams.ClientSocket.ready
 
@@ -481,48 +478,41 @@ def test_what_strangers_had_queued_before_the_port_was_locked_is_not_heard(
         ready(inner, events)
 
     monkeypatch.setattr(datagrams.ClientSocket, "ready", ready_later)
-    client, target, stranger = associate(start_server()), new_socket(), new_socket("127.0.0.2")
     client.send_to(target.address, b"first")
     assert stop.wait(TIMEOUT)
-    stranger.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.send_to(target.address, b"forged", sender=new_socket("127.0.0.2"))
     client.send_to(target.address, b"second")
     go_on.set()
     assert [target.receive()[0] for _ in range(2)] == [b"first", b"second"]
 
 
-def test_nonsense_from_the_client_does_not_lock_the_port(start_server: Any, associate: Any, new_socket: Any) -> None:
-    client, neighbour = associate(start_server()), new_socket()
-    neighbour.send(b"nonsense", client.relay)
-    client.echo(new_socket())
+def test_nonsense_from_the_client_does_not_lock_the_port(client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
+    new_socket().send(b"nonsense", client.relay)
+    client.echo(target)
 
 
 @needs_neighbour
 def test_only_hosts_that_were_written_to_can_answer_but_from_any_port(
-        start_server: Any, associate: Any, new_socket: Any) -> None:
+        client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
     """E52: a TFTP server answers from a new port."""
-    client, target, same_host, other_host = associate(start_server()), new_socket(), new_socket(), new_socket("127.0.0.2")
-    client.send_to(target.address, b"question")
-    _octets, proxy = target.receive()
+    same_host, other_host = new_socket(), new_socket("127.0.0.2")
+    proxy = client.reach(target)
     other_host.send(b"unasked", proxy)
     same_host.send(b"answer", proxy)
     assert client.answer() == Datagram(same_host.address, b"answer")
 
 
-def test_associations_do_not_mix(start_server: Any, associate: Any, new_socket: Any) -> None:
-    server = start_server()
+def test_associations_do_not_mix(server: Any, associate: Any, target: UdpSocket) -> None:
     clients = [associate(server) for _ in range(20)]
-    target = new_socket()
     for number, client in enumerate(clients):
         client.send_to(target.address, b"%d" % number)
     for _ in clients:
-        octets, proxy = target.receive()
-        target.send(octets, proxy)
+        target.send_back()
     assert [int(client.answer().data) for client in clients] == list(range(20))
 
 
-def test_a_datagram_to_a_relay_does_not_loop(start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_a_datagram_to_a_relay_does_not_loop(server: Any, associate: Any, new_socket: Any) -> None:
     """E55: neither to one's own nor to another's."""
-    server = start_server()
     client, other = associate(server), associate(server)
     assert server.policy.relays == {client.relay, other.relay}
     for victim in (client.relay, other.relay):
@@ -533,7 +523,7 @@ def test_a_datagram_to_a_relay_does_not_loop(start_server: Any, associate: Any, 
 
 
 def test_a_flood_is_moved_a_few_datagrams_at_a_time(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+        monkeypatch: pytest.MonkeyPatch, server: Any, client: UdpClient, target: UdpSocket) -> None:
     ready, moved = datagrams.ClientSocket.ready, []
 
     def ready_and_count(self: Any, events: int) -> None:
@@ -542,8 +532,6 @@ def test_a_flood_is_moved_a_few_datagrams_at_a_time(
         moved.append(self.association.session.up - before)
 
     monkeypatch.setattr(datagrams.ClientSocket, "ready", ready_and_count)
-    server = start_server()
-    client, target = associate(server), new_socket()
     go_on = threading.Event()
     client.echo(target, b"1")
     server.relays[0].call(lambda: go_on.wait(TIMEOUT))
@@ -555,9 +543,8 @@ def test_a_flood_is_moved_a_few_datagrams_at_a_time(
     assert max(moved) <= datagrams.TURN
 
 
-def test_both_sockets_ask_for_room_for_bursts(start_server: Any, associate: Any, new_socket: Any) -> None:
-    server = start_server()
-    associate(server).echo(new_socket())
+def test_both_sockets_ask_for_room_for_bursts(server: Any, client: UdpClient, target: UdpSocket) -> None:
+    client.echo(target)
     [handler] = server.registry.serving()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as usual:
         for sock in (handler.tunnel.client_socket.socket, handler.tunnel.target_sockets[socket.AF_INET].socket):
@@ -592,18 +579,17 @@ def test_a_client_that_is_gone_before_its_reply_leaves_no_socket(start_server: A
     b"\0\0\0\3\4a\0b.\0\7data", b"\0\0\0\4" + bytes(17), b"\0\0\0\1\0\0\0\0\0\0", b"\xff" * 40,
     b"\0\0\0\1\x7f\0\0\1\0\0port 0", b"\0\0\0\1\xff\xff\xff\xff\0\7broadcast",
 ], ids=bytes.hex)
-def test_an_odd_datagram_costs_nothing_but_itself(octets: bytes, start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_an_odd_datagram_costs_nothing_but_itself(octets: bytes, start_server: Any, associate: Any, target: UdpSocket) -> None:
     """E47, E54."""
-    client, target = associate(start_server()), new_socket()
-    client.send(octets, client.relay)
-    client.echo(target)
-    client.send(octets, client.relay)
-    client.echo(target)
+    client = associate(start_server())
+    for _ in range(2):
+        client.send(octets, client.relay)
+        client.echo(target)
 
 
-def test_a_port_where_nobody_listens_costs_nothing_but_its_datagram(start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_a_port_where_nobody_listens_costs_nothing_but_its_datagram(
+        client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
     """E49: its ICMP error shows up later."""
-    client, target = associate(start_server()), new_socket()
     gone = new_socket()
     gone.socket.close()
     for _ in range(5):
@@ -611,97 +597,81 @@ def test_a_port_where_nobody_listens_costs_nothing_but_its_datagram(start_server
         client.echo(target)
 
 
-def test_a_client_that_refuses_its_answers_does_not_end_its_association(start_server: Any, associate: Any, new_socket: Any) -> None:
-    server = start_server()
-    client, target = associate(server), new_socket()
-    client.send_to(target.address, b"x")
-    _octets, proxy = target.receive()
-    port = client.socket.getsockname()[1]
+def test_a_client_that_refuses_its_answers_does_not_end_its_association(
+        client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
+    proxy = client.reach(target)
     client.socket.close()
     for _ in range(5):
         target.send(b"nobody home", proxy)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
-        again.settimeout(TIMEOUT)
-        again.bind((LOCALHOST, port))
-        client.socket = again
-        client.send_to(target.address, b"back again")
-        octets, proxy = target.receive()
-        target.send(octets, proxy)
-        while client.answer().data != b"back again":    # the others may have been under way
-            pass
+    client.socket = new_socket(LOCALHOST, client.address.port).socket
+    client.send_to(target.address, b"back again")
+    target.send_back()
+    while client.answer().data != b"back again":    # the others may have been under way
+        pass
 
 
 def test_rules_are_asked_for_each_destination(start_server: Any, associate: Any, new_socket: Any) -> None:
     good, bad = new_socket(), new_socket()
 
-    class Rules(Named):
+    class Judging(Named):
         def allow(self, command: Command, address: Address) -> bool:
             assert command is Command.UDP_ASSOCIATE
             return address.port != bad.address.port and address.host != "denied.invalid"
 
-    client = associate(start_server(handler=Rules))
+    client = associate(start_server(handler=Judging))
     client.send_to(bad.address, b"denied")
     client.send_to(name("here.invalid", bad.address.port), b"denied by its address")
     client.send_to(name("denied.invalid", good.address.port), b"denied by its name")
     client.echo(good)
     assert "denied.invalid" not in Named.asked
-    bad.socket.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        bad.receive()
+    assert bad.has_nothing()
 
 
 # --- names ---
 
-def test_a_slow_name_holds_up_no_other_datagram(start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_a_slow_name_holds_up_no_other_datagram(client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
     """E50."""
-    client, target, other = associate(start_server(handler=Named)), new_socket(), new_socket()
     for number in range(3):
         client.send_to(name("slow.invalid", target.address.port), b"%d" % number)
-    client.echo(other)
+    client.echo(new_socket())
     Named.release.set()
     assert [target.receive()[0] for _ in range(3)] == [b"0", b"1", b"2"]
 
 
-def test_only_so_many_datagrams_wait_for_their_name(start_server: Any, associate: Any, new_socket: Any) -> None:
-    client, target, other = associate(start_server(handler=Named)), new_socket(), new_socket()
+def test_only_so_many_datagrams_wait_for_their_name(client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
     slow = name("slow.invalid", target.address.port)
     for number in range(datagrams.QUEUED + 10):
         client.send_to(slow, b"%d" % number)
-    client.echo(other)
+    client.echo(new_socket())
     Named.release.set()
     assert [target.receive()[0] for _ in range(datagrams.QUEUED)] == [b"%d" % number for number in range(datagrams.QUEUED)]
     client.send_to(slow, b"the next one")
     assert target.receive()[0] == b"the next one"
 
 
-def test_a_name_that_does_not_exist_is_dropped_and_remembered(start_server: Any, associate: Any, new_socket: Any) -> None:
-    client, target = associate(start_server(handler=Named)), new_socket()
-    client.send_to(name("nowhere.invalid", 7), b"x")
-    eventually(lambda: Named.asked)
-    client.echo(target)
-    client.send_to(name("nowhere.invalid", 7), b"x")
-    client.echo(target)
+def test_a_name_that_does_not_exist_is_dropped_and_remembered(client: UdpClient, target: UdpSocket) -> None:
+    for _ in range(2):
+        client.send_to(name("nowhere.invalid", 7), b"x")
+        eventually(lambda: Named.asked)
+        client.echo(target)
     assert Named.asked == ["nowhere.invalid"]
 
 
-def test_a_bug_in_a_look_up_costs_nothing_but_its_datagram(start_server: Any, associate: Any, new_socket: Any, bugs: List[Any]) -> None:
-    class Broken(Socks5Handler):
-        def resolve(self, host: str) -> Sequence[str]:
-            raise ZeroDivisionError("a bug")
-
-    client, target = associate(start_server(handler=Broken)), new_socket()
+def test_a_bug_in_a_look_up_costs_nothing_but_its_datagram(
+        start_server: Any, associate: Any, target: UdpSocket, bugs: List[Any]) -> None:
+    client = associate(start_server(answering(ZeroDivisionError("a bug"))))
     client.send_to(name("any.invalid", 7), b"x")
     eventually(lambda: bugs)
     bugs.clear()
     client.echo(target)
 
 
-def test_a_flood_of_names_is_looked_up_a_few_at_a_time(start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_a_flood_of_names_is_looked_up_a_few_at_a_time(start_server: Any, associate: Any, target: UdpSocket) -> None:
     class Slow(Named):
         def resolve(self, host: str) -> Sequence[str]:
             return super().resolve("slow.invalid")
 
-    client, target = associate(start_server(handler=Slow)), new_socket()
+    client = associate(start_server(handler=Slow))
     for number in range(100):
         client.send_to(name(f"{number}.invalid", target.address.port), b"x")
     client.echo(target)
@@ -709,9 +679,7 @@ def test_a_flood_of_names_is_looked_up_a_few_at_a_time(start_server: Any, associ
     Named.release.set()
 
 
-def test_an_answer_to_a_look_up_that_comes_after_the_end_is_dropped(start_server: Any, associate: Any) -> None:
-    server = start_server(handler=Named)
-    client = associate(server)
+def test_an_answer_to_a_look_up_that_comes_after_the_end_is_dropped(server: Any, client: UdpClient) -> None:
     client.send_to(name("slow.invalid", 7), b"x")
     eventually(lambda: Named.asked)
     client.control.close()
@@ -719,61 +687,25 @@ def test_an_answer_to_a_look_up_that_comes_after_the_end_is_dropped(start_server
     Named.release.set()
 
 
-@pytest.mark.parametrize(("error", "seconds"), [(socket.EAI_AGAIN, "dead"), (socket.EAI_NONAME, "missing")], ids=["again", "none"])
+@pytest.mark.parametrize(("code", "seconds"), [(socket.EAI_AGAIN, "dead"), (socket.EAI_NONAME, "missing")], ids=["again", "none"])
 def test_a_failed_look_up_is_not_remembered_for_long(
-        error: int, seconds: str, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+        code: int, seconds: str, start_server: Any, associate: Any, target: UdpSocket) -> None:
     assert 0 < datagrams.Association.dead <= 2 < datagrams.Association.missing <= 10
-    for each in ("dead", "missing"):
-        monkeypatch.setattr(datagrams.Association, each, 0.01 if each == seconds else 100.0)
-
-    class Recovering(Named):
-        def resolve(self, host: str) -> Sequence[str]:
-            self.asked.append(host)
-            if len(self.asked) < 3:
-                raise socket.gaierror(error, "not now")
-            return [LOCALHOST]
-
-    client, target = associate(start_server(handler=Recovering)), new_socket()
-    target.socket.settimeout(0.02)
+    error = socket.gaierror(code, "not now")
+    client = associate(start_server(answering(error, error, [LOCALHOST])), **{"dead": 100.0, "missing": 100.0, seconds: 0.01})
 
     def arrived() -> bool:
         client.send_to(name("late.invalid", target.address.port), b"x")
-        try:
-            return target.receive()[0] == b"x"
-        except socket.timeout:
-            return False
+        return target.is_next(b"x")
 
     eventually(arrived)
     assert len(Named.asked) == 3
 
 
-# Two hosts on one port, and a name that leads to either.
-
-@pytest.fixture
-def hosts(new_socket: Any) -> Tuple[UdpSocket, UdpSocket]:
-    first = new_socket()
-    second = UdpSocket.__new__(UdpSocket)
-    second.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    second.socket.settimeout(TIMEOUT)
-    second.socket.bind(("127.0.0.2", first.address.port))
-    second.address = Address.of(second.socket.getsockname())
-    return first, second
-
-
-class Turning(Named):
-    """Its name has two addresses, which are turned round with each answer."""
-
-    answers: ClassVar[List[List[str]]] = []
-
-    def resolve(self, host: str) -> Sequence[str]:
-        self.asked.append(host)
-        return self.answers[min(len(self.asked), len(self.answers)) - 1]
-
-
 def send_until_asked(client: UdpClient, target: UdpSocket, times: int) -> None:
-    """Datagrams to the name, each of which has to reach this target, until the resolver has been asked so often."""
+    """Datagrams to a name, each of which has to reach this target, until the resolver has been asked so often."""
     def asked() -> bool:
-        client.send_to(name("turning.invalid", target.address.port), b"x")
+        client.send_to(name("here.invalid", target.address.port), b"x")
         assert target.receive()[0] == b"x"
         return len(Named.asked) >= times
 
@@ -782,113 +714,60 @@ def send_until_asked(client: UdpClient, target: UdpSocket, times: int) -> None:
 
 @needs_neighbour
 def test_a_flow_to_a_name_stays_with_its_host_while_the_name_has_that_address(
-        hosts: Tuple[UdpSocket, UdpSocket], monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
-    first, second = hosts
-    monkeypatch.setattr(Turning, "answers", [[LOCALHOST, "127.0.0.2"], ["127.0.0.2", LOCALHOST]] * 4)
-    with second.socket:
-        send_until_asked(associate(start_server(handler=Turning)), first, 8)
-        second.socket.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            second.receive()
+        start_server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    other = new_socket("127.0.0.2", target.address.port)
+    turning = answering(*[[LOCALHOST, "127.0.0.2"], ["127.0.0.2", LOCALHOST]] * 4)
+    send_until_asked(associate(start_server(turning), forget=0.01), target, 8)
+    assert other.has_nothing()
 
 
 @needs_neighbour
 def test_a_flow_to_a_name_moves_when_the_name_has_moved(
-        hosts: Tuple[UdpSocket, UdpSocket], monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
-    first, second = hosts
-    monkeypatch.setattr(Turning, "answers", [[LOCALHOST], [LOCALHOST], ["127.0.0.2"]])
-    client = associate(start_server(handler=Turning))
-    with second.socket:
-        send_until_asked(client, first, 2)
-        second.socket.settimeout(0.02)
+        start_server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    other = new_socket("127.0.0.2", target.address.port)
+    client = associate(start_server(answering([LOCALHOST], [LOCALHOST], ["127.0.0.2"])), forget=0.01)
+    send_until_asked(client, target, 2)
 
-        def moved() -> bool:
-            client.send_to(name("turning.invalid", first.address.port), b"moved")
-            try:
-                return second.receive()[0] == b"moved"
-            except socket.timeout:
-                return False
+    def moved() -> bool:
+        client.send_to(name("here.invalid", target.address.port), b"moved")
+        return other.is_next(b"moved")
 
-        eventually(moved)
+    eventually(moved)
 
 
-def test_a_flow_to_a_name_goes_on_while_it_is_looked_up_again(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
-
+def test_a_flow_to_a_name_goes_on_while_it_is_looked_up_again(start_server: Any, associate: Any, target: UdpSocket) -> None:
     class SlowLater(Named):
         def resolve(self, host: str) -> Sequence[str]:
-            if self.asked:
-                return super().resolve("slow.invalid")
-            self.asked.append(host)
-            return [LOCALHOST]
+            return super().resolve("slow.invalid" if self.asked else host)
 
-    client, target = associate(start_server(handler=SlowLater)), new_socket()
-
-    def send() -> bool:
-        client.send_to(name("turning.invalid", target.address.port), b"x")
-        assert target.receive()[0] == b"x"
-        return len(Named.asked) > 1
-
-    eventually(send)
+    client = associate(start_server(handler=SlowLater), forget=0.01)
+    send_until_asked(client, target, 2)
     for _ in range(20):         # and the answer has not come
-        send()
-    assert Named.asked == ["turning.invalid", "slow.invalid"]
+        send_until_asked(client, target, 2)
+    assert Named.asked == ["here.invalid", "slow.invalid"]
     Named.release.set()
 
 
 @pytest.mark.parametrize("error", [socket.EAI_AGAIN, socket.EAI_NONAME], ids=["again", "none"])
-def test_only_a_name_that_is_gone_ends_the_flow_to_it(
-        error: int, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
-
-    class Failing(Named):
-        def resolve(self, host: str) -> Sequence[str]:
-            self.asked.append(host)
-            if len(self.asked) == 1:
-                return [LOCALHOST]
-            raise socket.gaierror(error, "not now")
-
-    client, target = associate(start_server(handler=Failing)), new_socket()
+def test_only_a_name_that_is_gone_ends_the_flow_to_it(error: int, start_server: Any, associate: Any, target: UdpSocket) -> None:
+    client = associate(start_server(answering([LOCALHOST], socket.gaierror(error, "not now"))), forget=0.01)
     if error == socket.EAI_AGAIN:
-        def asked_again() -> bool:
-            client.send_to(name("gone.invalid", target.address.port), b"x")
-            assert target.receive()[0] == b"x"
-            return len(Named.asked) > 3
-
-        eventually(asked_again)
+        send_until_asked(client, target, 4)
         return
-    target.socket.settimeout(0.05)
 
     def lost() -> bool:
         client.send_to(name("gone.invalid", target.address.port), b"x")
-        try:
-            target.receive()
-        except socket.timeout:
-            return True
-        return False
+        return not target.is_next(b"x")
 
     eventually(lost)
 
 
-def test_what_is_known_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
-    monkeypatch.setattr(datagrams.Association, "forget", 0.01)
-    client, target = associate(start_server(handler=Named)), new_socket()
-
-    def asked_again() -> bool:
-        client.send_to(name("here.invalid", target.address.port), b"x")
-        target.receive()
-        return len(Named.asked) > 2
-
-    eventually(asked_again)
+def test_what_is_known_is_forgotten_after_a_while(server: Any, associate: Any, target: UdpSocket) -> None:
+    send_until_asked(associate(server, forget=0.01), target, 3)
 
 
-def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch, server: Any, client: UdpClient, new_socket: Any) -> None:
     monkeypatch.setattr(datagrams, "REMEMBERED", 3)
-    server = start_server()
-    client = associate(server)
     for _ in range(10):
         client.echo(new_socket())
     association = association_of(server)
@@ -899,11 +778,10 @@ def test_tables_stay_bounded(monkeypatch: pytest.MonkeyPatch, start_server: Any,
 # --- how it ends ---
 
 @pytest.mark.parametrize("how", [Client.close, Client.end, Client.reset])
-def test_it_ends_with_its_tcp_connection_and_at_once(how: Callable[[Client], None], start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_it_ends_with_its_tcp_connection_and_at_once(
+        how: Callable[[Client], None], server: Any, client: UdpClient, target: UdpSocket) -> None:
     """R28."""
-    server = start_server()
-    client = associate(server)
-    client.echo(new_socket())
+    client.echo(target)
     how(client.control)
     assert server.next_ended().event == "close"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:     # the port is free again
@@ -911,18 +789,15 @@ def test_it_ends_with_its_tcp_connection_and_at_once(how: Callable[[Client], Non
     assert not server.policy.relays
 
 
-def test_octets_on_the_tcp_connection_mean_nothing(start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_octets_on_the_tcp_connection_mean_nothing(client: UdpClient, target: UdpSocket) -> None:
     """E51."""
-    client, target = associate(start_server()), new_socket()
     client.echo(target)
     client.control.send(b"are you there?" * 1000)
     client.echo(target)
 
 
-def test_closing_the_server_ends_it(start_server: Any, associate: Any, new_socket: Any) -> None:
-    server = start_server()
-    client = associate(server)
-    client.echo(new_socket())
+def test_closing_the_server_ends_it(server: Any, client: UdpClient, target: UdpSocket) -> None:
+    client.echo(target)
     server.server_close()
     assert client.control.rest() == b""
     assert server.next_ended().reason == "server stopped"
@@ -933,12 +808,12 @@ def test_it_is_refused_where_udp_is_switched_off(start_server: Any, new_client: 
     assert new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code is ReplyCode.COMMAND_NOT_SUPPORTED
 
 
-def test_without_a_socket_to_be_had_the_reply_is_a_failure(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
+def test_without_a_socket_to_be_had_the_reply_is_a_failure(monkeypatch: pytest.MonkeyPatch, server: Any, new_client: Any) -> None:
     def none_left(_route: Route, _sockaddr: Any) -> socket.socket:
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(Route, "udp", none_left)
-    assert new_client(start_server()).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code is ReplyCode.GENERAL_FAILURE
+    assert new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code is ReplyCode.GENERAL_FAILURE
 
 
 # --- fragments ---
@@ -947,9 +822,8 @@ LAST = Datagram.LAST_FRAGMENT
 
 
 @pytest.mark.parametrize("frag", [1, 2, 127, LAST | 1, LAST | 2, 255])
-def test_fragments_are_dropped(frag: int, start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_fragments_are_dropped(frag: int, client: UdpClient, target: UdpSocket) -> None:
     """R37."""
-    client, target = associate(start_server()), new_socket()
     client.send_to(target.address, b"part", frag)
     client.echo(target)
 
@@ -989,11 +863,12 @@ def test_fragments_of_more_than_a_datagram_has_room_for_are_dropped() -> None:
     assert queue.parts == []
 
 
-def test_fragments_wait_five_seconds_for_the_rest(monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, new_socket: Any) -> None:
+def test_fragments_wait_five_seconds_for_the_rest(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, target: UdpSocket) -> None:
     assert datagrams.Fragments.timeout >= 5
     monkeypatch.setattr(datagrams.Fragments, "timeout", 0.01)
     server = start_server(reassemble=True)
-    client, target = associate(server), new_socket()
+    client = associate(server)
     client.send_to(target.address, b"a", 1)
     client.echo(target)
     association = association_of(server)
@@ -1015,11 +890,8 @@ class Watcher(Observer):
 
     def outcomes(self, number: int) -> List[str]:
         """Of that many datagrams from the client's side, once they have come."""
-        def found() -> List[str]:
-            return [outcome for to_client, _octets, outcome in self.told if not to_client]
-
-        eventually(lambda: len(found()) >= number)
-        return found()
+        eventually(lambda: sum(not to_client for to_client, _octets, _outcome in self.told) >= number)
+        return [outcome for to_client, _octets, outcome in self.told if not to_client]
 
 
 @pytest.fixture
@@ -1040,36 +912,35 @@ def watched(start_server: Any, associate: Any, watcher: Watcher) -> Callable[...
 
 
 @pytest.mark.usefixtures("waiter")
-def test_observers_are_told_of_each_datagram_and_what_became_of_it(watched: Any, watcher: Watcher, new_socket: Any) -> None:
-    client, target = watched(), new_socket()
+def test_observers_are_told_of_each_datagram_and_what_became_of_it(watched: Any, watcher: Watcher, target: UdpSocket) -> None:
+    client = watched()
     for _ in range(3):
         client.echo(target)
-    there, port = bytes(Datagram(target.address, b"hello")), target_port(client, target, client)
+    there, port = bytes(Datagram(target.address, b"hello")), client.reach(target).port
     way = f"It goes to {target.address} without the header, from port {port}."
     assert watcher.told[:6] == [(False, there, way), (True, there, "")] * 3
 
 
 @pytest.mark.usefixtures("waiter")
 def test_so_they_are_after_the_client_has_gone_on_from_another_port(
-        monkeypatch: pytest.MonkeyPatch, watched: Any, watcher: Watcher, new_socket: Any) -> None:
+        monkeypatch: pytest.MonkeyPatch, watched: Any, watcher: Watcher, target: UdpSocket, new_socket: Any) -> None:
     monkeypatch.setattr(datagrams.Association, "idle_timeout", 0.05)
-    client, target, moved = watched(), new_socket(), new_socket()
-    client.send_to(target.address, b"question")
-    _octets, proxy = target.receive()
-    eventually(lambda: is_heard(moved, client, target))
+    client, moved, answer = watched(), new_socket(), bytes(Datagram(target.address, b"answer"))
+    proxy = client.reach(target)
+    eventually(lambda: client.is_heard(moved, target))
     target.send(b"answer", proxy)
-    assert moved.receive()[0] == bytes(Datagram(target.address, b"answer"))
-    eventually(lambda: watcher.told[-1] == (True, bytes(Datagram(target.address, b"answer")), ""))
+    assert moved.receive()[0] == answer
+    eventually(lambda: watcher.told[-1] == (True, answer, ""))
 
 
 @needs_neighbour
-def test_observers_are_told_why_a_datagram_is_dropped(watched: Any, watcher: Watcher, new_socket: Any) -> None:
-    client, target, stranger = watched(rules=Rules.parse(["deny 127.0.0.3", "deny *.bad.invalid"])), new_socket(), new_socket("127.0.0.2")
+def test_observers_are_told_why_a_datagram_is_dropped(watched: Any, watcher: Watcher, target: UdpSocket, new_socket: Any) -> None:
+    client = watched(rules=Rules.parse(["deny 127.0.0.3", "deny *.bad.invalid"]))
     sent = [b"\0\0", *(bytes(datagram) for datagram in (
         Datagram(target.address, b"a fragment", LAST | 1), Datagram(name("nowhere.invalid", 7), b""), Datagram(Address.numeric("127.0.0.3", 7), b""),
         Datagram(name("very.bad.invalid", 7), b""), Datagram(Address.numeric("127.0.0.3", 7), b"again"),
     )), b"\0\0\0\3\1\n\0\7"]
-    stranger.send(b"from another host", client.relay)
+    new_socket("127.0.0.2").send(b"from another host", client.relay)
     watcher.outcomes(1)
     for octets in sent:
         client.send(octets, client.relay)
@@ -1085,13 +956,13 @@ def test_observers_are_told_why_a_datagram_is_dropped(watched: Any, watcher: Wat
 
 
 def test_observers_are_told_of_what_a_neighbour_has_sent_before_the_port_was_locked(
-        watched: Any, watcher: Watcher, new_socket: Any) -> None:
+        watched: Any, watcher: Watcher, target: UdpSocket, new_socket: Any) -> None:
     """And of a whole datagram with its last fragment."""
-    client, neighbour, target = watched(reassemble=True), new_socket(), new_socket()
+    client, neighbour = watched(reassemble=True), new_socket()
     go_on = threading.Event()
     client.association.relay.call(lambda: go_on.wait(TIMEOUT))
     client.send_to(target.address, b"a", 1)
-    neighbour.send(bytes(Datagram(target.address, b"forged")), client.relay)
+    client.send_to(target.address, b"forged", sender=neighbour)
     client.send_to(target.address, b"b", LAST | 2)
     go_on.set()
     waits, forged, goes = watcher.outcomes(3)
@@ -1100,13 +971,12 @@ def test_observers_are_told_of_what_a_neighbour_has_sent_before_the_port_was_loc
     assert goes.startswith(f"It goes to {target.address} ")
 
 
-def test_observers_are_told_of_datagrams_that_go_on_to_an_upstream(start_server: Any, watched: Any, watcher: Watcher, new_socket: Any) -> None:
-    address = Address.of(start_server(Named).server_address)
-
+def test_observers_are_told_of_datagrams_that_go_on_to_an_upstream(
+        server: Any, watched: Any, watcher: Watcher, target: UdpSocket) -> None:
     class Chained(UpstreamHandler):
-        upstream = f"socks5h://{address}"
+        upstream = f"socks5h://{Address.of(server.server_address)}"
 
-    client, target = watched(Chained), new_socket()
+    client = watched(Chained)
     client.send_to(name("here.invalid", target.address.port), b"?")
     target.send(b"!", target.receive()[1])
     answer = bytes(client.answer())
@@ -1119,15 +989,11 @@ def test_observers_are_told_of_datagrams_that_go_on_to_an_upstream(start_server:
 @needs_ipv6
 @needs_neighbour
 @pytest.mark.parametrize("source", ["127.0.0.2", ("127.0.0.2",), ("::1", "127.0.0.2")])
-def test_datagrams_leave_from_the_source_and_by_its_family_only(start_server: Any, associate: Any, new_socket: Any, source: Any) -> None:
-    client = associate(start_server(route=Route(source=source)))
-    other, target = new_socket("::1"), new_socket()
+def test_datagrams_leave_from_the_source_and_by_its_family_only(
+        start_server: Any, associate: Any, target: UdpSocket, new_socket: Any, source: Any) -> None:
+    client, other = associate(start_server(route=Route(source=source))), new_socket("::1")
     client.send_to(other.address, b"by IPv6")
     client.send_to(target.address, b"by IPv4")
     assert target.receive()[1].host == "127.0.0.2"
-    other.socket.setblocking(False)     # the relay has taken the first datagram before the second
-    if "::1" in source:
-        assert other.receive()[1].host == "::1"
-    else:
-        with pytest.raises(BlockingIOError):
-            other.receive()
+    # The relay has taken the first datagram before the second.
+    assert other.receive()[1].host == "::1" if "::1" in source else other.has_nothing()
