@@ -25,9 +25,30 @@ NEIGHBOUR = "127.0.0.2"
 
 
 @pytest.fixture
+def server(start_server):
+    return start_server()
+
+
+@pytest.fixture
+def client(server, new_client):
+    return new_client(server)
+
+
+@pytest.fixture
 def call(new_client):
     """Call back to where a first reply says: ``call(reply, source)``."""
     return lambda reply, source=None: new_client((reply.bound.host, reply.bound.port), source)
+
+
+@pytest.fixture
+def meet(call):
+    """Call back, and be the one whom the second reply names: ``meet(client, first, source)``."""
+    def meeting(client, first, source=None):
+        peer = call(first, source)
+        assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+        return peer
+
+    return meeting
 
 
 def bind(client, place=ANYONE):
@@ -85,17 +106,15 @@ def test_the_first_reply_says_where_to_call_and_the_second_who_has_called(start_
     assert peer.exactly(11) == b"to the peer"
 
 
-def test_the_port_listens_when_the_first_reply_names_it(start_server, new_client, call):
+def test_the_port_listens_when_the_first_reply_names_it(server, new_client, meet):
     """R22: a fast peer would be refused otherwise."""
-    server = start_server()
     for _ in range(50):
-        with new_client(server) as client, call(bind(client)) as peer:
-            assert Reply.read(client).bound == own_address(peer)
+        with new_client(server) as client, meet(client, bind(client)):
+            pass
 
 
-def test_the_bytes_of_the_peer_come_after_the_second_reply(start_server, new_client, call):
+def test_the_bytes_of_the_peer_come_after_the_second_reply(server, new_client, call):
     """E33"""
-    server = start_server()
     for _ in range(20):
         client = new_client(server)
         with call(bind(client)) as peer:
@@ -104,15 +123,13 @@ def test_the_bytes_of_the_peer_come_after_the_second_reply(start_server, new_cli
         assert client.rest() == second + b"220 ready"
 
 
-def test_the_session_knows_both_ends(start_server, new_client, call):
-    server = start_server()
+def test_the_session_knows_both_ends(server, new_client, meet):
     with new_client(server) as client:
         first = bind(client, name(LOCALHOST, 4242))
         [session] = server.sessions
         assert (session.outcome, session.bound, session.peer) == ("open", first.bound, None)
-        with call(first) as peer:
+        with meet(client, first) as peer:
             peer_address = own_address(peer)
-            Reply.read(client)
             client.send(b"123")
             assert peer.exactly(3) == b"123"
             peer.send(b"12345")
@@ -123,11 +140,8 @@ def test_the_session_knows_both_ends(start_server, new_client, call):
     assert session.bound == first.bound, "the proxy's end is still the same"
 
 
-def test_the_connection_of_the_peer_has_no_nagle_and_is_kept_alive(start_server, new_client, call):
-    server = start_server()
-    client = new_client(server)
-    with call(bind(client)):
-        Reply.read(client)
+def test_the_connection_of_the_peer_has_no_nagle_and_is_kept_alive(server, client, meet):
+    with meet(client, bind(client)):
         [handler] = server.registry.live.values()
         target = eventually(lambda: handler.tunnel).up.sink
         assert target.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -140,21 +154,18 @@ def test_the_connection_of_the_peer_has_no_nagle_and_is_kept_alive(start_server,
     ANYONE, Address("0.0.0.0", 4242, AddressType.IPV4), Address("::", 0, AddressType.IPV6), name("0", 0), name("0.0.0.0", 4242), name("::", 0), name("[::]", 0),
 ], ids=str)
 @pytest.mark.parametrize("source", [LOCALHOST, pytest.param(NEIGHBOUR, marks=needs_neighbour)])
-def test_zeros_of_every_kind_mean_anyone(start_server, new_client, call, place, source):
+def test_zeros_of_every_kind_mean_anyone(client, meet, place, source):
     """R27, E37"""
-    client = new_client(start_server())
-    peer = call(bind(client, place), source)
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+    meet(client, bind(client, place), source)
 
 
 @pytest.mark.parametrize("place", [
     Address(LOCALHOST, 1, AddressType.IPV4), name(LOCALHOST, 0), name("::ffff:127.0.0.1", 21), name("ftp.invalid", 21),
 ], ids=str)
-def test_the_host_that_was_named_may_call_from_any_port(start_server, new_client, call, place):
+def test_the_host_that_was_named_may_call_from_any_port(start_server, new_client, meet, place):
     """E37: the RFC's clients cannot know the port."""
     client = new_client(start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST, "192.0.2.1"])))
-    peer = call(bind(client, place))
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+    meet(client, bind(client, place))
 
 
 @pytest.mark.parametrize("place", [ANYONE, Address("::", 0, AddressType.IPV6), name("0", 21)], ids=str)
@@ -166,36 +177,21 @@ def test_zeros_from_another_computer_mean_anyone_too(start_server, new_client, c
     assert waits_on(client)
 
 
-@needs_neighbour
-def test_zeros_are_nothing_that_a_rule_could_name(start_server, new_client, call):
-    server = start_server()
-    server.rules = Rules.parse([f"allow {NEIGHBOUR}", "deny *"])
-    client = new_client(server)
-    first = bind(client)
-    assert call(first, LOCALHOST).rest() == b""
-    peer = call(first, NEIGHBOUR)
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
-
-
 @pytest.mark.parametrize(("rules", "granted"), [
     (["allow ftp.invalid", "deny *"], True), (["allow *.invalid", "deny 127.0.0.0/8"], True), (["deny ftp.invalid:1-1023", "allow *"], True),
     (["deny 127.0.0.0/8", "allow ftp.invalid"], False),
 ])
-def test_a_caller_is_judged_by_the_name_that_the_client_has_asked_for(start_server, new_client, call, rules, granted):
-    server = start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST]))
-    server.rules = Rules.parse(rules)
-    client = new_client(server)
+def test_a_caller_is_judged_by_the_name_that_the_client_has_asked_for(start_server, new_client, meet, rules, granted):
+    client = new_client(start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST]), rules=Rules.parse(rules)))
     if not granted:
         assert client.ask(Command.BIND, name("FTP.invalid.", 4021)).code is ReplyCode.NOT_ALLOWED
         return
-    peer = call(bind(client, name("FTP.invalid.", 4021)))
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+    meet(client, bind(client, name("FTP.invalid.", 4021)))
 
 
 @needs_neighbour
-def test_a_stranger_is_turned_away_and_the_waiting_goes_on(start_server, new_client, call):
+def test_a_stranger_is_turned_away_and_the_waiting_goes_on(client, call, meet):
     """E38: or anyone could end it, or be taken for the one who is expected."""
-    client = new_client(start_server())
     first = bind(client, (LOCALHOST, 0))
     for _ in range(5):
         stranger = call(first, NEIGHBOUR)
@@ -203,28 +199,23 @@ def test_a_stranger_is_turned_away_and_the_waiting_goes_on(start_server, new_cli
         assert stranger.rest() == b""
         assert waits_on(client)
     client.send(b"for the one I expect")
-    peer = call(first)
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+    peer = meet(client, first)
     assert peer.exactly(20) == b"for the one I expect"
     exchange_both(client, peer)
 
 
 @needs_neighbour
-def test_a_crowd_of_strangers_does_not_keep_the_expected_one_out(start_server, new_client, call):
-    client = new_client(start_server())
+def test_a_crowd_of_strangers_does_not_keep_the_expected_one_out(client, call, meet):
     first = bind(client, (LOCALHOST, 0))
     strangers = [call(first, NEIGHBOUR) for _ in range(10)]
-    peer = call(first)
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+    meet(client, first)
     assert {stranger.rest() for stranger in strangers} == {b""}
 
 
-def test_one_connection_is_all_there_is(start_server, new_client, call):
+def test_one_connection_is_all_there_is(client, meet):
     """E39"""
-    client = new_client(start_server())
     first = bind(client)
-    peer = call(first)
-    assert Reply.read(client).bound == own_address(peer)
+    peer = meet(client, first)
     assert_closed(first.bound)
     exchange_both(client, peer)
 
@@ -245,117 +236,100 @@ def test_a_second_caller_in_the_queue_is_hung_up_on(start_server, new_client, ca
 
 
 @pytest.mark.parametrize(("place", "questions"), [
-    (ANYONE, [UNSPECIFIED]),
-    (name("0", 9), [UNSPECIFIED]),
+    (ANYONE, [UNSPECIFIED]), (name("0", 9), [UNSPECIFIED]),
     ((LOCALHOST, 21), [Address(LOCALHOST, 21, AddressType.IPV4)]),
     (name("ftp.invalid", 21), [name("ftp.invalid", 21), Address(LOCALHOST, 21, AddressType.IPV4)]),
 ], ids=str)
-def test_allow_is_asked_about_the_destination_and_then_about_the_caller(start_server, new_client, call, place, questions):
+def test_allow_is_asked_about_the_destination_and_then_about_the_caller(start_server, new_client, meet, place, questions):
     """R16, R21"""
     asked = []
-    handler = handler_with(
+    client = new_client(start_server(handler_with(
         allow=lambda _self, command, address: asked.append((command, address)) or True, resolve=lambda _self, _host: [LOCALHOST],
-    )
-    client = new_client(start_server(handler))
-    peer = call(bind(client, place))
-    assert Reply.read(client).code is ReplyCode.SUCCEEDED
+    )))
+    peer = meet(client, bind(client, place))
     assert asked == [(Command.BIND, address) for address in [*questions, own_address(peer)]]
 
 
 @needs_neighbour
-def test_a_caller_who_is_not_allowed_is_a_stranger(start_server, new_client, call):
-    client = new_client(start_server(handler_with(allow=lambda _self, _command, address: address.host != NEIGHBOUR)))
+@pytest.mark.parametrize(("settings", "stranger", "expected"), [
+    ({"handler": handler_with(allow=lambda _self, _command, address: address.host != NEIGHBOUR)}, NEIGHBOUR, LOCALHOST),
+    ({"rules": Rules.parse([f"allow {NEIGHBOUR}", "deny *"])}, LOCALHOST, NEIGHBOUR),
+], ids=["allow()", "rules, none of which could name zeros"])
+def test_a_caller_who_is_not_allowed_is_a_stranger(start_server, new_client, call, meet, settings, stranger, expected):
+    client = new_client(start_server(**settings))
     first = bind(client)
-    assert call(first, NEIGHBOUR).rest() == b""
-    peer = call(first)
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+    assert call(first, stranger).rest() == b""
+    meet(client, first, expected)
 
 
-@pytest.mark.parametrize("place", [ANYONE, (LOCALHOST, 21), name("ftp.invalid", 21)], ids=str)
-def test_a_destination_that_is_not_allowed_gets_one_reply(start_server, new_client, place):
-    server = start_server(handler_with(allow=lambda _self, _command, _address: False))
-    client = new_client(server)
-    assert client.ask(Command.BIND, place) == Reply(ReplyCode.NOT_ALLOWED)
-    assert client.rest() == b""
-
-
-# --- where it listens ---
-
-@needs_neighbour
-def test_it_listens_where_the_route_says(start_server, new_client, call):
-    client = new_client(start_server(route=Route(source=NEIGHBOUR)))
-    first = bind(client)
-    assert first.bound.host == NEIGHBOUR
-    peer = call(first)
-    assert Reply.read(client).bound == own_address(peer)
-
-
-@needs_neighbour
-@needs_ipv6
-@pytest.mark.parametrize(("place", "host"), [(ANYONE, NEIGHBOUR), ((LOCALHOST, 0), NEIGHBOUR), (("::1", 0), "::1")])
-def test_of_several_sources_it_listens_on_that_of_the_expected_ones_family(start_server, new_client, place, host):
-    """Or of the client's own, where anyone may call."""
-    assert bind(new_client(start_server(route=Route(source=("::1", NEIGHBOUR)))), place).bound.host == host
-
-
-@needs_ipv6
-def test_for_anyone_it_listens_on_a_source_of_the_other_family_if_there_is_no_other(start_server, new_client):
-    assert bind(new_client(start_server(route=Route(source="::1"))), ANYONE).bound.host == "::1"
-
-
-@needs_ipv6
-def test_it_listens_where_the_expected_one_can_reach_it(start_server, new_client, call):
-    """E40: of the destination's family, whichever the client came by."""
-    client = new_client(start_server())
-    first = bind(client, ("::1", 0))
-    assert first.bound.host == "::1"
-    peer = call(first)
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
-
-
-@needs_ipv6
-@pytest.mark.parametrize("unreachable", ["::1", "fe80::1"])
-@pytest.mark.parametrize("order", [1, -1])
-def test_it_listens_where_one_of_the_expected_ones_addresses_can_reach_it(start_server, new_client, call, unreachable, order):
-    """The first to which there is a way; it need not be the first of all."""
-    handler = handler_with(resolve=lambda _self, _host: [LOCALHOST, unreachable][::order])
-    client = new_client(start_server(handler, route=Route(socket.AF_INET)))
-    first = bind(client, name("ftp.invalid", 21))
-    assert first.bound.host == LOCALHOST
-    peer = call(first)
-    assert Reply.read(client) == Reply(ReplyCode.SUCCEEDED, own_address(peer))
+NOTHING_IS_ALLOWED = {"handler": handler_with(allow=lambda _self, _command, _address: False)}
 
 
 @pytest.mark.parametrize(("settings", "place", "code"), [
+    (NOTHING_IS_ALLOWED, ANYONE, ReplyCode.NOT_ALLOWED),
+    (NOTHING_IS_ALLOWED, (LOCALHOST, 21), ReplyCode.NOT_ALLOWED),
+    (NOTHING_IS_ALLOWED, name("ftp.invalid", 21), ReplyCode.NOT_ALLOWED),
     ({"route": Route(source="192.0.2.1")}, ANYONE, ReplyCode.GENERAL_FAILURE),
     ({"route": Route(socket.AF_INET)}, ("::1", 0), ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED),
     ({"route": Route(source=LOCALHOST)}, ("::1", 0), ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED),
-], ids=["no address of ours", "another family", "a source of another family"])
-def test_where_it_cannot_listen_it_says_why_and_only_once(start_server, new_client, settings, place, code):
+], ids=["anyone", "an address", "a name", "no address of ours", "another family", "a source of another family"])
+def test_where_it_may_or_can_not_listen_it_says_why_and_only_once(start_server, new_client, settings, place, code):
     client = new_client(start_server(**settings))
     assert client.ask(Command.BIND, place) == Reply(code)
     assert client.rest() == b""
 
 
-def test_every_client_has_a_port_of_its_own(start_server, new_client, call):
-    server = start_server()
+# --- where it listens ---
+
+NEEDS_BOTH = [needs_neighbour, needs_ipv6]
+ONE_OF_EACH = Route(source=("::1", NEIGHBOUR))
+
+
+@pytest.mark.parametrize(("route", "place", "host"), [
+    pytest.param(Route(source=NEIGHBOUR), ANYONE, NEIGHBOUR, marks=needs_neighbour),
+    # Of several sources on that of the expected one's family, or of the client's own, where anyone may call.
+    pytest.param(ONE_OF_EACH, (LOCALHOST, 0), NEIGHBOUR, marks=NEEDS_BOTH),
+    pytest.param(ONE_OF_EACH, ("::1", 0), "::1", marks=NEEDS_BOTH), pytest.param(ONE_OF_EACH, ANYONE, NEIGHBOUR, marks=NEEDS_BOTH),
+    # For anyone on a source of the other family, if there is no other.
+    pytest.param(Route(source="::1"), ANYONE, "::1", marks=needs_ipv6),
+    # E40: of the destination's family, whichever the client came by.
+    pytest.param(Route(), ("::1", 0), "::1", marks=needs_ipv6),
+])
+def test_it_listens_where_the_route_says_and_the_expected_one_can_reach_it(start_server, new_client, meet, route, place, host):
+    client = new_client(start_server(route=route))
+    first = bind(client, place)
+    assert first.bound.host == host
+    meet(client, first)
+
+
+@needs_ipv6
+@pytest.mark.parametrize("unreachable", ["::1", "fe80::1"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_it_listens_where_one_of_the_expected_ones_addresses_can_reach_it(start_server, new_client, meet, unreachable, order):
+    """The first to which there is a way; it need not be the first of all."""
+    handler = handler_with(resolve=lambda _self, _host: [LOCALHOST, unreachable][::order])
+    client = new_client(start_server(handler, route=Route(socket.AF_INET)))
+    first = bind(client, name("ftp.invalid", 21))
+    assert first.bound.host == LOCALHOST
+    meet(client, first)
+
+
+def test_every_client_has_a_port_of_its_own(server, new_client, meet):
     clients = [new_client(server) for _ in range(5)]
     replies = [bind(client) for client in clients]
     assert len({reply.bound.port for reply in replies}) == 5
     for client, reply in reversed(list(zip(clients, replies))):
-        peer = call(reply)
-        assert Reply.read(client).bound == own_address(peer)
-        exchange_both(client, peer)
+        exchange_both(client, meet(client, reply))
 
 
 # --- how it ends ---
 
+@pytest.mark.parametrize("ahead", [b"", b"never to be delivered"])
 @pytest.mark.parametrize("how", ["end", "reset"])
-def test_a_client_that_leaves_takes_the_port_with_it(start_server, new_client, how):
+def test_a_client_that_leaves_takes_the_port_with_it(server, client, how, ahead):
     """E39"""
-    server = start_server()
-    client = new_client(server)
     first = bind(client)
+    client.send(ahead)
     getattr(client, how)()
     session = server.next_ended()
     assert session.seconds < within(1)
@@ -363,16 +337,6 @@ def test_a_client_that_leaves_takes_the_port_with_it(start_server, new_client, h
     assert_closed(first.bound)
     if how == "end":
         assert client.rest() == b""
-
-
-def test_a_client_that_has_sent_ahead_and_leaves_takes_the_port_with_it(start_server, new_client):
-    server = start_server()
-    client = new_client(server)
-    first = bind(client)
-    client.send(b"never to be delivered")
-    client.end()
-    assert client.rest() == b""
-    assert_closed(first.bound)
 
 
 def test_when_nobody_calls_in_time_the_second_reply_says_so(start_server, new_client):
@@ -408,27 +372,23 @@ def test_strangers_do_not_prolong_the_waiting(start_server, new_client, call):
 # --- what is sent early ---
 
 @pytest.mark.parametrize("size", [1, 5000, 65536, 300_000])
-def test_what_the_client_sends_before_the_second_reply_reaches_the_peer_in_order(start_server, new_client, call, size):
+def test_what_the_client_sends_before_the_second_reply_reaches_the_peer_in_order(client, meet, size):
     """E41: with the request, after the first reply, and after the second."""
     data = random.Random(size).getrandbits(8 * size).to_bytes(size, "big")
-    client = new_client(start_server())
     client.send(Greeting(b"\x00"), Request(Command.BIND, UNSPECIFIED), b"first,")
     MethodSelection.read(client)
     first = Reply.read(client)
     sending = in_thread(client.send, data)
     assert waits_on(client)
-    peer = call(first)
-    assert Reply.read(client).bound == own_address(peer)
+    peer = meet(client, first)
     sending()
     client.send(b",last")
     assert peer.exactly(size + 11) == b"first," + data + b",last"
     exchange_both(client, peer)
 
 
-def test_a_client_that_sends_more_than_can_wait_is_made_to_wait(start_server, new_client, call):
+def test_a_client_that_sends_more_than_can_wait_is_made_to_wait(server, client, meet):
     """E41, E30: nothing is lost, and no client can fill the memory."""
-    server = start_server()
-    client = new_client(server)
     first = bind(client)
     sent = 0
     client.socket.setblocking(False)
@@ -438,8 +398,7 @@ def test_a_client_that_sends_more_than_can_wait_is_made_to_wait(start_server, ne
     client.socket.settimeout(TIMEOUT)
     [handler] = server.registry.live.values()
     assert len(handler.stream.buffer) <= EARLY + 4096
-    peer = call(first)
-    assert Reply.read(client).bound == own_address(peer)
+    peer = meet(client, first)
     client.end()
     assert len(peer.rest()) == sent
 
@@ -460,11 +419,10 @@ def test_a_bug_in_a_rule_about_the_caller_leaves_nothing_open(start_server, new_
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no limit of descriptors to set")
-def test_out_of_descriptors_the_waiting_goes_on_without_spinning(start_server, new_client):
+def test_out_of_descriptors_the_waiting_goes_on_without_spinning(client):
     """Table M: the caller stays in the queue until there is one for it."""
     import resource
 
-    client = new_client(start_server())
     first = bind(client)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as peer:
@@ -480,9 +438,7 @@ def test_out_of_descriptors_the_waiting_goes_on_without_spinning(start_server, n
         assert Reply.read(client).bound == address_of(peer.getsockname())
 
 
-def test_a_bind_that_waits_is_among_the_sessions(start_server, new_client):
-    server = start_server()
-    client = new_client(server)
+def test_a_bind_that_waits_is_among_the_sessions(server, client):
     bind(client)
     assert [session.command for session in server.sessions] == [Command.BIND]
     client.close()
