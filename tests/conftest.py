@@ -17,7 +17,7 @@ import socket
 import socketserver
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Type, TypeVar, Union
 
 import pytest
@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 from socks5srv.descriptors import descriptors as descriptors_of_servers
 from socks5srv.protocol import (
     Address, AddressType, Command, Credentials, CredentialsReply, Greeting, Message, Method, MethodSelection, Reply,
-    ReplyCode, Request, read_exactly,
+    ReplyCode, Request, RequestFailed, read_exactly,
 )
 from socks5srv.handler import Socks5Handler
 from socks5srv.outbound import Route
@@ -109,9 +109,22 @@ def eventually(condition: Callable[[], T]) -> T:
     raise AssertionError("it did not come about in time")
 
 
+def soon(seconds: float = 0.3) -> float:
+    """A deadline."""
+    return time.monotonic() + seconds
+
+
 def within(seconds: float) -> float:
     """The most seconds that something may take here: more, if other tests run beside this one."""
     return seconds * (5 if "PYTEST_XDIST_WORKER" in os.environ else 1)
+
+
+@contextmanager
+def fails_with(code: ReplyCode, match: Optional[str] = None) -> Iterator[Any]:
+    """What is done within raises a `RequestFailed` of this code."""
+    with pytest.raises(RequestFailed, match=match) as caught:
+        yield caught
+    assert caught.value.code is code
 
 
 def in_thread(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
@@ -359,8 +372,7 @@ class Client:
 
     def reset(self) -> None:
         """Close it with an RST."""
-        set_reset(self.socket)
-        self.socket.close()
+        reset(self.socket)
 
     def send(self, *messages: Union[bytes, Message]) -> None:
         """All in one segment, if they fit."""
@@ -422,6 +434,12 @@ def set_reset(sock: socket.socket) -> None:
     from socks5srv.relay import RESET
 
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close it with an RST."""
+    set_reset(sock)
+    sock.close()
 
 
 def exchange(sock: Any, octets: bytes = b"hello") -> None:

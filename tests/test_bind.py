@@ -289,7 +289,8 @@ ONE_OF_EACH = Route(source=("::1", NEIGHBOUR))
     pytest.param(Route(source=NEIGHBOUR), ANYONE, NEIGHBOUR, marks=needs_neighbour),
     # Of several sources on that of the expected one's family, or of the client's own, where anyone may call.
     pytest.param(ONE_OF_EACH, (LOCALHOST, 0), NEIGHBOUR, marks=NEEDS_BOTH),
-    pytest.param(ONE_OF_EACH, ("::1", 0), "::1", marks=NEEDS_BOTH), pytest.param(ONE_OF_EACH, ANYONE, NEIGHBOUR, marks=NEEDS_BOTH),
+    pytest.param(ONE_OF_EACH, ("::1", 0), "::1", marks=NEEDS_BOTH),
+    pytest.param(ONE_OF_EACH, ANYONE, NEIGHBOUR, marks=NEEDS_BOTH),
     # For anyone on a source of the other family, if there is no other.
     pytest.param(Route(source="::1"), ANYONE, "::1", marks=needs_ipv6),
     # E40: of the destination's family, whichever the client came by.

@@ -7,6 +7,7 @@ import select
 import socket
 import time
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,16 +19,13 @@ from socks5srv.protocol import Address, AddressType, Command, Reply, ReplyCode, 
 from socks5srv.relay import READ, WRITE
 
 from .conftest import (
-    LOCALHOST, TIMEOUT, FromItsTarget, address_of, exchange, in_thread, name, needs_ipv6, needs_neighbour, on_one_port, set_reset, within,
+    LOCALHOST, TIMEOUT, FromItsTarget, address_of, exchange, fails_with, in_thread, name, needs_ipv6, needs_neighbour,
+    on_one_port, reset, soon, within,
 )
 from .networks import leave_ports
 
 # In 127.0.0.0/8, so it does not leave this computer, and as a broadcast address no TCP for Linux.
 UNREACHABLE = "127.255.255.255"
-
-
-def soon(seconds=0.3):
-    return time.monotonic() + seconds
 
 
 # --- M: errors to codes ---
@@ -92,48 +90,47 @@ def test_errors_are_reported_with_their_cause():
 
 @pytest.mark.parametrize(("codes", "telling"), [
     ([1], 1), ([6, 1], 6), ([1, 6, 3], 3), ([3, 4, 6], 4), ([4, 5, 3], 5), ([5, 8, 2], 5), ([1, 8], 8), ([2, 8, 1], 2),
+    ([5, 5], 5),
 ])
 def test_of_several_failures_the_most_telling_is_reported(codes, telling):
+    """And the first of two that are alike."""
     failures = [RequestFailed(ReplyCode(code), f"{code}") for code in codes]
     assert most_telling(failures) is failures[codes.index(telling)]
 
 
-def test_of_two_like_failures_the_first_is_reported():
-    failures = [RequestFailed(ReplyCode.CONNECTION_REFUSED, text) for text in ("first", "second")]
-    assert most_telling(failures) is failures[0]
-
-
 # --- waiting ---
 
-@pytest.mark.usefixtures("poll_or_select")
-def test_waiting_tells_what_is_ready(connection):
+@pytest.fixture
+def target_pair():
+    """Our end of a connection to a target, and the target's."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        fd = ours.fileno()
-        assert outbound.wait({fd: READ}, connection, soon(0.05)) == {}
-        assert list(outbound.wait({fd: WRITE}, connection, soon(TIMEOUT))) == [fd]
-        theirs.send(b"!")
-        assert list(outbound.wait({fd: READ}, connection, soon(TIMEOUT))) == [fd]
-        assert list(outbound.wait({fd: READ}, connection, time.monotonic() - 1)) == [fd], "a deadline passed is a look"
+        yield ours.fileno(), theirs
 
 
 @pytest.mark.usefixtures("poll_or_select")
-def test_waiting_ends_at_the_deadline(connection):
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        began = time.monotonic()
-        assert outbound.wait({ours.fileno(): READ}, connection, soon(0.25)) == {}
-        assert 0.24 < time.monotonic() - began < within(1)
+def test_waiting_tells_what_is_ready(target_pair, connection):
+    fd, theirs = target_pair
+    assert outbound.wait({fd: READ}, connection, soon(0.05)) == {}
+    assert list(outbound.wait({fd: WRITE}, connection, soon(TIMEOUT))) == [fd]
+    theirs.send(b"!")
+    assert list(outbound.wait({fd: READ}, connection, soon(TIMEOUT))) == [fd]
+    assert list(outbound.wait({fd: READ}, connection, time.monotonic() - 1)) == [fd], "a deadline passed is a look"
 
 
 @pytest.mark.usefixtures("poll_or_select")
-def test_a_client_that_has_sent_ahead_or_ended_its_half_is_waited_with(pair):
+def test_waiting_ends_at_the_deadline(target_pair, connection):
+    began = time.monotonic()
+    assert outbound.wait({target_pair[0]: READ}, connection, soon(0.25)) == {}
+    assert 0.24 < time.monotonic() - began < within(1)
+
+
+@pytest.mark.usefixtures("poll_or_select")
+def test_a_client_that_has_sent_ahead_or_ended_its_half_is_waited_with(target_pair, pair):
     client, connection = pair
     client.sendall(b"early data")
     client.shutdown(socket.SHUT_WR)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        assert outbound.wait({ours.fileno(): READ}, connection, soon(0.1)) == {}
+    assert outbound.wait({target_pair[0]: READ}, connection, soon(0.1)) == {}
     assert connection.recv(100) == b"early data"
 
 
@@ -145,34 +142,21 @@ def test_the_client_itself_can_be_waited_for(pair):
     assert list(outbound.wait({connection.fileno(): READ}, connection, soon(TIMEOUT))) == [connection.fileno()]
 
 
-def wait_long(connection):
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        return outbound.wait({ours.fileno(): READ}, connection, soon(TIMEOUT))
-
-
-@pytest.mark.skipif(not hasattr(select, "poll"), reason="select() does not tell of a reset")
-def test_a_client_that_resets_its_connection_ends_the_waiting(pair):
-    client, connection = pair
-    waiting = in_thread(wait_long, connection)
-    set_reset(client)
-    client.close()
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="select() does not tell of a reset, nor of a hang-up")
+@pytest.mark.parametrize("ends", [
+    pytest.param(lambda client, _connection: reset(client), id="the client resets its connection"),
+    pytest.param(lambda _client, connection: connection.shutdown(socket.SHUT_RDWR), id="the server hangs up, as when it stops"),
+])
+def test_the_end_of_the_clients_connection_ends_the_waiting(target_pair, pair, ends):
+    waiting = in_thread(outbound.wait, {target_pair[0]: READ}, pair[1], soon(TIMEOUT))
+    ends(*pair)
     with pytest.raises(ClientGone):
         waiting()
 
 
-@pytest.mark.skipif(not hasattr(select, "poll"), reason="select() does not tell of a hang-up")
-def test_hanging_up_on_the_client_ends_the_waiting(connection):
-    """As the server does when it stops."""
-    waiting = in_thread(wait_long, connection)
-    connection.shutdown(socket.SHUT_RDWR)
-    with pytest.raises(ClientGone):
-        waiting()
-
-
-def test_where_there_is_only_select_closing_the_connection_ends_the_waiting(connection, monkeypatch):
+def test_where_there_is_only_select_closing_the_connection_ends_the_waiting(target_pair, connection, monkeypatch):
     monkeypatch.delattr(select, "poll")
-    waiting = in_thread(wait_long, connection)
+    waiting = in_thread(outbound.wait, {target_pair[0]: READ}, connection, soon(TIMEOUT))
     connection.close()
     with pytest.raises(ClientGone):
         waiting()
@@ -185,12 +169,8 @@ V6 = [Address(f"2001:db8::{n}", 80, AddressType.IPV6) for n in range(1, 4)]
 
 
 @pytest.mark.parametrize(("addresses", "order"), [
-    ([], []),
-    (V4, V4),
-    (V6[:2] + V4[:2], [V6[0], V4[0], V6[1], V4[1]]),
-    (V4[:1] + V6, [V4[0], *V6]),
-    (V4[:3] + V6[:1], [V4[0], V6[0], V4[1], V4[2]]),
-    ([V4[0], V4[0], V6[0], V4[0], V6[0]], [V4[0], V6[0]]),
+    ([], []), (V4, V4), (V6[:2] + V4[:2], [V6[0], V4[0], V6[1], V4[1]]), (V4[:1] + V6, [V4[0], *V6]),
+    (V4[:3] + V6[:1], [V4[0], V6[0], V4[1], V4[2]]), ([V4[0], V4[0], V6[0], V4[0], V6[0]], [V4[0], V6[0]]),
 ])
 def test_the_families_take_turns_beginning_with_the_first(addresses, order):
     """RFC 8305 section 4"""
@@ -203,19 +183,25 @@ def connect(addresses, connection, until=None, route=None):
     return outbound.connect([address_of(place) for place in addresses], route or Route(), connection, until or soon(TIMEOUT))
 
 
+@contextmanager
+def connected(addresses, connection, route=None):
+    """The socket, and the address to which it is connected, for as long as it is needed."""
+    sock, address = connect(addresses, connection, route=route)
+    with sock:
+        yield sock, address
+
+
 @pytest.mark.usefixtures("poll_or_select")
 def test_the_connection_is_one_to_an_address_that_answers(listen, refusing, connection):
     target = listen()
-    sock, address = connect([target.getsockname()], connection)
-    with sock:
+    with connected([target.getsockname()], connection) as (sock, address):
         assert address == address_of(target.getsockname())
         assert sock.getpeername() == target.getsockname()
         assert not sock.getblocking()
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)      # E31
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)      # E34
-    with pytest.raises(RequestFailed) as caught:
+    with fails_with(ReplyCode.CONNECTION_REFUSED):
         connect([refusing()], connection)
-    assert caught.value.code is ReplyCode.CONNECTION_REFUSED
 
 
 @pytest.mark.usefixtures("poll_or_select")
@@ -223,13 +209,11 @@ def test_where_the_system_does_not_tell_at_once_a_refusal_is_found_out_later(mon
     """On Linux a connection on the same computer stands, or does not, when it has been asked for twice."""
     monkeypatch.setattr(outbound, "begin_connecting", socket.socket.connect_ex)
     target = listen()
-    sock, address = connect([refusing(), target.getsockname()], connection)
-    with sock:
+    with connected([refusing(), target.getsockname()], connection) as (sock, address):
         assert address == address_of(target.getsockname())
         assert sock.getpeername() == target.getsockname()
-    with pytest.raises(RequestFailed) as caught:
+    with fails_with(ReplyCode.CONNECTION_REFUSED):
         connect([refusing(), refusing()], connection)
-    assert caught.value.code is ReplyCode.CONNECTION_REFUSED
 
 
 @pytest.mark.usefixtures("poll_or_select")
@@ -246,8 +230,7 @@ def test_waiting_for_the_last_of_the_addresses_is_waiting_and_no_spinning(monkey
 def test_an_address_that_refuses_costs_the_next_one_no_time(listen, refusing, connection):
     target, dead = on_one_port(partial(listen, LOCALHOST), partial(refusing, "127.0.0.2"))
     began = time.monotonic()
-    sock, address = connect([dead, target.getsockname()], connection)
-    with sock:
+    with connected([dead, target.getsockname()], connection) as (_sock, address):
         assert address.host == LOCALHOST
         assert time.monotonic() - began < STAGGER / 2
 
@@ -259,8 +242,7 @@ def test_an_address_that_is_dead_costs_the_next_one_less_than_half_a_second(list
     """RFC 8305: it goes on beside it after 250 ms."""
     target, dead_place = on_one_port(partial(listen, LOCALHOST), partial(silent, dead))
     began = time.monotonic()
-    sock, address = connect([dead_place, target.getsockname()], connection)
-    with sock:
+    with connected([dead_place, target.getsockname()], connection) as (_sock, address):
         assert address.host == LOCALHOST
         assert STAGGER <= time.monotonic() - began < within(2) * STAGGER
 
@@ -288,35 +270,28 @@ def test_an_address_has_its_time_before_the_next_one_starts(monkeypatch, silent,
 @needs_neighbour
 @pytest.mark.usefixtures("poll_or_select")
 @pytest.mark.parametrize(("places", "code"), [
-    (["silent"], ReplyCode.TTL_EXPIRED),
-    (["silent", "silent"], ReplyCode.TTL_EXPIRED),
-    (["refusing", "silent"], ReplyCode.CONNECTION_REFUSED),
-    (["silent", "refusing"], ReplyCode.CONNECTION_REFUSED),
-    (["unreachable"], ReplyCode.NETWORK_UNREACHABLE),
-    (["unreachable", "silent"], ReplyCode.NETWORK_UNREACHABLE),
-    (["unreachable", "refusing", "unreachable"], ReplyCode.CONNECTION_REFUSED),
-    (["port 0"], ReplyCode.CONNECTION_REFUSED),
+    (["silent"], ReplyCode.TTL_EXPIRED), (["silent", "silent"], ReplyCode.TTL_EXPIRED),
+    (["refusing", "silent"], ReplyCode.CONNECTION_REFUSED), (["silent", "refusing"], ReplyCode.CONNECTION_REFUSED),
+    (["unreachable"], ReplyCode.NETWORK_UNREACHABLE), (["unreachable", "silent"], ReplyCode.NETWORK_UNREACHABLE),
+    (["unreachable", "refusing", "unreachable"], ReplyCode.CONNECTION_REFUSED), (["port 0"], ReplyCode.CONNECTION_REFUSED),
 ])
 def test_when_all_addresses_fail_the_most_telling_failure_is_reported(silent, refusing, connection, places, code):
     makers = {"silent": silent, "refusing": refusing, "unreachable": lambda: (UNREACHABLE, 80), "port 0": lambda: (LOCALHOST, 0)}
     began = time.monotonic()
-    with pytest.raises(RequestFailed) as caught:
+    with fails_with(code):
         connect([makers[place]() for place in places], connection, soon(0.6))
-    assert caught.value.code is code
     assert time.monotonic() - began < within(0.9 if "silent" in places else 0.2)
 
 
 def test_a_deadline_before_the_second_address_has_started_is_kept(silent, listen, connection):
-    with pytest.raises(RequestFailed) as caught:
+    with fails_with(ReplyCode.TTL_EXPIRED):
         connect([silent(), listen().getsockname()], connection, soon(0.05))
-    assert caught.value.code is ReplyCode.TTL_EXPIRED
 
 
 def test_connecting_ends_when_the_client_resets(pair, silent):
     client, connection = pair
     connecting = in_thread(connect, [silent()], connection)
-    set_reset(client)
-    client.close()
+    reset(client)
     with pytest.raises(ClientGone):
         connecting()
 
@@ -335,9 +310,8 @@ def stands(request, monkeypatch):
 @pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
 def test_a_connection_of_a_socket_with_itself_is_none(closed_port, connection, host):
     route = FromItsTarget()
-    with pytest.raises(RequestFailed, match="refused") as caught:
+    with fails_with(ReplyCode.CONNECTION_REFUSED, "refused"):
         connect([closed_port(host)], connection, route=route)
-    assert caught.value.code is ReplyCode.CONNECTION_REFUSED
     assert route.sockets == 2, "it is tried once more"
 
 
@@ -348,8 +322,7 @@ def test_a_target_that_has_connected_with_itself_is_tried_once_more(closed_port,
     route.honest, listeners = 2, []
     route.before_those = lambda address: listeners.append(listen(address.host, address.port))
     place = closed_port()
-    sock, address = connect([place], connection, route=route)
-    with sock:
+    with connected([place], connection, route) as (sock, address):
         assert sock.getpeername() == listeners[0].getsockname() == (address.host, address.port) == place
         assert sock.getsockname() != place
 
@@ -360,8 +333,7 @@ def test_a_connection_with_itself_does_not_keep_from_the_next_address(closed_por
     route = FromItsTarget()
     route.honest, target = 3, listen("127.0.0.2")
     began = time.monotonic()
-    sock, address = connect([closed_port(), target.getsockname()], connection, route=route)
-    with sock:
+    with connected([closed_port(), target.getsockname()], connection, route) as (_sock, address):
         assert address == address_of(target.getsockname())
         assert time.monotonic() - began < STAGGER / 2
 
@@ -392,26 +364,20 @@ def test_where_there_are_few_ports_all_that_are_closed_refuse(connection, host):
 @pytest.mark.parametrize(("family", "host", "other"), [(socket.AF_INET, LOCALHOST, "::1"), (socket.AF_INET6, "::1", LOCALHOST)])
 def test_a_route_of_one_family_leads_to_no_other(listen, connection, family, host, other):
     target = listen(host).getsockname()
-    sock, address = connect([(other, target[1]), target], connection, route=Route(family))
-    with sock:
+    with connected([(other, target[1]), target], connection, Route(family)) as (_sock, address):
         assert address.host == host
-    with pytest.raises(RequestFailed, match="family") as caught:
+    with fails_with(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, "family"):
         connect([(other, target[1])], connection, route=Route(family))
-    assert caught.value.code is ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED
 
 
 @needs_neighbour
 def test_a_route_goes_out_from_its_source(listen, connection):
     target = listen()
-    sock, _address = connect([target.getsockname()], connection, route=Route(source="127.0.0.2"))
-    with sock:
+    with connected([target.getsockname()], connection, Route(source="127.0.0.2")) as (sock, _address):
         assert sock.getsockname()[0] == "127.0.0.2"
         peer, sockaddr = target.accept()
         with peer:
             assert sockaddr[0] == "127.0.0.2"
-
-
-BOTH = ("127.0.0.2", "::1")
 
 
 @needs_ipv6
@@ -422,19 +388,17 @@ BOTH = ("127.0.0.2", "::1")
 def test_with_a_source_of_one_family_the_other_is_not_used(listen, connection, source, host, reason):
     """Who names a source does not want to be seen as another."""
     target = listen(host).getsockname()
-    with pytest.raises(RequestFailed) as caught:
+    with fails_with(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED) as caught:
         connect([target], connection, route=Route(source=source))
-    assert caught.value.code is ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED
     assert str(caught.value) == f"{address_of(target)} {reason}"
 
 
 @needs_ipv6
 @needs_neighbour
-@pytest.mark.parametrize("source", [BOTH, BOTH[::-1]])
+@pytest.mark.parametrize("source", [("127.0.0.2", "::1"), ("::1", "127.0.0.2")])
 def test_a_source_of_each_family_is_for_the_targets_of_that(listen, connection, source):
     for host, own in ((LOCALHOST, "127.0.0.2"), ("::1", "::1")):
-        sock, _address = connect([listen(host).getsockname()], connection, route=Route(source=source))
-        with sock:
+        with connected([listen(host).getsockname()], connection, Route(source=source)) as (sock, _address):
             assert sock.getsockname()[0] == own
 
 
@@ -442,16 +406,14 @@ def test_a_source_of_each_family_is_for_the_targets_of_that(listen, connection, 
 @needs_neighbour
 def test_of_a_name_with_both_families_that_of_the_source_is_used(listen, connection):
     target, other = on_one_port(partial(listen, LOCALHOST), partial(listen, "::1"))
-    sock, address = connect([other.getsockname(), target.getsockname()], connection, route=Route(source="127.0.0.2"))
-    with sock:
+    with connected([other.getsockname(), target.getsockname()], connection, Route(source="127.0.0.2")) as (_sock, address):
         assert address.host == LOCALHOST
 
 
 def test_a_source_that_is_not_of_this_computer_is_a_failure_of_ours(listen, connection):
     """M: EADDRNOTAVAIL is local trouble."""
-    with pytest.raises(RequestFailed) as caught:
+    with fails_with(ReplyCode.GENERAL_FAILURE):
         connect([listen().getsockname()], connection, route=Route(source="192.0.2.1"))
-    assert caught.value.code is ReplyCode.GENERAL_FAILURE
 
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="not on this platform: an address without a port can be reserved on Linux only")
@@ -469,8 +431,7 @@ def test_a_socket_with_a_source_has_no_port_before_it_is_connected(listen, sourc
 @pytest.mark.parametrize("option", [None, 12345], ids=["elsewhere", "an old kernel"])
 def test_where_an_address_cannot_be_had_without_a_port_the_source_is_kept(listen, connection, monkeypatch, option):
     monkeypatch.setattr(outbound, "BIND_ADDRESS_NO_PORT", option)
-    sock, _address = connect([listen().getsockname()], connection, route=Route(source=LOCALHOST))
-    with sock:
+    with connected([listen().getsockname()], connection, Route(source=LOCALHOST)) as (sock, _address):
         assert sock.getsockname()[0] == LOCALHOST
 
 
@@ -525,7 +486,6 @@ def test_connect_and_bind_work_with_either_way_of_waiting(start_server, new_clie
     first = client.ask(Command.BIND, ("0.0.0.0", 0))
     client.send(b"early")
     with socket.create_connection((first.bound.host, first.bound.port), TIMEOUT) as peer:
-        peer.settimeout(TIMEOUT)
         assert Reply.read(client).bound == address_of(peer.getsockname())
         assert peer.recv(100) == b"early"
         peer.sendall(b"answer")
