@@ -192,28 +192,21 @@ def connected(addresses, connection, route=None):
 
 
 @pytest.mark.usefixtures("poll_or_select")
-def test_the_connection_is_one_to_an_address_that_answers(listen, refusing, connection):
-    target = listen()
-    with connected([target.getsockname()], connection) as (sock, address):
-        assert address == address_of(target.getsockname())
-        assert sock.getpeername() == target.getsockname()
-        assert not sock.getblocking()
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)      # E31
-        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)      # E34
-    with fails_with(ReplyCode.CONNECTION_REFUSED):
-        connect([refusing()], connection)
-
-
-@pytest.mark.usefixtures("poll_or_select")
-def test_where_the_system_does_not_tell_at_once_a_refusal_is_found_out_later(monkeypatch, listen, refusing, connection):
+@pytest.mark.parametrize("begin", [outbound.begin_connecting, socket.socket.connect_ex], ids=["told at once", "found out later"])
+def test_the_connection_is_one_to_an_address_that_answers(monkeypatch, listen, refusing, connection, begin):
     """On Linux a connection on the same computer stands, or does not, when it has been asked for twice."""
-    monkeypatch.setattr(outbound, "begin_connecting", socket.socket.connect_ex)
-    target = listen()
-    with connected([refusing(), target.getsockname()], connection) as (sock, address):
-        assert address == address_of(target.getsockname())
-        assert sock.getpeername() == target.getsockname()
-    with fails_with(ReplyCode.CONNECTION_REFUSED):
-        connect([refusing(), refusing()], connection)
+    monkeypatch.setattr(outbound, "begin_connecting", begin)
+    target = listen().getsockname()
+    for places in ([target], [refusing(), target]):
+        with connected(places, connection) as (sock, address):
+            assert address == address_of(target)
+            assert sock.getpeername() == target
+            assert not sock.getblocking()
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)      # E31
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)      # E34
+    for places in ([refusing()], [refusing(), refusing()]):
+        with fails_with(ReplyCode.CONNECTION_REFUSED):
+            connect(places, connection)
 
 
 @pytest.mark.usefixtures("poll_or_select")
@@ -361,13 +354,20 @@ def test_where_there_are_few_ports_all_that_are_closed_refuse(connection, host):
 # --- routes ---
 
 @needs_ipv6
-@pytest.mark.parametrize(("family", "host", "other"), [(socket.AF_INET, LOCALHOST, "::1"), (socket.AF_INET6, "::1", LOCALHOST)])
-def test_a_route_of_one_family_leads_to_no_other(listen, connection, family, host, other):
-    target = listen(host).getsockname()
-    with connected([(other, target[1]), target], connection, Route(family)) as (_sock, address):
+@pytest.mark.parametrize(("route", "host", "other", "reason"), [
+    (Route(socket.AF_INET), LOCALHOST, "::1", "not of the family in use"),
+    (Route(socket.AF_INET6), "::1", LOCALHOST, "not of the family in use"),
+    (Route(source=LOCALHOST), LOCALHOST, "::1", "IPv6, and --source has only an IPv4 address"),
+    (Route(source=("::1",)), "::1", LOCALHOST, "IPv4, and --source has only an IPv6 address"),
+], ids=["IPv4", "IPv6", "a source of IPv4", "a source of IPv6"])
+def test_a_route_of_one_family_leads_to_no_other(listen, connection, route, host, other, reason):
+    """Who names a source does not want to be seen as another."""
+    target, elsewhere = (sock.getsockname() for sock in on_one_port(partial(listen, host), partial(listen, other)))
+    with connected([elsewhere, target], connection, route) as (_sock, address):
         assert address.host == host
-    with fails_with(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, "family"):
-        connect([(other, target[1])], connection, route=Route(family))
+    with fails_with(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED) as caught:
+        connect([elsewhere], connection, route=route)
+    assert str(caught.value) == f"{address_of(elsewhere)} is {reason}"
 
 
 @needs_neighbour
@@ -382,32 +382,11 @@ def test_a_route_goes_out_from_its_source(listen, connection):
 
 @needs_ipv6
 @needs_neighbour
-@pytest.mark.parametrize(("source", "host", "reason"), [
-    ("127.0.0.2", "::1", "is IPv6, and --source has only an IPv4 address"), (("::1",), LOCALHOST, "is IPv4, and --source has only an IPv6 address"),
-])
-def test_with_a_source_of_one_family_the_other_is_not_used(listen, connection, source, host, reason):
-    """Who names a source does not want to be seen as another."""
-    target = listen(host).getsockname()
-    with fails_with(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED) as caught:
-        connect([target], connection, route=Route(source=source))
-    assert str(caught.value) == f"{address_of(target)} {reason}"
-
-
-@needs_ipv6
-@needs_neighbour
 @pytest.mark.parametrize("source", [("127.0.0.2", "::1"), ("::1", "127.0.0.2")])
 def test_a_source_of_each_family_is_for_the_targets_of_that(listen, connection, source):
     for host, own in ((LOCALHOST, "127.0.0.2"), ("::1", "::1")):
         with connected([listen(host).getsockname()], connection, Route(source=source)) as (sock, _address):
             assert sock.getsockname()[0] == own
-
-
-@needs_ipv6
-@needs_neighbour
-def test_of_a_name_with_both_families_that_of_the_source_is_used(listen, connection):
-    target, other = on_one_port(partial(listen, LOCALHOST), partial(listen, "::1"))
-    with connected([other.getsockname(), target.getsockname()], connection, Route(source="127.0.0.2")) as (_sock, address):
-        assert address.host == LOCALHOST
 
 
 def test_a_source_that_is_not_of_this_computer_is_a_failure_of_ours(listen, connection):
