@@ -158,7 +158,7 @@ def answering(*answers: Union[Sequence[str], Exception]) -> Any:
             self.asked.append(host)
             answer = answers[min(len(self.asked), len(answers)) - 1]
             if isinstance(answer, Exception):
-                raise answer
+                raise type(answer)(*answer.args)    # a new one: the traceback of one that is raised again and again grows
             return answer
 
     return Answering
