@@ -17,7 +17,8 @@ import socket
 import socketserver
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Callable, Iterator, List, Optional, Tuple, Type, TypeVar, Union
 
 import pytest
@@ -35,8 +36,7 @@ from socks5srv.session import Session
 
 from .networks import LinkLocal, link_local_address, network_of_its_own
 
-pytest_plugins = ["socks5srv.testing.pytest_plugin"]       # installed or not
-
+pytest_plugins = ["socks5srv.testing.pytest_plugin", "tests.program"]      # the first if it is not installed, too
 
 TIMEOUT = 10.0              # seconds after which something that was waited for does not come
 LOCALHOST = "127.0.0.1"
@@ -49,21 +49,20 @@ T = TypeVar("T")
 Place = Union[Address, Tuple[Any, ...]]
 
 
-pytest_plugins = ["tests.program"]      # for the rooms in which the program is started
-
-
 def pytest_configure(config: pytest.Config) -> None:
     # A socket left to the garbage collector, or a thread that died of an exception, is a failure.
     config.addinivalue_line("filterwarnings", "error")
 
 
+def socket_for(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
 def can_bind(host: str) -> bool:
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-            sock.bind((host, 0))
-    except OSError:
-        return False
-    return True
+    with suppress(OSError), socket_for(host) as sock:
+        sock.bind((host, 0))
+        return True
+    return False
 
 
 needs_ipv6 = pytest.mark.skipif(not can_bind("::1"), reason="no IPv6 on this computer")
@@ -82,12 +81,8 @@ def name(host: str, port: int) -> Address:
 
 
 def on_one_port(*makers: Callable[[int], Any]) -> List[Any]:
-    """
-    What they make on one and the same port of different addresses; each is called with a port.
-
-    At one of the addresses somebody else may have the port; then it is tried with another.
-    """
-    for _ in range(100):
+    """What they make on one and the same port of different addresses; each is called with a port."""
+    for _ in range(100):        # at one of the addresses somebody else may have the port
         made = [makers[0](0)]
         place = getattr(made[0], "server_address", None) or (made[0] if isinstance(made[0], tuple) else made[0].getsockname())
         try:
@@ -129,23 +124,16 @@ def fails_with(code: ReplyCode, match: Optional[str] = None) -> Iterator[Any]:
 
 def in_thread(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
     """Call it in a thread; the result waits for what it returns, and raises what it raises."""
-    answers: queue.SimpleQueue[Tuple[bool, Any]] = queue.SimpleQueue()
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            answers.put((True, function(*arguments)))
+            answer.set_result(function(*arguments))
         except BaseException as error:
-            answers.put((False, error))
+            answer.set_exception(error)
 
     threading.Thread(target=run, name=f"test-{function.__name__}", daemon=True).start()
-
-    def result() -> T:
-        good, answer = answers.get(timeout=TIMEOUT)
-        if not good:
-            raise answer
-        return answer
-
-    return result
+    return lambda: answer.result(TIMEOUT)
 
 
 # --- the end of every test ---
@@ -154,10 +142,8 @@ def descriptors() -> List[str]:
     """What the descriptors of this process lead to, but for the one that reads the list."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
-        try:
+        with suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            pass
     return sorted(found)
 
 
@@ -204,7 +190,6 @@ def link_local() -> Iterator[LinkLocal]:
 class Names:
     """
     A system's resolver that knows these names only, and completes others with ``corp.example``.
-
     `hosts` is its own list, which it reads for names without a dot at the end; `dns` has addresses, or an alias's other name.
     """
 
@@ -249,7 +234,6 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 class FromItsTarget(Route):
     """
     Its sockets go out from the very port that they dial.
-
     If nobody listens there, TCP's simultaneous open connects each with itself.  `sockets` are those made up to now;
     from number `honest` on they go out from a port of their own, and `before_those` is called.
     """
@@ -289,7 +273,6 @@ class Served:
 def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     """
     Start a server in a thread: ``start_server(handler, address, more, users=, **attributes)``.
-
     With `more` addresses it has more listeners; `addresses` are those of all of them.  With `elsewhere` each client is
     taken for one on another computer.
     At the end it is closed, and none of its threads may be left, nor a bug have been logged.
@@ -351,11 +334,7 @@ def handler_with(**methods: Any) -> Type[Socks5Handler]:
 # --- clients ---
 
 class Client:
-    """
-    The client's end of a conversation; as a `BinaryStream` it can be read from by messages.
-
-    Its methods send what they are told to, right or wrong.
-    """
+    """The client's end of a conversation, which messages can be read from.  It sends what it is told to, right or wrong."""
 
     def __init__(self, address: Tuple[Any, ...], source: Optional[str] = None) -> None:
         self.socket = socket.create_connection(address[:2], TIMEOUT, (source, 0) if source else None)
@@ -396,14 +375,10 @@ class Client:
     def rest(self) -> bytes:
         """All that comes until the end, be it clean or a reset."""
         octets = b""
-        try:
-            while True:
-                more = self.socket.recv(65536)
-                if not more:
-                    return octets
+        with suppress(ConnectionError):
+            for more in iter(lambda: self.socket.recv(65536), b""):
                 octets += more
-        except ConnectionError:
-            return octets
+        return octets
 
     def greet(self, *methods: int) -> MethodSelection:
         self.send(Greeting(bytes(methods or (Method.NO_AUTHENTICATION_REQUIRED,))))
@@ -468,7 +443,7 @@ def listen() -> Iterator[Callable[..., socket.socket]]:
     """A socket that listens, with a timeout: ``listen(host)``.  Its backlog accepts by itself."""
     with ExitStack() as stack:
         def make(host: str = LOCALHOST, port: int = 0, backlog: int = 16) -> socket.socket:
-            sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            sock = stack.enter_context(socket_for(host))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.settimeout(TIMEOUT)
             sock.bind((host, port))
@@ -483,7 +458,7 @@ def refusing() -> Iterator[Callable[..., Tuple[str, int]]]:
     """A host and port that refuse connections, and stay so: ``refusing(host)``."""
     with ExitStack() as stack:
         def make(host: str = LOCALHOST, port: int = 0) -> Tuple[str, int]:
-            sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            sock = stack.enter_context(socket_for(host))
             sock.bind((host, port))     # and no listen()
             return sock.getsockname()[:2]
 
@@ -494,7 +469,7 @@ def refusing() -> Iterator[Callable[..., Tuple[str, int]]]:
 def closed_port() -> Callable[..., Tuple[str, int]]:
     """A host and port where nobody listens, and anybody may: ``closed_port(host)``."""
     def make(host: str = LOCALHOST) -> Tuple[str, int]:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        with socket_for(host) as sock:
             sock.bind((host, 0))
             return sock.getsockname()[:2]
 
@@ -506,13 +481,12 @@ def silent() -> Iterator[Callable[..., Tuple[str, int]]]:
     """A host and port where connections neither come about nor fail: ``silent(host)``."""
     with ExitStack() as stack:
         def make(host: str = LOCALHOST, port: int = 0) -> Tuple[str, int]:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = stack.enter_context(socket.socket(family))
+            listener = stack.enter_context(socket_for(host))
             listener.bind((host, port))
             listener.listen(0)
             # Nobody accepts, so the backlog is soon full, and then a SYN gets no answer.
             for _ in range(4):
-                sock = stack.enter_context(socket.socket(family))
+                sock = stack.enter_context(socket_for(host))
                 sock.setblocking(False)
                 sock.connect_ex(listener.getsockname())
             return listener.getsockname()[:2]
@@ -548,18 +522,13 @@ class Echo(socketserver.ThreadingTCPServer):
     """Sends back what it receives, connection by connection, and ends when the other end does."""
 
     request_queue_size = 1024
-    accepted: int = 0
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             self.request.settimeout(TIMEOUT)
-            try:
-                octets = self.request.recv(65536)
-                while octets:
+            with suppress(OSError):
+                for octets in iter(lambda: self.request.recv(65536), b""):
                     self.request.sendall(octets)
-                    octets = self.request.recv(65536)
-            except OSError:
-                pass
 
     def __init__(self, host: str, port: int) -> None:
         if ":" in host:
@@ -573,10 +542,8 @@ class Echo(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         for connection in self.connections:     # or their threads would wait for what never comes
-            try:
+            with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
         super().server_close()
 
 

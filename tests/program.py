@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 
@@ -38,10 +38,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def environment(**changes: str) -> Dict[str, str]:
     """Ours, without what would change what the command does or how it looks."""
-    ours = {
-        name: value for name, value in os.environ.items()
-        if not name.startswith("SOCKS5SRV_") and name not in ("NO_COLOR", "FORCE_COLOR", "PYTHONWARNINGS")
-    }
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("SOCKS5SRV_")}
+    for name in ("NO_COLOR", "FORCE_COLOR", "PYTHONWARNINGS"):
+        ours.pop(name, None)
     return {**ours, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", **changes}
 
 
@@ -75,13 +74,12 @@ def _no_options_from_outside(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-class Outcome:
-    """What a command that has ended has left: `code`, `stdout` and `stderr`."""
+class Outcome(NamedTuple):
+    """What a command that has ended has left."""
 
-    def __init__(self, code: int, stdout: str, stderr: str) -> None:
-        self.code = code
-        self.stdout = stdout
-        self.stderr = stderr
+    code: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture
@@ -89,8 +87,8 @@ def run_command() -> Callable[..., Outcome]:
     """Run it to its end, without a terminal: ``run_command("-V")``; keywords are environment variables."""
     def run(*words: str, **variables: str) -> Outcome:
         done = subprocess.run(
-            [*COMMAND, *words], env=environment(**variables), stdin=subprocess.DEVNULL, capture_output=True,
-            timeout=TIMEOUT, check=False, encoding="utf-8",
+            [*COMMAND, *words], env=environment(**variables), stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT, check=False,
+            encoding="utf-8",
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -150,10 +148,8 @@ class Service:
 
     def kill(self) -> None:
         """End it, and what a shell may have started for it."""
-        try:
+        with suppress(ProcessLookupError, PermissionError):     # it has ended
             os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):      # it has ended
-            pass
         self.process.wait(TIMEOUT)
 
 
@@ -179,16 +175,11 @@ class Terminal:
         self.text = ""
         self.screen, terminal = os.openpty()
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", IN_TERMINAL, os.ttyname(terminal), *command, *words], env=environment(**variables),
-            )
-            self.wait_for_reader()
+            start = [sys.executable, "-c", IN_TERMINAL, os.ttyname(terminal), *command, *words]
+            self.process = subprocess.Popen(start, env=environment(**variables))
+            self.read(TIMEOUT)      # before its first text, the terminal is only ours, and would be gone with our end
         finally:
             os.close(terminal)
-
-    def wait_for_reader(self) -> None:
-        """Wait for the first text: before, the terminal is only ours, and would be gone with our end."""
-        self.read(TIMEOUT)
 
     def read(self, seconds: float) -> bool:
         """Take what is shown next; False if nothing is, or nothing will be."""
@@ -247,9 +238,8 @@ def at_terminal() -> Iterator[Callable[..., Terminal]]:
 @pytest.fixture
 def expect_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """
-    Call a function that has to complain: ``expect_error(function, argument)``.
-
-    Its exit code has to be 2 and its message to look like all messages; returns the message.
+    Call a function that has to complain, with exit code 2 and a message that looks like all: ``expect_error(function, argument)``.
+    Returns the message.
     """
     def expect(function: Callable[..., Any], *arguments: Any) -> str:
         with pytest.raises(SystemExit) as exit_:
