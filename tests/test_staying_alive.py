@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Iterator, List, Set, Tuple
 
@@ -43,27 +43,17 @@ PATIENCE = 40.0     # seconds that this may take
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="not on this platform: one process is all there is")
 
 
-class ToNull(logging.Handler):
-    """A log that counts what is told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: List[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record.getMessage())
-
-
 @pytest.fixture
-def log() -> Iterator[ToNull]:
-    logger, handler = logging.getLogger("socks5srv"), ToNull()
-    before = logger.propagate, logger.level
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[List[str]]:
+    """What is told, without what it is told of, and to nobody else."""
+    told: List[str] = []
+    logger, handler = logging.getLogger("socks5srv"), logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())      # type: ignore[method-assign]
+    caplog.set_level(logging.INFO, "socks5srv")
+    monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    yield handler
+    yield told
     logger.removeHandler(handler)
-    logger.propagate, logger.level = before
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +64,9 @@ def _a_users_file_is_read_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -
 class Turns:
     """A server whose every turn begins with something to do, and with one more failure ahead."""
 
-    def __init__(self, server: Any, address: Tuple[Any, ...], calls: FailingCalls, users_file: Path, each: str = "pause") -> None:
-        self.server = server
-        self.address = address
-        self.calls = calls
-        self.users_file = users_file
+    def __init__(self, server: Any, address: Tuple[Any, ...], calls: FailingCalls, users: UsersFile, each: str = "pause") -> None:
+        self.server, self.address, self.calls = server, address, calls
+        self.users_file = Path(users.path)
         self.number = 0
         self.error: List[BaseException] = []
         self.original = getattr(server, each)
@@ -147,7 +135,7 @@ def closing() -> Iterator[ExitStack]:
         yield stack
 
 
-def survives(turns: Turns, log: ToNull, *functions: str) -> None:
+def survives(turns: Turns, log: List[str], *functions: str) -> None:
     """It goes on, tells what has failed, and has really been asked to."""
     try:
         turns.go_on_until_all_has_failed(set(functions))
@@ -155,38 +143,30 @@ def survives(turns: Turns, log: ToNull, *functions: str) -> None:
         turns.calls.stop()
         turns.close()
         turns.thread.join(TIMEOUT)
-    assert log.records
+    assert log
     assert not turns.error
     eventually(lambda: not [thread for thread in server_threads() if thread.name == "socks5srv-conversation"])
 
 
-DUTIES = (
-    "server.py:report_ended", "server.py:report", "registry.py:hang_up_on_slow", "users.py:refresh", "users.py:read_users", "handler.py:session_ended",
-)
+DUTIES = [
+    "server.py:report_ended", "server.py:report", "registry.py:hang_up_on_slow", "users.py:refresh", "users.py:read_users",
+    "handler.py:session_ended",
+]
 
 
-def test_a_server_survives_the_failure_of_all_that_it_calls(calls: FailingCalls, users: UsersFile, log: ToNull) -> None:
+def test_a_server_survives_the_failure_of_all_that_it_calls(calls: FailingCalls, users: UsersFile, log: List[str]) -> None:
     server = Socks5Server((LOCALHOST, 0), users=users)
-    survives(Turns(server, server.server_address, calls, Path(users.path)), log, *DUTIES)
+    survives(Turns(server, server.server_address, calls, users), log, *DUTIES)
 
 
-def program(users: UsersFile, **more: Any) -> Single:
-    return Single(Settings(users_file=users.path, **more), listening_sockets([LOCALHOST], 0))
-
-
-def test_so_does_the_program(calls: FailingCalls, users: UsersFile, log: ToNull) -> None:
-    node = program(users)
-    turns = Turns(node.server, node.addresses[0], calls, Path(users.path))
+@pytest.mark.parametrize("watched", [False, True])
+def test_so_do_the_program_and_its_page(watched: bool, calls: FailingCalls, users: UsersFile, log: List[str], closing: ExitStack) -> None:
+    node = Single(Settings(users_file=users.path, status=(LOCALHOST, 0) if watched else None), listening_sockets([LOCALHOST], 0))
+    pages = [closing.enter_context(StatusPage(node.stats, {}, Address.numeric(LOCALHOST, 0)))] if watched else []
+    turns = Turns(node.server, node.addresses[0], calls, users)
     node.call(lambda: None)
-    survives(turns, log, *DUTIES, "service/summary.py:ended")
-
-
-def test_so_does_one_that_is_watched_and_so_does_its_page(calls: FailingCalls, users: UsersFile, log: ToNull, closing: ExitStack) -> None:
-    node = program(users, status=(LOCALHOST, 0))
-    page = closing.enter_context(StatusPage(node.stats, {}, Address.numeric(LOCALHOST, 0)))
-    turns = Turns(node.server, node.addresses[0], calls, Path(users.path))
-    survives(turns, log, *DUTIES, "service/summary.py:ended", "monitor/metrics.py:ended", "explain/tracer.py:ended")
-    assert page.thread.is_alive()
+    survives(turns, log, *DUTIES, "service/summary.py:ended", *["monitor/metrics.py:ended", "explain/tracer.py:ended"] * watched)
+    assert all(page.thread.is_alive() for page in pages)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="not on this platform: no thread is tied")
@@ -221,31 +201,23 @@ def test_the_page_survives_the_failure_of_all_that_it_calls(closing: ExitStack, 
     page.service_actions = turn        # type: ignore[method-assign]
     closing.enter_context(page)
     until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
+    while calls.quiet <= QUIET and time.monotonic() < until:
         assert page.thread.is_alive(), f"{calls.failed[-1]} has ended it"
-        try:
+        with suppress(OSError):
             socket.create_connection(page.server_address[:2], 0.2).close()
-        except OSError:
-            pass
-        if calls.quiet > QUIET:
-            break
     calls.stop()
     assert {"monitor/http.py:get_request", "monitor/http.py:process_request"} <= set(calls.functions())
     eventually(lambda: not page.silent and not page.busy)
 
 
 @needs_posix
-def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: ToNull, closing: ExitStack) -> None:
+def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: List[str], closing: ExitStack) -> None:
     ours, theirs = socket.socketpair()
     parent = Channel(ours)
     closing.callback(parent.close)
-    settings = Settings(users_file=users.path)
-    with socket.socket() as listener:
-        listener.bind((LOCALHOST, 0))
-        listener.listen()
-        config = WorkerConfig(
-            0, 1, settings, users.hashes, [os.dup(listener.fileno())], Scoreboard.new(1).descriptor, frozenset(), (OrderedDict(), {}),
-        )
+    (listener,) = [sock.detach() for sock in listening_sockets([LOCALHOST], 0)]
+    settings, state = Settings(users_file=users.path), (OrderedDict(), {})
+    config = WorkerConfig(0, 1, settings, users.hashes, [listener], Scoreboard.new(1).descriptor, frozenset(), state)
     server = WorkerServer(Channel(theirs), config)
     closing.callback(server.channel.close)
     closing.callback(server.scoreboard.close)
@@ -267,7 +239,7 @@ def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: ToNull, cl
             super().close()
 
     survives(
-        Controlled(server, server.server_address, calls, Path(users.path)), log, "server.py:report_ended", "workers/shared.py:refresh",
+        Controlled(server, server.server_address, calls, users), log, "server.py:report_ended", "workers/shared.py:refresh",
         "workers/worker.py:update_summary", "workers/worker.py:on_UsersChanged", "workers/shared.py:on_LoginFailed",
     )
 
@@ -278,12 +250,11 @@ def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: ToNull, cl
 @needs_posix
 @pytest.mark.parametrize("error", ERRORS, ids=["out of something", "a bug"])
 def test_so_does_the_parent_of_workers(
-        error: Any, calls: FailingCalls, users: UsersFile, log: ToNull, monkeypatch: pytest.MonkeyPatch) -> None:
+        error: Any, calls: FailingCalls, users: UsersFile, log: List[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls.errors = [error]          # each may cost a process its start, which takes longest
     for name, value in {"restart_backoff": 0.01, "max_backoff": 0.01, "max_fast_failures": 10**6}.items():
         monkeypatch.setattr(Supervisor, name, value)
-    settings = Settings(users_file=users.path, quiet=True, workers=2)
-    supervisor = Supervisor(settings, listening_sockets([LOCALHOST], 0))
+    supervisor = Supervisor(Settings(users_file=users.path, quiet=True, workers=2), listening_sockets([LOCALHOST], 0))
     assert supervisor.start()
 
     class Killing(Turns):
@@ -296,7 +267,7 @@ def test_so_does_the_parent_of_workers(
             supervisor.close()
 
     survives(
-        Killing(supervisor, supervisor.addresses[0], calls, Path(users.path), "turn"), log,
+        Killing(supervisor, supervisor.addresses[0], calls, users, "turn"), log,
         *(f"workers/supervisor.py:{name}" for name in ("turn", "start_worker", "fill", "receive", "bury", "on_SummaryUpdate")),
         "workers/channel.py:fill", "users.py:read_users",
     )
