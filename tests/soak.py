@@ -18,22 +18,23 @@ import errno
 import logging
 import os
 import random
+import re
 import socket
 import shutil
-import socketserver
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
-from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Greeting, Message, Reply, Request
+from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Greeting, Reply, Request
 from socks5srv.server import Socks5Server
 
+from . import conftest
 from .conftest import LOCALHOST, Client, eventually, exchange, name
 
 WORKERS = 8
@@ -42,27 +43,15 @@ GROWTH = 4 * 1024           # KiB of memory that may be added by fragmentation
 FEW = 20                    # threads and descriptors by which two looks at a running server may differ
 
 
-class Echo(socketserver.ThreadingTCPServer):
-    """Sends back what it receives."""
+class Echo(conftest.Echo):
+    """Counts its connections, and does not keep them."""
 
     daemon_threads = True
-    request_queue_size = 128
     served = 0
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.served += 1
-        super().process_request(request, client_address)
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            try:
-                while True:
-                    octets = self.request.recv(65536)
-                    if not octets:
-                        return
-                    self.request.sendall(octets)
-            except OSError:         # a client that has gone early
-                pass
+        super(conftest.Echo, self).process_request(request, client_address)
 
 
 Visit = Callable[[Client, Echo, random.Random], None]
@@ -74,7 +63,7 @@ def tunnel(client: Client, echo: Echo, dice: random.Random) -> None:
         exchange(client, bytes(dice.randrange(1, 50_000)))
 
 
-def refusal(client: Client, _echo: Echo, _dice: random.Random) -> None:
+def refusal(client: Client, *_others: object) -> None:
     client.ask(Command.CONNECT, (LOCALHOST, 1))
 
 
@@ -84,7 +73,7 @@ def garbage(client: Client, _echo: Echo, dice: random.Random) -> None:
     client.rest()
 
 
-def half_open(client: Client, _echo: Echo, _dice: random.Random) -> None:
+def half_open(client: Client, *_others: object) -> None:
     client.send(b"\5\3")
     client.reset()
 
@@ -98,17 +87,16 @@ def bind(client: Client, _echo: Echo, dice: random.Random) -> None:
             client.exactly(5)
 
 
-def associate(client: Client, _echo: Echo, _dice: random.Random) -> None:
+def associate(client: Client, *_others: object) -> None:
     relay = client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as target:
         for each in (sock, target):
             each.bind((LOCALHOST, 0))
             each.settimeout(10)
-        datagram: Message = Datagram(Address.of(target.getsockname()), b"hello")
-        sock.sendto(bytes(datagram), relay[:2])
-        octets, proxy = target.recvfrom(100)
-        target.sendto(octets, proxy)
-        assert sock.recv(100) == bytes(datagram)
+        datagram = bytes(Datagram(Address.of(target.getsockname()), b"hello"))
+        sock.sendto(datagram, relay[:2])
+        target.sendto(*target.recvfrom(100))
+        assert sock.recv(100) == datagram
 
 
 def gone_early(client: Client, echo: Echo, _dice: random.Random) -> None:
@@ -150,21 +138,11 @@ def look(pids: List[int]) -> Dict[str, int]:
     """Threads, descriptors, and memory in KiB, of these processes together."""
     sums = {"threads": 0, "descriptors": 0, "memory": 0}
     for pid in pids:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-        facts = {line.partition(":")[0]: line.split()[1] for line in lines if len(line.split()) > 1}
+        facts = dict(re.findall(r"^(\w+):\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace"), re.MULTILINE))
         sums["threads"] += int(facts["Threads"])
         sums["memory"] += int(facts["VmRSS"])
         sums["descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))
     return sums
-
-
-class Bugs(logging.Handler):
-    def __init__(self, failures: List[str]) -> None:
-        super().__init__(logging.ERROR)
-        self.failures = failures
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.failures.append(self.format(record))
 
 
 # --- what is soaked: its address, and the processes that it consists of ---
@@ -174,7 +152,9 @@ Soaked = Iterator[Tuple[Tuple[Any, ...], List[int]]]
 
 @contextmanager
 def in_this_process(failures: List[str]) -> Soaked:
-    logging.getLogger("socks5srv").addHandler(Bugs(failures))
+    bugs = logging.Handler(logging.ERROR)
+    bugs.emit = lambda record: failures.append(bugs.format(record))     # type: ignore[method-assign]
+    logging.getLogger("socks5srv").addHandler(bugs)
     with Socks5Server((LOCALHOST, 0)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_address, [os.getpid()]
@@ -215,24 +195,20 @@ def with_a_dead_resolver(command: List[str], folder: Path, stack: ExitStack) -> 
 
 
 def children_of(pid: int) -> List[int]:
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as stream:
-        return list(map(int, stream.read().split()))
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))
 
 
 def look_at_the_page(page: str, stop: threading.Event) -> None:
     """As monitors do."""
     while not stop.wait(1):
         for path in ("status.json", "readyz"):
-            try:
-                with urllib.request.urlopen(page + path, timeout=5) as answer:
-                    answer.read()
-            except OSError:         # not ready is an answer, too
-                pass
+            with suppress(OSError), urllib.request.urlopen(page + path, timeout=5) as answer:      # not ready is an answer, too
+                answer.read()
 
 
 def soak(seconds: float, program: bool = False) -> int:
     failures: List[str] = []
-    with Echo((LOCALHOST, 0), Echo.Handler) as echo:
+    with Echo(LOCALHOST, 0) as echo:
         threading.Thread(target=echo.serve_forever, daemon=True).start()
         with (as_a_program if program else in_this_process)(failures) as (address, pids):
             until = time.monotonic() + seconds
@@ -247,8 +223,9 @@ def soak(seconds: float, program: bool = False) -> int:
             after = look(pids)
         echo.shutdown()
     print(f"{echo.served} tunnels, {seconds:.0f} s; before {before}, after {after}")
-    failures += [f"{what} grew from {before[what]} to {after[what]}" for what, room in
-                 (("threads", FEW), ("descriptors", FEW), ("memory", GROWTH * len(pids))) if after[what] > before[what] + room]
+    for what, room in {"threads": FEW, "descriptors": FEW, "memory": GROWTH * len(pids)}.items():
+        if after[what] > before[what] + room:
+            failures.append(f"{what} grew from {before[what]} to {after[what]}")
     print(*failures or ["nothing has grown"], sep="\n")
     return 1 if failures else 0
 
