@@ -1,6 +1,4 @@
-"""
-Where the package keeps more than one thing: attributes and names that hold a container, found in the source.
-"""
+"""Where the package keeps more than one thing: attributes and names that hold a container, found in the source."""
 
 from __future__ import annotations
 
@@ -42,8 +40,7 @@ KINDS = CONTAINERS | {
 
 def containers() -> Iterator[str]:
     """``file.py:Class.attribute``, ``file.py:NAME`` and ``file.py:cached_function``, for each of them."""
-    for file, tree in SOURCE.items():
-        yield from (f"{file}:{name}" for name in sorted(set(found_in(tree.body, ""))))
+    return (f"{file}:{name}" for file, tree in SOURCE.items() for name in sorted(set(found_in(tree.body, ""))))
 
 
 def found_in(body: List[ast.stmt], prefix: str) -> Iterator[str]:
@@ -62,10 +59,9 @@ def found_in(body: List[ast.stmt], prefix: str) -> Iterator[str]:
 def attributes_set_in(function: ast.FunctionDef) -> Iterator[str]:
     arguments = (*function.args.args, *function.args.kwonlyargs)
     given = {argument.arg for argument in arguments if argument.annotation is not None and can_hold(argument.annotation)}
-    for node in ast.walk(function):
-        for target in filled_in(node, given):
-            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
-                yield target.attr
+    for target in (target for node in ast.walk(function) for target in filled_in(node, given)):
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
+            yield target.attr
 
 
 def filled_in(node: ast.AST, given: Set[str]) -> Iterator[ast.expr]:
@@ -104,18 +100,16 @@ OPENING = {
 
 def openings() -> Iterator[str]:
     """``file.py:Class.function`` for each that calls, or is built on, something that opens a descriptor."""
-    for file, tree in SOURCE.items():
-        yield from (f"{file}:{name}" for name in openings_in(tree, ""))
+    return (f"{file}:{name}" for file, tree in SOURCE.items() for name in sorted(set(openings_in(tree, ""))))
 
 
 def openings_in(node: ast.AST, prefix: str) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
+        place = prefix
         if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
-            name = f"{prefix}.{child.name}" if prefix else child.name
+            place = f"{prefix}.{child.name}".lstrip(".")
             if isinstance(child, ast.ClassDef) and any(outermost(base) in OPENING - {"socket"} for base in child.bases):
-                yield name
-            yield from openings_in(child, name)
-        else:
-            if isinstance(child, ast.Call) and outermost(child.func) in OPENING:
-                yield prefix
-            yield from openings_in(child, prefix)
+                yield place
+        elif isinstance(child, ast.Call) and outermost(child.func) in OPENING:
+            yield place
+        yield from openings_in(child, place)

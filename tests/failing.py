@@ -20,8 +20,6 @@ PACKAGE = str(Path(socks5srv.__file__).parent)
 
 # What the system may lack, and what a bug may be.
 ERRORS: List[Callable[[], Exception]] = [lambda: OSError(errno.EMFILE, "Too many open files"), lambda: ZeroDivisionError("a bug")]
-
-
 LOCKING = ("acquire", "release", "__enter__", "__exit__")      # cannot fail, and a lock that is never released stops everything
 
 

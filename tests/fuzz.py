@@ -9,6 +9,7 @@ The invariant: whatever comes, it parses or raises the error made for it, never 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from io import BytesIO
 
 import atheris
@@ -37,10 +38,8 @@ def message(octets: bytes) -> None:
 def header(octets: bytes) -> None:
     length = datagrams.header_length(memoryview(octets))
     if 0 < length <= len(octets):
-        try:
+        with suppress(protocol.RequestFailed):      # a name that cannot exist
             protocol.Datagram.read(BytesIO(octets[:length]))
-        except protocol.RequestFailed:      # a name that cannot exist
-            pass
 
 
 def rule(octets: bytes) -> None:
@@ -52,10 +51,8 @@ def rule(octets: bytes) -> None:
 
 
 def users_line(octets: bytes) -> None:
-    try:
+    with suppress(users.BadUsersFile):
         users.read_line(octets.decode("utf-8", "replace"), "file:1")
-    except users.BadUsersFile:
-        pass
 
 
 def stranger(octets: bytes) -> None:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import socket
 import struct
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
@@ -35,7 +35,7 @@ def network_of_its_own() -> Iterator[None]:
         if libc.unshare(CLONE_NEWNET):
             pytest.skip(f"not on this platform: a network namespace for this user ({os.strerror(ctypes.get_errno())})")
         try:
-            switch_on(LO)
+            ioctl(socket.AF_INET, SIOCSIFFLAGS, struct.pack("16sh22x", LO.encode(), IFF_UP))
             yield
         finally:
             if libc.setns(before, CLONE_NEWNET):
@@ -44,20 +44,17 @@ def network_of_its_own() -> Iterator[None]:
         os.close(before)
 
 
-def switch_on(interface: str) -> None:
+def ioctl(family: int, code: int, request: bytes) -> None:
     import fcntl
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sh22x", interface.encode(), IFF_UP))
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, code, request)
 
 
 def add_address(interface: str, host: str, bits: int) -> None:
     """One more IPv6 address for it."""
-    import fcntl
-
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-        request = struct.pack("16sIi", socket.inet_pton(socket.AF_INET6, host), bits, socket.if_nametoindex(interface))
-        fcntl.ioctl(sock, SIOCSIFADDR, request)
+    octets = socket.inet_pton(socket.AF_INET6, host)
+    ioctl(socket.AF_INET6, SIOCSIFADDR, struct.pack("16sIi", octets, bits, socket.if_nametoindex(interface)))
 
 
 class LinkLocal(NamedTuple):
@@ -80,12 +77,10 @@ class LinkLocal(NamedTuple):
         return f"{self.host}%{self.scope}"
 
     def can_be_bound(self) -> bool:
-        try:
-            with socket.socket(socket.AF_INET6) as sock:
-                sock.bind((self.host, 0, 0, self.scope))
-        except OSError:
-            return False
-        return True
+        with suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+            sock.bind((self.host, 0, 0, self.scope))
+            return True
+        return False
 
 
 @contextmanager
@@ -116,17 +111,21 @@ def own_link_local_address() -> Optional[LinkLocal]:
     return None
 
 
+def set_up(setting: str, value: str = "1") -> None:
+    Path("/proc/sys/net", setting).write_text(f"{value}\n", encoding="ascii")
+
+
 def leave_ports(first: int, last: int) -> None:
     """Connections go out from these ports only."""
-    Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{first} {last}\n", encoding="ascii")
+    set_up("ipv4/ip_local_port_range", f"{first} {last}")
 
 
 def let_any_address_be_bound() -> None:
     """As it is beside keepalived and HAProxy."""
-    for family in ("ipv4", "ipv6"):
-        Path(f"/proc/sys/net/{family}/ip_nonlocal_bind").write_text("1\n", encoding="ascii")
+    set_up("ipv4/ip_nonlocal_bind")
+    set_up("ipv6/ip_nonlocal_bind")
 
 
 def be_a_router() -> None:
     """Which answers to the anycast address of each IPv6 network that it gets an address in from now on: RFC 4291 section 2.6.1."""
-    Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1\n", encoding="ascii")
+    set_up("ipv6/conf/all/forwarding")

@@ -23,12 +23,11 @@ def octets_of(text: str) -> Tuple[Optional[bytes], bool]:
 
 def here(text: str) -> Cells:
     """The boxes of the picture, with what is here."""
-    names, _rule, _size, line = next(
-        lines for lines in zip(*(text.split("\n")[i:] for i in range(1, 5))) if lines[3].startswith("here |")
-    )
-    columns = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (names, line)]
-    assert len({line.count("|") for line in (names, _size, line)}) == 1
-    return [(name, *octets_of(cell)) for name, cell in zip(*columns)]
+    lines = text.split("\n")
+    number = next(number for number, line in enumerate(lines) if line.startswith("here |"))
+    names, sizes, octets = ([cell.strip() for cell in lines[i].split("|")[1:-1]] for i in (number - 3, number - 1, number))
+    assert len(names) == len(sizes) == len(octets)
+    return [(name, *octets_of(cell)) for name, cell in zip(names, octets)]
 
 
 def beside(text: str) -> Cells:
@@ -45,11 +44,10 @@ def beside(text: str) -> Cells:
             continue
         name, match = line[5:5 + width].strip(), HEX.match(line[7 + width:])
         octets, whole = octets_of(match.group(1)) if match else (b"", True)
-        if name:
-            found.append((name, octets, whole))
-        else:
-            before = found[-1]
-            found[-1] = (before[0], (before[1] or b"") + (octets or b""), before[2] and whole)
+        if not name:
+            name, before, all_before = found.pop()
+            octets, whole = (before or b"") + (octets or b""), all_before and whole
+        found.append((name, octets, whole))
     return found
 
 

@@ -60,18 +60,19 @@ def run(suite: Suite, folder: Path) -> int:
     for ours, theirs in suite.stand_ins:
         shutil.copy(HERE / ours, sources / theirs)
         (sources / theirs).chmod(0o755)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(sources), str(ROOT)]), "PATH": os.path.dirname(python) + os.pathsep + os.environ["PATH"]}
-    return subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite.tests], cwd=sources, env=environment, check=False).returncode
+    paths = {"PYTHONPATH": [str(sources), str(ROOT)], "PATH": [os.path.dirname(python), os.environ["PATH"]]}
+    environment = {**os.environ, **{name: os.pathsep.join(folders) for name, folders in paths.items()}}
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite.tests]
+    return subprocess.run(command, cwd=sources, env=environment, check=False).returncode
 
 
 def main() -> int:
     wanted = sys.argv[1:] or [suite.name for suite in SUITES]
     codes = []
-    for suite in SUITES:
-        if suite.name in wanted:
-            print(f"=== {suite.name}", flush=True)
-            with tempfile.TemporaryDirectory() as folder:
-                codes.append(run(suite, Path(folder)))
+    for suite in (suite for suite in SUITES if suite.name in wanted):
+        print(f"=== {suite.name}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            codes.append(run(suite, Path(folder)))
     return int(not codes or any(codes))
 
 

@@ -1,6 +1,4 @@
-"""
-In place of the web server that PySocks' tests import: as much of it as they use.
-"""
+"""In place of the web server that PySocks' tests import: as much of it as they use."""
 
 import collections
 import http.server
