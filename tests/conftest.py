@@ -67,7 +67,8 @@ def can_bind(host: str) -> bool:
 
 needs_ipv6 = pytest.mark.skipif(not can_bind("::1"), reason="no IPv6 on this computer")
 needs_neighbour = pytest.mark.skipif(not can_bind("127.0.0.2"), reason="127.0.0.1 is the only loopback address here")
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here to count descriptors in")
+HAS_PROC = os.path.isdir("/proc/self/fd")
+needs_proc = pytest.mark.skipif(not HAS_PROC, reason="no /proc here to count descriptors in")
 
 
 def address_of(place: Place) -> Address:
@@ -139,9 +140,9 @@ def in_thread(function: Callable[..., T], *arguments: Any) -> Callable[[], T]:
 # --- the end of every test ---
 
 def descriptors() -> List[str]:
-    """What the descriptors of this process lead to, but for the one that reads the list."""
+    """What the descriptors of this process lead to, but for the one that reads the list; nothing where that cannot be told."""
     found = []
-    for fd in os.listdir("/proc/self/fd"):
+    for fd in os.listdir("/proc/self/fd") if HAS_PROC else []:
         with suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
     return sorted(found)
@@ -150,9 +151,6 @@ def descriptors() -> List[str]:
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_left() -> Iterator[None]:
     """Autouse, so set up before and torn down after all the others."""
-    if not os.path.isdir("/proc/self/fd"):
-        yield
-        return
     before = len(descriptors())
     yield
     eventually(lambda: len(descriptors()) <= before)    # a look-up's thread may still be ending
@@ -239,18 +237,17 @@ class FromItsTarget(Route):
     """
 
     sockets = honest = 0
+    before_those: Callable[[Address], None] = staticmethod(lambda _address: None)
 
     def socket(self, address: Address, kind: int = socket.SOCK_STREAM) -> socket.socket:
         self.sockets += 1
-        if self.honest and self.sockets >= self.honest:
+        honest = 0 < self.honest <= self.sockets
+        if honest:
             self.before_those(address)
-            return super().socket(address, kind)
         sock = super().socket(address, kind)
-        sock.bind((address.host, address.port))
+        if not honest:
+            sock.bind((address.host, address.port))
         return sock
-
-    def before_those(self, address: Address) -> None:
-        pass
 
 
 def server_threads() -> List[threading.Thread]:
@@ -273,9 +270,8 @@ class Served:
 def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     """
     Start a server in a thread: ``start_server(handler, address, more, users=, **attributes)``.
-    With `more` addresses it has more listeners; `addresses` are those of all of them.  With `elsewhere` each client is
-    taken for one on another computer.
-    At the end it is closed, and none of its threads may be left, nor a bug have been logged.
+    With `more` addresses it has more listeners; `addresses` are those of all of them.  With `elsewhere` each client is taken
+    for one on another computer.  At the end it is closed, and none of its threads may be left, nor a bug have been logged.
     """
     servers: List[Served] = []
     before = server_threads()       # of another test, which has failed for that

@@ -21,7 +21,6 @@ import random
 import re
 import socket
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,7 +34,8 @@ from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Greeting
 from socks5srv.server import Socks5Server
 
 from . import conftest
-from .conftest import LOCALHOST, Client, eventually, exchange, name
+from .conftest import LOCALHOST, Client, exchange, name
+from .program import COMMAND, Service
 
 WORKERS = 8
 WARM = 0.25                 # of the time, until the first look; after a minute at the latest
@@ -161,28 +161,29 @@ def in_this_process(failures: List[str]) -> Soaked:
         server.shutdown()
 
 
-PROGRAM = [sys.executable, "-m", "socks5srv", "--workers", "2", "--status", "0", "--connect-timeout", "2", "-p", "0"]
+PROGRAM = [*COMMAND, "--workers", "2", "--status", "0", "--connect-timeout", "2", "-p", "0"]
 
 
 @contextmanager
 def as_a_program(failures: List[str]) -> Soaked:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        command = ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *PROGRAM, "--port-file", str(folder / "port")]
+        command = ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", *PROGRAM]
         if os.geteuid() == 0 and shutil.which("unshare"):
             command = with_a_dead_resolver(command, folder, stack)
-        log = stack.enter_context((folder / "log").open("w+", encoding="utf-8"))
-        process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=str(Path(__file__).parent.parent)))
-        stack.callback(process.kill)
-        eventually((folder / "port").exists)
-        page = next(word[len("status="):] for word in (folder / "log").read_text(encoding="utf-8").split() if word.startswith("status="))
+        service = Service(folder, tuple(command), {})
+        stack.callback(service.kill)
+        service.wait_until_it_serves()
         stop = threading.Event()
         stack.callback(stop.set)
+        page = service.wait_for("status=").partition("status=")[2].split()[0]
         threading.Thread(target=look_at_the_page, args=(page, stop), daemon=True).start()
-        yield (LOCALHOST, int((folder / "port").read_text(encoding="ascii"))), [process.pid, *children_of(process.pid)]
-        process.terminate()
-        code, text = process.wait(20), (folder / "log").read_text(encoding="utf-8")
-        failures += [line for line in text.splitlines() if "Traceback" in line or "a bug" in line or "Too many" in line]
+        pid = service.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+        yield service.server_address, [pid, *map(int, children.split())]
+        service.process.terminate()
+        code, lines = service.process.wait(20), (service.stdout + service.stderr).splitlines()
+        failures += [line for line in lines if "Traceback" in line or "a bug" in line or "Too many" in line]
         failures += [f"exit code {code}"] * bool(code)
 
 
@@ -192,10 +193,6 @@ def with_a_dead_resolver(command: List[str], folder: Path, stack: ExitStack) -> 
     silent = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     silent.bind((LOCALHOST, 53))
     return ["unshare", "-m", "sh", "-c", f'mount --bind {folder}/resolv.conf /etc/resolv.conf && exec "$@"', "sh", *command]
-
-
-def children_of(pid: int) -> List[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))
 
 
 def look_at_the_page(page: str, stop: threading.Event) -> None:
