@@ -99,8 +99,7 @@ class Service:
     """A server that serves, in a process of its own; its stdout and stderr go to files."""
 
     def __init__(self, directory: Path, command: Tuple[str, ...], variables: Dict[str, str]) -> None:
-        self.port_file = directory / "port"
-        self.stdout_file, self.stderr_file = directory / "stdout", directory / "stderr"
+        self.port_file, self.stdout_file, self.stderr_file = (directory / name for name in ("port", "stdout", "stderr"))
         with self.stdout_file.open("wb") as stdout, self.stderr_file.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*command, "--port-file", str(self.port_file)], env=environment(**variables),
@@ -237,10 +236,7 @@ def at_terminal() -> Iterator[Callable[..., Terminal]]:
 
 @pytest.fixture
 def expect_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """
-    Call a function that has to complain, with exit code 2 and a message that looks like all: ``expect_error(function, argument)``.
-    Returns the message.
-    """
+    """The message of a function that has to complain as all do, with exit code 2: ``expect_error(function, argument)``."""
     def expect(function: Callable[..., Any], *arguments: Any) -> str:
         with pytest.raises(SystemExit) as exit_:
             function(*arguments)

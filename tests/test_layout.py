@@ -252,7 +252,7 @@ def test_type_checkers_see_the_same_names():
 
 @pytest.fixture
 def vendor(tmp_path):
-    """A folder that has the package in it, and nothing else."""
+    """A folder with the package in it, and nothing else."""
     shutil.copytree(str(PACKAGE), str(tmp_path / "vendor" / "socks5srv"), ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "vendor"
 
