@@ -560,3 +560,15 @@ def start_echo() -> Iterator[Callable[..., Echo]]:
 def echo(start_echo: Callable[..., Echo]) -> Tuple[str, int]:
     """The address of an echo server on 127.0.0.1."""
     return start_echo().server_address
+
+
+@pytest.fixture
+def new_tunnel(new_client: Callable[..., Client], echo: Tuple[str, int]) -> Callable[..., Client]:
+    """A `Client` that is connected to that echo, which answers: ``new_tunnel(server)``."""
+    def tunnel(server: Any) -> Client:
+        client = new_client(server)
+        client.connect(echo)
+        exchange(client)
+        return client
+
+    return tunnel

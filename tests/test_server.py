@@ -16,21 +16,25 @@ import select
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from socks5srv import handler as handler_module
+from socks5srv import resolver
 from socks5srv.datagrams import Association
 from socks5srv.listener import Listener
-from socks5srv.protocol import Command, Credentials, Method, MethodSelection, Reply, ReplyCode
+from socks5srv.protocol import (
+    UNSPECIFIED, Address, Command, Credentials, Datagram, Method, MethodSelection, Reply, ReplyCode,
+)
 from socks5srv.relay import Relay, Tunnel
 from socks5srv.handler import Socks5Handler
 from socks5srv.registry import Registry
 from socks5srv.server import Socks5Server
 
 from .conftest import (
-    LOCALHOST, TIMEOUT, Client, address_of, descriptors, eventually, exchange, handler_with, name, needs_ipv6, needs_proc, serve,
-    server_threads, within,
+    LOCALHOST, TIMEOUT, Client, address_of, descriptors, eventually, exchange, handler_with, in_thread, name, needs_ipv6,
+    needs_proc, serve, server_threads, within,
 )
 from .test_handler import HELLO, HELLO_LOGIN, NO_LOGIN, USERS, WELCOME, WITH_LOGIN, quiet, to
 
@@ -40,16 +44,13 @@ def test_every_client_is_told_of_once_and_when_all_of_it_is_known(start_server, 
     caplog.set_level(logging.INFO, "socks5srv")
     server = start_server(users=USERS)
     events = []
-    for octets in (
-        b"GET / HTTP/1.1\r\n\r\n",
-        bytes(HELLO),
-        bytes(HELLO_LOGIN) + bytes(Credentials(b"alice", b"wrong")),
-        bytes(HELLO_LOGIN) + bytes(Credentials(b"alice", b"secret")) + bytes(to(refusing())),
-        bytes(HELLO_LOGIN) + bytes(Credentials(b"alice", b"secret")) + bytes(to(server.server_address)),
-        bytes(HELLO_LOGIN) + bytes(Credentials(b"alice", b"secret")) + bytes(to(echo)) + b"12345",
+    logged_in = [HELLO_LOGIN, Credentials(b"alice", b"secret")]
+    for messages in (
+        [b"GET / HTTP/1.1\r\n\r\n"], [HELLO], [HELLO_LOGIN, Credentials(b"alice", b"wrong")],
+        [*logged_in, to(refusing())], [*logged_in, to(server.server_address)], [*logged_in, to(echo), b"12345"],
     ):
         client = new_client(server)
-        client.send(octets)
+        client.send(*messages)
         client.end()
         client.rest()
         session = server.next_ended()
@@ -92,10 +93,9 @@ def test_a_hundred_clients_that_come_at_once_have_room_to_wait():
 
 @pytest.fixture
 def lingering(start_server, new_client, refusing, monkeypatch):
-    """Start a server with one client that has its refusal, and may linger long: ``lingering(max_clients=1)``."""
-    monkeypatch.setattr(handler_module, "LINGER", TIMEOUT)
-
-    def start(**attributes):
+    """Start a server with one client that has its refusal, and may linger so many seconds: ``lingering(max_clients=1)``."""
+    def start(seconds=TIMEOUT, **attributes):
+        monkeypatch.setattr(handler_module, "LINGER", seconds)
         server = start_server(**attributes)
         client = new_client(server)
         assert client.ask(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
@@ -118,12 +118,12 @@ def test_a_client_that_has_been_refused_is_told_of_before_it_hangs_up(lingering)
     assert session.seconds < TIMEOUT / 2
 
 
-def test_a_client_that_has_been_refused_has_its_place_until_it_hangs_up(lingering, new_client, echo):
+def test_a_client_that_has_been_refused_has_its_place_until_it_hangs_up(lingering, new_client, new_tunnel):
     server, client = lingering(max_clients=1)
     assert new_client(server).rest() == b""
     client.close()
     eventually(lambda: server.registry.clients == 0)
-    new_client(server).connect(echo)
+    new_tunnel(server)
 
 
 def test_a_client_that_has_been_refused_does_not_keep_the_server_from_stopping(lingering):
@@ -137,11 +137,8 @@ def test_a_client_that_has_been_refused_does_not_keep_the_server_from_stopping(l
 
 
 @pytest.mark.parametrize("sends", [False, True], ids=["says nothing", "goes on talking"])
-def test_a_client_that_has_been_refused_and_does_not_hang_up_is_hung_up_on(start_server, new_client, refusing, monkeypatch, sends):
-    monkeypatch.setattr(handler_module, "LINGER", 0.1)
-    server = start_server()
-    client = new_client(server)
-    assert client.ask(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
+def test_a_client_that_has_been_refused_and_does_not_hang_up_is_hung_up_on(lingering, sends):
+    server, client = lingering(0.1)
 
     def is_gone():
         if sends and server.registry.clients:
@@ -186,12 +183,9 @@ def test_session_ended_is_called_in_the_thread_that_serves(start_server, new_cli
         assert threads.get(timeout=TIMEOUT) is server.thread
 
 
-def test_the_sessions_are_those_of_the_clients_being_served_oldest_first(start_server, new_client, echo):
+def test_the_sessions_are_those_of_the_clients_being_served_oldest_first(start_server, new_tunnel):
     server = start_server()
-    clients = []
-    for _ in range(3):
-        clients.append(new_client(server))
-        clients[-1].connect(echo)
+    clients = [new_tunnel(server) for _ in range(3)]
     assert [session.id for session in server.sessions] == [1, 2, 3]
     assert [str(session.client) for session in server.sessions] == [str(address_of(c.socket.getsockname())) for c in clients]
     assert {session.outcome for session in server.sessions} == {"open"}
@@ -228,12 +222,10 @@ def test_a_client_that_resets_while_it_is_being_connected_is_not_waited_for(star
 # --- listeners and threads ---
 
 @needs_ipv6
-def test_a_server_may_have_several_listeners(start_server, new_client, start_echo):
+def test_a_server_may_have_several_listeners(start_server, new_tunnel):
     server = start_server(Socks5Handler, (LOCALHOST, 0), ("::1", 0))
     for address in server.addresses:
-        client = new_client(address)
-        client.connect(start_echo().server_address)
-        exchange(client)
+        new_tunnel(address)
     assert {session.client.host for session in server.sessions} == {LOCALHOST, "::1"}
     server.server_close()
     for address in server.addresses:
@@ -284,7 +276,8 @@ def test_a_crowd_is_served_at_the_same_time_and_few_threads_stay(start_server, n
     eventually(lambda: len(server_threads()) <= Listener.spare + 1)     # and the relay thread
 
 
-def test_without_more_threads_the_clients_are_served_in_turn(start_server, new_client, echo, monkeypatch, caplog):
+def test_threads_that_cannot_be_had_cost_clients_a_wait_and_nothing_else(start_server, new_client, new_tunnel, echo, monkeypatch, caplog):
+    """They are served in turn."""
     server = start_server()
 
     def add_thread(_listener):
@@ -297,12 +290,14 @@ def test_without_more_threads_the_clients_are_served_in_turn(start_server, new_c
     assert quiet(second)
     assert first.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
     assert MethodSelection.read(second) == NO_LOGIN
-    exchange(first)
+    assert second.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
+    for client in (first, second, *(new_tunnel(server) for _ in range(3))):
+        exchange(client)
     assert "serving fewer clients at a time" in caplog.text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no limit of descriptors to set")
-def test_a_server_out_of_descriptors_serves_again_when_it_has_some(start_server, new_client, echo, caplog):
+def test_a_server_out_of_descriptors_serves_again_when_it_has_some(start_server, new_tunnel, caplog):
     """Table M: the clients wait in the backlog meanwhile, and the server does not spin."""
     import resource
 
@@ -314,7 +309,7 @@ def test_a_server_out_of_descriptors_serves_again_when_it_has_some(start_server,
             return super().accept(sock)
 
     server = start_server(server_class=Counting)
-    new_client(server).connect(echo)        # so that the relay thread has what it needs
+    new_tunnel(server)      # so that the relay thread has what it needs
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     clients = [socket.socket() for _ in range(5)]
     try:
@@ -340,21 +335,18 @@ def test_a_server_out_of_descriptors_serves_again_when_it_has_some(start_server,
 
 def test_the_defaults_are_those_of_the_rfc_and_of_practice():
     """R1, R41, E5, E34, E39"""
-    address = inspect.signature(Socks5Server).parameters["server_address"].default
-    assert address == (LOCALHOST, 1080)
+    assert inspect.signature(Socks5Server).parameters["server_address"].default == (LOCALHOST, 1080)
     assert Socks5Server.commands == frozenset(Command)
     assert 20 <= Socks5Server.handshake_timeout <= 65
     assert Socks5Server.bind_timeout >= 60
     assert Socks5Server.idle_timeout is None
 
 
-def test_a_server_is_used_like_any_of_socketserver(new_client, echo):
+def test_a_server_is_used_like_any_of_socketserver(new_tunnel):
     with Socks5Server((LOCALHOST, 0)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        client = new_client(server)
-        client.connect(echo)
-        exchange(client)
+        client = new_tunnel(server)
         server.shutdown()
         assert not thread.is_alive() or thread.join(TIMEOUT) is None
         exchange(client, b"tunnels live on")
@@ -365,20 +357,16 @@ def test_a_server_is_used_like_any_of_socketserver(new_client, echo):
     assert client.rest() == b""
 
 
-def test_a_server_that_has_been_shut_down_may_serve_again(start_server, new_client, echo):
+def test_a_server_that_has_been_shut_down_may_serve_again(start_server, new_tunnel):
     server = start_server()
     for _ in range(3):
-        client = new_client(server)
-        client.connect(echo)
-        exchange(client)
+        client = new_tunnel(server)
         server.shutdown()
         server.thread.join(TIMEOUT)
         assert not server.thread.is_alive()
         exchange(client)
         serve(server)
-    client = new_client(server)
-    client.connect(echo)
-    exchange(client)
+    new_tunnel(server)
 
 
 def test_what_stopped_a_server_is_no_client_when_it_serves_again(start_server, new_client):
@@ -461,25 +449,29 @@ def begin_login(client, _places):
     client.send(b"\x01\x05ali")
 
 
-def log_in(client):
+def begin_request(client, _places):
     client.greet(Method.USERNAME_PASSWORD)
     assert client.login("alice", "secret") == WELCOME
 
 
-def begin_request(client, _places):
-    log_in(client)
+def asking(command, place, code=ReplyCode.SUCCEEDED):
+    """Log in, ask for this, and have this answer; with None do not wait for any."""
+    def begin(client, places):
+        begin_request(client, places)
+        client.send(to(places[place], command))
+        assert code is None or Reply.read(client).code is code
+
+    return begin
 
 
 def begin_tunnel(client, places):
-    log_in(client)
-    assert client.request(Command.CONNECT, places["echo"]).code is ReplyCode.SUCCEEDED
+    asking(Command.CONNECT, "echo")(client, places)
     exchange(client)
 
 
 def begin_full_tunnel(client, places):
     """One that holds octets in both directions, since nobody reads them."""
-    log_in(client)
-    assert client.request(Command.CONNECT, places["echo"]).code is ReplyCode.SUCCEEDED
+    asking(Command.CONNECT, "echo")(client, places)
     client.socket.setblocking(False)
     try:
         while True:
@@ -488,37 +480,13 @@ def begin_full_tunnel(client, places):
         client.socket.settimeout(TIMEOUT)
 
 
-def begin_connect(client, places):
-    log_in(client)
-    client.send(to(places["silent"]))
-
-
-def begin_look_up(client, _places):
-    log_in(client)
-    client.send(to(name("slow.invalid", 80)))
-
-
-def begin_bind(client, _places):
-    log_in(client)
-    assert client.request(Command.BIND, ("0.0.0.0", 0)).code is ReplyCode.SUCCEEDED
-
-
-def begin_udp(client, _places):
-    log_in(client)
-    assert client.request(Command.UDP_ASSOCIATE, ("0.0.0.0", 0)).code is ReplyCode.SUCCEEDED
-
-
-def begin_refusal(client, places):
-    """The server waits for the client to take its reply and hang up."""
-    log_in(client)
-    assert client.request(Command.CONNECT, places["refusing"]).code is ReplyCode.CONNECTION_REFUSED
-
-
-BEGINNINGS = [
-    begin_handshake, begin_login, begin_request, begin_tunnel, begin_full_tunnel, begin_connect, begin_look_up, begin_bind, begin_udp,
-    begin_refusal,
-]
-EXPECTED_COMMANDS = {begin_connect: Command.CONNECT, begin_look_up: Command.CONNECT}
+BEGINNINGS = {
+    "handshake": begin_handshake, "login": begin_login, "request": begin_request, "tunnel": begin_tunnel, "full tunnel": begin_full_tunnel,
+    "connect": asking(Command.CONNECT, "silent", None), "look-up": asking(Command.CONNECT, "slow", None),
+    "bind": asking(Command.BIND, "any"), "udp": asking(Command.UDP_ASSOCIATE, "any"),
+    "refusal": asking(Command.CONNECT, "refusing", ReplyCode.CONNECTION_REFUSED),       # the server waits for the client to hang up
+}
+UNANSWERED = {"connect", "look-up"}
 
 
 @pytest.fixture
@@ -526,7 +494,7 @@ def start_slow_server(start_server, echo, silent, refusing):
     """A server whose look-ups hang until the test is over, and places to go to."""
     release = threading.Event()
     handler = handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [])
-    places = {"echo": echo, "silent": silent(), "refusing": refusing()}
+    places = {"echo": echo, "silent": silent(), "refusing": refusing(), "slow": name("slow.invalid", 80), "any": ("0.0.0.0", 0)}
     yield lambda: (start_server(handler, users=USERS, poll_interval=30), places)
     release.set()
 
@@ -536,12 +504,12 @@ def slow_server(start_slow_server):
     return start_slow_server()
 
 
-def test_a_stop_takes_less_than_a_tenth_of_a_second(start_server, new_client, echo):
+def test_a_stop_takes_less_than_a_tenth_of_a_second(start_server, new_tunnel):
     """The best of three: other programs are running, too."""
     def stop():
         server = start_server()
         for _ in range(20):
-            new_client(server).connect(echo)
+            new_tunnel(server)
         began = time.monotonic()
         server.server_close()
         return time.monotonic() - began
@@ -565,13 +533,13 @@ def assert_stops_at_once(server, clients):
     return took
 
 
-@pytest.mark.parametrize("begin", BEGINNINGS, ids=lambda begin: begin.__name__[6:])
-def test_a_server_stops_at_once_whatever_its_clients_are_at(slow_server, new_client, begin):
+@pytest.mark.parametrize("what", BEGINNINGS)
+def test_a_server_stops_at_once_whatever_its_clients_are_at(slow_server, new_client, what):
     server, places = slow_server
     clients = [new_client(server) for _ in range(5)]
     for client in clients:
-        begin(client, places)
-    if begin in EXPECTED_COMMANDS:
+        BEGINNINGS[what](client, places)
+    if what in UNANSWERED:
         eventually(lambda: all(session.command for session in server.sessions))
     eventually(lambda: len(server.registry.live) == 5)
     assert_stops_at_once(server, clients)
@@ -581,7 +549,7 @@ def test_a_server_stops_within_a_tenth_of_a_second_with_all_of_this_going_on(sta
     def stop_one():
         server, places = start_slow_server()
         clients = []
-        for begin in BEGINNINGS * 3:
+        for begin in [*BEGINNINGS.values()] * 3:
             clients.append(new_client(server))
             begin(clients[-1], places)
         eventually(lambda: len(server.registry.live) == len(clients))
@@ -608,9 +576,7 @@ def test_a_server_may_hang_up_while_a_tunnel_is_being_handed_over(slow_server, n
 
     monkeypatch.setattr(carrier, "start", hang_up_beside)
     client = new_client(server)
-    log_in(client)
-    client.send(to(places["echo"], command))
-    assert Reply.read(client).code is ReplyCode.SUCCEEDED
+    asking(command, "echo")(client, places)
     assert client.rest() == b""
     assert server.next_ended().reason == "server stopped"
 
@@ -630,11 +596,8 @@ def test_what_cannot_be_watched_is_given_up_in_the_relay_thread(slow_server, new
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(carrier, "abort", abort_and_tell)
-    client = new_client(server)
-    log_in(client)
     monkeypatch.setattr(Relay, "watch", watch_no_more)
-    client.send(to(places["echo"], command))
-    assert Reply.read(client).code is ReplyCode.SUCCEEDED
+    asking(command, "echo")(new_client(server), places)
     assert "No space left on device" in server.next_ended().reason
     assert [thread.name for thread in ended_in] == ["socks5srv-relay"]
 
@@ -642,9 +605,7 @@ def test_what_cannot_be_watched_is_given_up_in_the_relay_thread(slow_server, new
 @needs_proc
 def test_no_descriptor_is_left_by_clients_that_are_gone(slow_server):
     server, places = slow_server
-    patient = BEGINNINGS[:]
-    patient.remove(begin_connect)       # those that are not told of the client's end
-    patient.remove(begin_look_up)
+    patient = [begin for what, begin in BEGINNINGS.items() if what not in UNANSWERED]       # those are not told of the client's end
 
     def visit(begin):
         with Client(server.server_address) as client:
@@ -712,17 +673,16 @@ def test_no_garbage_upsets_the_server(start_server, new_client, echo, users):
     assert server.sessions == []
     client = new_client(server)
     if users:
-        log_in(client)
+        begin_tunnel(client, {"echo": echo})
     else:
-        client.greet()
-    assert client.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
-    exchange(client)
+        client.connect(echo)
+        exchange(client)
 
 
 # --- handlers that fail ---
 
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
-def test_a_setup_that_fails_costs_its_client_and_no_place(early, start_server, new_client, echo, bugs):
+def test_a_setup_that_fails_costs_its_client_and_no_place(early, start_server, new_client, new_tunnel, bugs):
     """Of the three places each would keep one for ever."""
     class Fragile(Socks5Handler):
         failures = 0
@@ -739,9 +699,7 @@ def test_a_setup_that_fails_costs_its_client_and_no_place(early, start_server, n
     for _ in range(10):
         assert new_client(server).rest() == b""
         server.next_ended()
-    client = new_client(server)
-    client.connect(echo)
-    exchange(client)
+    new_tunnel(server)
     assert (server.registry.clients, dict(server.registry.hosts), len(server.registry.live)) == (1, {"127.0.0.1": 1}, 1)
     assert len(bugs) == 10
     bugs.clear()
@@ -761,3 +719,65 @@ def test_a_handler_that_fails_when_its_tunnel_is_handed_over_does_not_take_it_al
     exchange(client)
     client.close()
     assert server.next_ended().event == "close"
+
+
+# --- one peer never costs another ---
+
+def test_a_flood_of_datagrams_leaves_room_for_a_tunnel(start_server: Any, new_client: Any, new_tunnel: Any) -> None:
+    server = start_server()
+    relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+    client = new_tunnel(server)
+    stop = threading.Event()
+
+    def flood() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            datagram = bytes(Datagram(Address.numeric(LOCALHOST, 9), b"x" * 100))
+            while not stop.is_set():
+                sock.sendto(datagram, relay[:2])
+
+    flooded = in_thread(flood)
+    try:
+        began = time.monotonic()
+        for _ in range(20):
+            exchange(client)
+        assert (time.monotonic() - began) / 20 < within(0.1)
+    finally:
+        stop.set()
+        flooded()
+
+
+def test_a_target_that_does_not_answer_holds_up_nobody_else(start_server: Any, new_client: Any, new_tunnel: Any, silent: Any) -> None:
+    server = start_server(connect_timeout=0.5)
+    waiting = [new_client(server) for _ in range(30)]
+    for client in waiting:
+        client.send(HELLO, to(silent()))
+    new_tunnel(server)
+    for client in waiting:
+        client.exactly(2)
+        assert Reply.read(client).code is ReplyCode.TTL_EXPIRED
+
+
+def test_look_ups_that_hang_are_bounded_and_cost_other_names_only(
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, new_tunnel: Any) -> None:
+    monkeypatch.setattr(resolver.look_ups, "share", 3)
+    release = threading.Event()
+    server = start_server(handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and []), connect_timeout=0.5)
+    clients = [new_client(server) for _ in range(8)]
+    for client in clients:
+        client.send(HELLO, to(name("slow.invalid", 80)))
+        client.exactly(2)
+    new_tunnel(server)
+    assert sorted(Reply.read(client).code for client in clients) == [1] * 5 + [4] * 3
+    release.set()
+
+
+def test_a_clock_that_jumps_changes_no_deadline(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_tunnel: Any) -> None:
+    now = time.time()
+    server = start_server(idle_timeout=100)
+    monkeypatch.setattr(time, "time", lambda: now)
+    client = new_tunnel(server)
+    for jump in (-1e9, 1e9):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        exchange(client)
+    client.close()
+    assert 0 <= server.next_ended().seconds < within(10)

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import random
 import re
 import signal
 import sys
@@ -15,9 +16,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from tests.conftest import Client, exchange
+from tests.conftest import LOCALHOST, Client, exchange
+from tests.program import ROOT
 
-from socks5srv.protocol import Address, Command, CredentialsReply, Method, ReplyCode, Request
+from socks5srv import foreign
+from socks5srv.names import ascii_form
+from socks5srv.protocol import (
+    Address, Command, Credentials, CredentialsReply, Method, ReplyCode, Request, Socks5Error, read_name,
+)
 from socks5srv.service import log
 from socks5srv.service.settings import Settings
 from socks5srv.session import Session
@@ -647,3 +653,97 @@ def test_the_options_set_levels_of_our_own_loggers_only(quiet: bool, verbose: in
 def test_a_request_is_shown_as_the_rfc_names_its_fields() -> None:
     request = Request(Command.CONNECT, Address.named("example.com", 80))
     assert str(request) == "Request VER=5 CMD=CONNECT RSV=00 ATYP=DOMAINNAME DST.ADDR=example.com DST.PORT=80"
+
+
+# --- what a log watcher sees ---
+
+# As README.rst gives it to fail2ban, which puts a pattern for addresses in place of <HOST>.
+FAIL2BAN = r"^\s*(?:\S+ \S+\[\d+\]: )?[-:\d ]*#\d+ \[?<HOST>\]?:\d+ \S+ - - login-failed "
+HOST = r"(?P<host>[\w.:^-]*\w)"      # as fail2ban has it, or wider
+PLACES = ("2026-01-02 03:04:05 ", " ", "", "03:04:05 ", "host socks5srv[17]: 03:04:05 ")      # a file, and without its date; a terminal; the journal
+
+
+def test_the_documented_fail2ban_filter_finds_the_address_of_a_failed_login(start_server: Any, new_client: Any) -> None:
+    server = start_server(users={"anna": "sesame"})
+    lines: List[str] = []
+    for username in ("anna", "an na", "x - - login-failed", "#9 192.0.2.1:5 y - - login-failed z"):
+        with new_client(server) as client:
+            client.greet(Method.USERNAME_PASSWORD)
+            client.login(username, "guess")
+        lines.append(str(server.next_ended()))
+    for line in (place + line for line in lines for place in PLACES):
+        assert banned(line) == [LOCALHOST], line
+
+
+def test_the_fail2ban_filter_is_the_one_that_the_manual_gives() -> None:
+    assert f"failregex = {FAIL2BAN}\n" in (ROOT / "README.rst").read_text(encoding="utf-8")
+
+
+def banned(lines: str, pattern: str = FAIL2BAN) -> List[str]:
+    """Whom the filter takes for somebody whose login has failed."""
+    found = (re.search(pattern.replace("<HOST>", HOST), line) for line in lines.split("\n"))
+    return [match["host"] for match in found if match]
+
+
+FORGERIES = [FORGED, "\n#9 198.51.100.7:5 root - - login-failed x", "#9 198.51.100.7:5 root - - login-failed ",
+          "198.51.100.7:5", "root - - login-failed ", "- - login-failed ", "h s[1]: #9 [198.51.100.7]:5 a - - login-failed "]
+PIECES = [*FORGERIES, " ", "\n", "\r", "\u2028", "\u3000", "\xa0", "#9", "x", "\x1b[2J", "\ufdfa", "'", '"', "\\x20", ".", ":", "\u202e", "\t", "\xff", "\uff03", "a" * 70]
+
+
+def hostile_name(dice: random.Random) -> str:
+    """Some of the pieces; not more than a message has room for."""
+    text = "".join(dice.choice(PIECES) for _ in range(dice.randrange(1, 6)))
+    return text.encode()[:255].decode(errors="ignore") or "x"
+
+
+def error_of(function: Callable[[Any], Any], argument: Any) -> Any:
+    """What is raised; or what is returned."""
+    try:
+        return function(argument)
+    except (Socks5Error, UnicodeError) as error:
+        return error
+
+
+def sessions_of(text: str) -> Iterator[Session]:
+    """One whose name, reason or destination comes from the wire, for all that can quote one."""
+    address = bytes((len(text.encode()),)) + text.encode() + b"\0\7"
+    request = b"\5\1\0\3" + address, b"\5\x99\0\3" + address
+    for reason in (
+        *(error_of(Request.read, io.BytesIO(octets)) for octets in request), error_of(read_name, text.encode()), error_of(read_name, text.encode() + b"\xff"),
+        error_of(ascii_form, text), error_of(lambda octets: foreign.identify(octets, Address.numeric(LOCALHOST, 1080), pac=True), text.encode()),
+    ):
+        made = Session(1, Address.numeric("192.0.2.1", 1))
+        made.command, made.destination = Command.CONNECT, Address.named(text, 1)
+        if isinstance(reason, Exception):
+            made.end(str(reason))
+        yield made
+    made = Session(1, Address.numeric("192.0.2.1", 1))
+    made.user, made.command, made.destination, made.peer = text, Command.BIND, Address.named(text, 1), Address.named(text, 2)
+    made.end()
+    yield made
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """All that the log can have of a client that sends this instead of a name, but for a failed login."""
+    formatter = log.TextFormatter(color=False)
+    request = error_of(Request.read, io.BytesIO(b"\5\1\0\3" + bytes((len(text.encode()),)) + text.encode() + b"\0\7"))
+    for message in (*sessions_of(text), f"#1 < {Credentials(text.encode(), b'')}", f"#1 < {request}"):
+        yield formatter.format(logging.LogRecord("socks5srv", logging.INFO, "", 0, "%s", (message,), None))
+    try:
+        raise ValueError(f"no user {text}")             # of an overridden method
+    except ValueError:
+        yield formatter.format(logging.LogRecord("socks5srv", logging.ERROR, "", 0, "a bug", (), sys.exc_info()))
+
+
+def test_ten_thousand_hostile_names_ban_nobody_but_the_client_that_has_failed_to_log_in() -> None:
+    dice = random.Random(1929)
+    for text in (*FORGERIES, *(hostile_name(dice) for _ in range(10_000))):
+        for lines in lines_of(text):
+            assert banned(lines) == [], lines
+            assert not lines.startswith("|")
+            # Nor with a filter that looks anywhere in a line, except in the text of somebody else's error.
+            assert "\n| " in lines or banned(lines, FAIL2BAN.replace("^", "", 1)) == [], lines
+        session = Session(1, Address.numeric("192.0.2.1", 1))
+        session.user, session.login_failed = text, True
+        session.end("wrong name or password")
+        assert banned(f"03:04:05 {session}") == ["192.0.2.1"]
