@@ -425,6 +425,14 @@ def exchange(sock: Any, octets: bytes = b"hello") -> None:
     assert received == octets
 
 
+def udp_socket(host: str = LOCALHOST) -> socket.socket:
+    """A UDP socket at a port of its own, with a timeout."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(TIMEOUT)
+    sock.bind((host, 0))
+    return sock
+
+
 @pytest.fixture
 def new_client() -> Iterator[Callable[..., Client]]:
     """A `Client` that is connected: ``new_client(server)``, or ``new_client(address, source=host)``."""
