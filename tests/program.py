@@ -7,23 +7,31 @@ With SOCKS5SRV_TEST_WORKERS=2 in the environment all that `start` starts has two
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 
-from tests.conftest import LOCALHOST, TIMEOUT
+from socks5srv.protocol import Command, CredentialsReply, Method, ReplyCode
+from tests.conftest import LOCALHOST, TIMEOUT, Client, Place, exchange
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {ROOT / "tests" / room for room in ("capture", "cli", "explain", "monitor", "service", "workers")}
 COMMAND = (sys.executable, "-m", "socks5srv")
 WORKERS = "SOCKS5SRV_TEST_WORKERS"
+READY = "socks5srv --help shows more."      # the end of the banner
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="not on this platform: POSIX")
+needs_hangup = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="not on this platform: SIGHUP")
+needs_full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this platform: /dev/full")
+processes_too = pytest.mark.parametrize("words", [(), ("--workers", "2")], ids=["one process", "two workers"])
 
 # Opens the terminal that it is told as its own, as a login does, and becomes what else it is told.
 IN_TERMINAL = """
@@ -42,6 +50,11 @@ def environment(**changes: str) -> Dict[str, str]:
     for name in ("NO_COLOR", "FORCE_COLOR", "PYTHONWARNINGS"):
         ours.pop(name, None)
     return {**ours, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", **changes}
+
+
+def by_shell(script: str, shell: str = "sh") -> Tuple[str, ...]:
+    """The command as a shell's script starts it, in which it is ``"$@"``."""
+    return (shell, "-c", script, shell, *COMMAND)
 
 
 def with_workers() -> List[str]:
@@ -81,6 +94,16 @@ class Outcome(NamedTuple):
     stdout: str
     stderr: str
 
+    def error(self, code: int = 2, greeting: bool = False) -> str:
+        """Its complaint, which has to be all that it says (but for a greeting), with a way out and no traceback."""
+        before, error, message = self.stderr.partition("socks5srv: error: ")
+        assert (self.code, self.stdout) == (code, "")
+        assert error
+        assert greeting or not before
+        assert "\n  " in message, "there is no way out"
+        assert "Traceback" not in self.stderr
+        return message
+
 
 @pytest.fixture
 def run_command() -> Callable[..., Outcome]:
@@ -95,22 +118,67 @@ def run_command() -> Callable[..., Outcome]:
     return run
 
 
-class Service:
+@contextmanager
+def started(*command: str) -> Iterator[Tuple[Any, str]]:
+    """A process in a session of its own, and the first line that it says."""
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, encoding="utf-8",
+    ) as process:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().rstrip("\n")
+
+
+class Served:
+    """What serves on a port of this computer, and its clients, which are there until its end."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.clients = ExitStack()
+
+    @property
+    def server_address(self) -> Tuple[str, int]:
+        return LOCALHOST, self.port
+
+    def client(self, host: str = LOCALHOST, source: Optional[str] = None) -> Client:
+        return self.clients.enter_context(Client((host, self.port), source))
+
+    def admits(self, user: str, password: str) -> bool:
+        """Whether somebody can log in so."""
+        with self.client() as client:
+            return logged_in(client, user, password)
+
+    def tunnel(self, place: Place, *login: str, host: str = LOCALHOST, source: Optional[str] = None) -> Client:
+        """A client that is connected to an echo by it, after a login or without, and has had five octets echoed."""
+        client = self.client(host, source)
+        if login:
+            assert logged_in(client, *login)
+            assert client.request(Command.CONNECT, place).code is ReplyCode.SUCCEEDED
+        else:
+            client.connect(place)
+        exchange(client)
+        return client
+
+
+def logged_in(client: Client, user: str, password: str) -> bool:
+    assert client.greet(Method.USERNAME_PASSWORD).method == Method.USERNAME_PASSWORD
+    return client.login(user, password).status == CredentialsReply.SUCCESS
+
+
+class Service(Served):
     """A server that serves, in a process of its own; its stdout and stderr go to files."""
 
     def __init__(self, directory: Path, command: Tuple[str, ...], variables: Dict[str, str]) -> None:
+        super().__init__()
         self.port_file, self.stdout_file, self.stderr_file = (directory / name for name in ("port", "stdout", "stderr"))
         with self.stdout_file.open("wb") as stdout, self.stderr_file.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [*command, "--port-file", str(self.port_file)], env=environment(**variables),
                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True,
             )
-        self.server_address = (LOCALHOST, 0)
 
     def wait_until_it_serves(self) -> None:
         self.wait_until(self.port_file.exists, "the port file")
         self.port = int(self.port_file.read_text())
-        self.server_address = (LOCALHOST, self.port)
 
     @property
     def stdout(self) -> str:
@@ -147,6 +215,7 @@ class Service:
 
     def kill(self) -> None:
         """End it, and what a shell may have started for it."""
+        self.clients.close()
         with suppress(ProcessLookupError, PermissionError):     # it has ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(TIMEOUT)
@@ -167,10 +236,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
         yield started
 
 
-class Terminal:
+class Terminal(Served):
     """A command at a terminal: what it shows, and what is typed."""
 
     def __init__(self, words: Tuple[str, ...], variables: Dict[str, str], command: Tuple[str, ...]) -> None:
+        super().__init__()
         self.text = ""
         self.screen, terminal = os.openpty()
         try:
@@ -198,14 +268,27 @@ class Terminal:
             assert self.read(until - time.monotonic()), f"waited for {text!r} in vain: {self.text!r}"
         return self.text
 
+    def wait_until_it_serves(self) -> None:
+        self.wait_for(READY + "\n")
+        self.port = int(re.findall(r"socks5h://\S+:(\d+)\n", self.text)[0])
+
     def type(self, keys: str) -> None:
         os.write(self.screen, keys.encode())
 
     def end(self) -> Tuple[int, str]:
-        """Wait for its end: the exit code, and all that was shown."""
+        """Wait for its end: the exit code, and all that was shown, which has no crash in it."""
         while self.read(TIMEOUT):
             pass
+        assert "Traceback" not in self.text
+        assert "Fatal" not in self.text
         return self.process.wait(TIMEOUT), self.text
+
+    def talk(self, *lines: str) -> Tuple[int, str]:
+        """Wait for the first, type the second, and so on, and wait for its end."""
+        for shown, keys in zip(lines[::2], lines[1::2]):
+            self.wait_for(shown)
+            self.type(keys)
+        return self.end()
 
     def hang_up(self) -> None:
         """Close the terminal, as somebody does who closes its window."""
@@ -213,6 +296,7 @@ class Terminal:
         self.screen = -1
 
     def close(self) -> None:
+        self.clients.close()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(TIMEOUT)
@@ -241,13 +325,15 @@ def expect_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         with pytest.raises(SystemExit) as exit_:
             function(*arguments)
         assert exit_.value.code == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("socks5srv: error: ")
-        assert captured.err.endswith("\n  see  socks5srv --help\n")
-        return captured.err[len("socks5srv: error: "):-len("\n  see  socks5srv --help\n")]
+        out, err = capsys.readouterr()
+        before, after = "socks5srv: error: ", "\n  see  socks5srv --help\n"
+        assert (out, err[:len(before)], err[-len(after):]) == ("", before, after)
+        return err[len(before):-len(after)]
 
     return expect
+
+
+Run, Start, AtTerminal = Callable[..., Outcome], Callable[..., Service], Callable[..., Terminal]    # what the fixtures are
 
 
 @pytest.fixture

@@ -1,24 +1,21 @@
-"""
-The first words: where it listens, and what to paste where.
-"""
+"""The first words: where it listens, and what to paste where."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
-from typing import Any, Callable, List, Tuple
+from typing import Any, List
 
 import pytest
-from tests.conftest import Client, exchange
+from tests.conftest import Place
+from tests.program import AtTerminal, Start
 
 from socks5srv import __version__
 from socks5srv.cli import banner as module
 from socks5srv.cli.banner import banner, listening, reachable_address
 from socks5srv.policy import is_loopback
 from socks5srv.protocol import Address, Command
-
-Place = Tuple[Any, ...]
 
 WIDTH = 80      # columns of a terminal as it has always been
 
@@ -36,14 +33,10 @@ def test_the_first_lines_say_who_is_served_and_where() -> None:
 
 
 @pytest.mark.parametrize("line", [
-    "curl -x socks5h://127.0.0.1:1080 example.com",
-    "export ALL_PROXY=socks5h://127.0.0.1:1080",
-    'pip install "requests[socks]"',
-    'requests.get(url, proxies={"http": P, "https": P})',
+    "curl -x socks5h://127.0.0.1:1080 example.com", "export ALL_PROXY=socks5h://127.0.0.1:1080",
+    'pip install "requests[socks]"', 'requests.get(url, proxies={"http": P, "https": P})',
     "chrome --proxy-server=socks5://127.0.0.1:1080",
-    "SOCKS Host 127.0.0.1, Port 1080, SOCKS v5",
-    "Proxy DNS when using SOCKS v5",
-    "HTTP and HTTPS Proxy empty",
+    "SOCKS Host 127.0.0.1, Port 1080, SOCKS v5", "Proxy DNS when using SOCKS v5", "HTTP and HTTPS Proxy empty",
     "Ctrl-C stops, h + Enter shows keys.",
 ])
 def test_it_has_the_lines_to_paste(line: str) -> None:
@@ -129,31 +122,22 @@ def test_programs_are_told_the_same(users: Any, auth: str) -> None:
 
 # --- on the screen ---
 
-def test_at_a_terminal_the_banner_is_shown_and_at_the_end_the_summary(
-    at_terminal: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
-) -> None:
+def test_at_a_terminal_the_banner_is_shown_and_at_the_end_the_summary(at_terminal: AtTerminal, echo: Place) -> None:
     terminal = at_terminal("0")
     text = terminal.wait_for("Ctrl-C stops, h + Enter shows keys.")
-    found = re.search(r"proxy address:   socks5h://127\.0\.0\.1:(\d+)\n", text)
-    assert found
-    port = int(found.group(1))
-    assert text.startswith(banner(addresses("127.0.0.1", port=port), None))
+    [terminal.port] = map(int, re.findall(r"proxy address:   socks5h://127\.0\.0\.1:(\d+)\n", text))
+    assert text.startswith(banner(addresses("127.0.0.1", port=terminal.port), None))
     assert max(map(len, text.split("\n"))) <= WIDTH
-    with new_client(("127.0.0.1", port)) as client:
-        client.connect(echo)
-        exchange(client)
-    terminal.wait_for("client closed\n")
-    terminal.type("\x03")
-    code, text = terminal.end()
+    terminal.tunnel(echo).close()
+    code, text = terminal.talk("client closed\n", "\x03")
     assert code == 0
     after = text[text.index("^C"):]
     assert re.search(r"stopped after \ds: 1 connection \(1 ok, 0 not\) from 1 client,", after)
     assert f"  most traffic  127.0.0.1:{echo[1]}  10\n" in after
     assert "listening" not in text
-    assert "Traceback" not in text
 
 
-def test_without_a_terminal_one_line_is_enough(start: Callable[..., Any]) -> None:
+def test_without_a_terminal_one_line_is_enough(start: Start) -> None:
     service = start()
     line = service.wait_for("listening")
     assert re.fullmatch(
@@ -162,10 +146,7 @@ def test_without_a_terminal_one_line_is_enough(start: Callable[..., Any]) -> Non
     assert service.stderr == line + "\n"
 
 
-def test_at_a_terminal_quiet_is_quiet(at_terminal: Callable[..., Any]) -> None:
-    terminal = at_terminal("-q", "0", "--port-file", "/dev/stdout")
-    terminal.wait_for("\n")
-    terminal.type("\x03")
-    code, text = terminal.end()
+def test_at_a_terminal_quiet_is_quiet(at_terminal: AtTerminal) -> None:
+    code, text = at_terminal("-q", "0", "--port-file", "/dev/stdout").talk("\n", "\x03")
     assert code == 0
     assert re.fullmatch(r"\d+\n(\^C)?", text)

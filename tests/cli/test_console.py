@@ -1,13 +1,10 @@
-"""
-What can be typed while the server serves, at a real pseudo-terminal.
-"""
+"""What can be typed while the server serves, at a real pseudo-terminal."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
@@ -15,31 +12,24 @@ import pytest
 from socks5srv.protocol import UNSPECIFIED, Address, Command, ReplyCode
 from socks5srv.cli import console
 from tests.clients.harness import need
-from tests.conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange
-
-Place = Tuple[str, int]
-
-COMMAND = (sys.executable, "-m", "socks5srv")
-READY = "socks5srv --help shows more."
+from tests.conftest import TIMEOUT, Place, eventually, exchange
+from tests.program import READY, AtTerminal, Terminal, by_shell
 
 
 class Keyboard:
     """A server at a terminal, and who sits there."""
 
-    def __init__(self, terminal: Any) -> None:
-        self.terminal = terminal
-        self.seen = 0
-        self.wait_for(READY + "\n")
-        self.port = int(re.findall(r"socks5h://\S+:(\d+)\n", terminal.text)[0])
-        self.place = (LOCALHOST, self.port)
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal, self.client, self.tunnel = terminal, terminal.client, terminal.tunnel
+        terminal.wait_until_it_serves()
+        self.seen = terminal.text.index(READY + "\n") + len(READY + "\n")
 
     def wait_for(self, text: str) -> str:
         """What is shown up to this text, behind what has been waited for before."""
-        eventually_shown = self.terminal
-        while text not in eventually_shown.text[self.seen:]:
-            assert eventually_shown.read(TIMEOUT), f"waited for {text!r} in vain: {eventually_shown.text[self.seen:]!r}"
+        while text not in self.terminal.text[self.seen:]:
+            assert self.terminal.read(TIMEOUT), f"waited for {text!r} in vain: {self.terminal.text[self.seen:]!r}"
         start, self.seen = self.seen, self.terminal.text.index(text, self.seen) + len(text)
-        return str(self.terminal.text[start:self.seen])
+        return self.terminal.text[start:self.seen]
 
     def press(self, key: str, end: str) -> List[str]:
         """Type it and Enter; the lines that are shown then, up to the one with `end` in it."""
@@ -49,22 +39,21 @@ class Keyboard:
         return (lines + self.wait_for("\n")).splitlines()
 
     def stop(self) -> Tuple[int, str]:
-        self.terminal.type("\x03")
-        code, text = self.terminal.end()
-        assert "Fatal" not in text
-        assert "Traceback" not in text
-        return code, text
+        return self.terminal.talk("", "\x03")
+
+
+AtKeyboard = Callable[..., Keyboard]
 
 
 @pytest.fixture
-def keyboard(at_terminal: Callable[..., Any]) -> Callable[..., Keyboard]:
+def keyboard(at_terminal: AtTerminal) -> AtKeyboard:
     return lambda *words, **keywords: Keyboard(at_terminal("0", *words, **keywords))
 
 
 # --- the keys ---
 
 @pytest.mark.parametrize("key", ["h", "H", "?", "what is this"])
-def test_help_has_a_line_for_each_key(keyboard: Callable[..., Keyboard], key: str) -> None:
+def test_help_has_a_line_for_each_key(keyboard: AtKeyboard, key: str) -> None:
     lines = keyboard().press(key, "Each with Enter.")
     assert lines == [
         "  l  list the clients that are being served", "  s  what has happened so far", "  e  explain every message of new clients, or no longer",
@@ -72,16 +61,16 @@ def test_help_has_a_line_for_each_key(keyboard: Callable[..., Keyboard], key: st
     ]
 
 
-def test_enter_alone_shows_nothing(keyboard: Callable[..., Keyboard]) -> None:
+def test_enter_alone_shows_nothing(keyboard: AtKeyboard) -> None:
     server = keyboard()
     server.terminal.type("\n \n")
     server.wait_for("\n \n")
     assert server.press("l", "being served") == ["0 clients being served, 0 up, 0 down"]
 
 
-def test_the_list_has_what_a_living_tunnel_has_carried_by_now(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+def test_the_list_has_what_a_living_tunnel_has_carried_by_now(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard("-u", "anna:sesame")
-    with Client(server.place) as client, Client(server.place):
+    with server.client() as client, server.client():
         client.greet(2)
         client.login("anna", "sesame")
         assert client.request(Command.CONNECT, Address.named("localhost", echo[1])).code is ReplyCode.SUCCEEDED
@@ -101,19 +90,17 @@ def test_the_list_has_what_a_living_tunnel_has_carried_by_now(keyboard: Callable
     assert "1 ok, 1 not" in server.stop()[1]
 
 
-def test_the_list_has_udp_clients(keyboard: Callable[..., Keyboard]) -> None:
+def test_the_list_has_udp_clients(keyboard: AtKeyboard) -> None:
     server = keyboard()
-    with Client(server.place) as client:
+    with server.client() as client:
         client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED)
         assert re.search(r"#1 .* udp +0\.0\.0\.0:0 +0 +0 ", server.press("l", "being served")[1])
 
 
-def test_the_summary_so_far(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+def test_the_summary_so_far(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard()
     assert re.fullmatch(r"serving for \ds: 0 connections .*", server.press("s", "at once")[0])
-    with Client(server.place) as client:
-        client.connect(echo)
-        exchange(client)
+    server.tunnel(echo).close()
     server.wait_for("client closed\n")
     first, second = server.press("s", "at once")
     assert re.fullmatch(r"serving for \ds: 1 connection \(1 ok, 0 not\) from 1 client,", first)
@@ -124,145 +111,114 @@ def test_the_summary_so_far(keyboard: Callable[..., Keyboard], echo: Place) -> N
 
 
 @pytest.mark.parametrize("words", [(), ("--workers", "2"), ("--pcap", os.devnull)])
-def test_explain_is_switched_for_new_clients(keyboard: Callable[..., Keyboard], echo: Place, words: Tuple[str, ...]) -> None:
+def test_explain_is_switched_for_new_clients(keyboard: AtKeyboard, echo: Place, words: Tuple[str, ...]) -> None:
     server = keyboard(*words)
 
     def converse() -> str:
-        with Client(server.place) as client:
-            client.connect(echo)
+        server.tunnel(echo).close()
         return server.wait_for("client closed\n")
 
+    soon = eventually if "--workers" in words else lambda condition: condition()      # they hear of it a moment later
     assert "RFC 1928" not in converse()
     assert server.press("e", "explain is")[-1] == "explain is on for new clients"
-    if "--workers" in words:
-        eventually(lambda: "RFC 1928" in converse())        # they hear of it a moment later
-    else:
-        assert "RFC 1928" in converse()
+    assert soon(lambda: "RFC 1928" in converse())
     assert server.press("e", "explain is")[-1] == "explain is off"
-    if "--workers" in words:
-        eventually(lambda: "RFC 1928" not in converse())
-    else:
-        assert "RFC 1928" not in converse()
+    assert soon(lambda: "RFC 1928" not in converse())
 
 
-def test_explain_that_was_an_option_can_be_switched_off(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+def test_explain_that_was_an_option_can_be_switched_off(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard("--explain")
     assert server.press("e", "explain is") == ["explain is off"]
-    with Client(server.place) as client:
-        client.connect(echo)
+    server.tunnel(echo).close()
     assert "RFC 1928" not in server.wait_for("client closed\n")
 
 
-def test_quit_is_like_ctrl_c(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+def test_quit_is_like_ctrl_c(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard()
-    with Client(server.place) as client:
-        client.connect(echo)
-        server.terminal.type("q\n")
-        code, text = server.terminal.end()
+    server.tunnel(echo)
+    code, text = server.terminal.talk("", "q\n")
     assert code == 0
     assert "server stopped" in text
     assert "stopped after" in text
-    assert "Fatal" not in text
-    assert "Traceback" not in text
 
 
-def test_ctrl_c_is_not_held_up(keyboard: Callable[..., Keyboard]) -> None:
+def test_ctrl_c_is_not_held_up(keyboard: AtKeyboard) -> None:
     """By the thread that waits for the next line."""
     code, text = keyboard().stop()
     assert code == 0
     assert text.count("stopped after") == 1
 
 
-def test_with_workers_all_keys_work_too(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+def test_with_workers_all_keys_work_too(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard("--workers", "2")
-    with Client(server.place) as client, Client(server.place) as other:
-        for each in (client, other):
-            each.connect(echo)
-            exchange(each)
+    with server.tunnel(echo), server.tunnel(echo):
         eventually(lambda: server.press("l", "being served")[-1] == "2 clients being served, 10 up, 10 down")
         assert [line.split()[0] for line in server.press("l", "being served")[:-1]] == ["id", "#1", "#2"]
     server.wait_for("client closed\n")
     eventually(lambda: "2 connections (2 ok" in server.press("s", "at once")[0])
-    server.terminal.type("q\n")
-    assert server.terminal.end()[0] == 0
+    assert server.terminal.talk("", "q\n")[0] == 0
 
 
 # --- the keyboard ---
 
-def test_the_end_of_the_keyboard_is_not_the_end_of_the_server(keyboard: Callable[..., Keyboard], echo: Place) -> None:
+def test_the_end_of_the_keyboard_is_not_the_end_of_the_server(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard()
     server.terminal.type("\x04")
-    with Client(server.place) as client:
-        client.connect(echo)
-        exchange(client)
+    server.tunnel(echo).close()
     server.wait_for("client closed\n")
     code, text = server.stop()
     assert code == 0
     assert "stopped after" in text
 
 
-def test_without_a_keyboard_there_are_no_keys(at_terminal: Callable[..., Any]) -> None:
-    terminal = at_terminal("0", command=(need("sh"), "-c", '"$@" </dev/null', "sh", *COMMAND))
+def test_without_a_keyboard_there_are_no_keys(at_terminal: AtTerminal) -> None:
+    terminal = at_terminal("0", command=by_shell('"$@" </dev/null', need("sh")))
     text = terminal.wait_for(READY)
     assert "Ctrl-C stops.  " + READY in text
     assert "h + Enter" not in text
-    terminal.type("h\n\x03")
-    assert "list the clients" not in terminal.end()[1]
+    assert "list the clients" not in terminal.talk("", "h\n\x03")[1]
 
 
-def test_a_program_that_is_run_has_the_keyboard_to_itself(at_terminal: Callable[..., Any]) -> None:
-    terminal = at_terminal("--run", need("sh"), "-c", "echo ready; exec cat")
-    terminal.wait_for("ready\n")
-    terminal.type("h\n")
-    terminal.wait_for("h\nh\n")
-    terminal.type("\x04")
-    code, text = terminal.end()
+def test_a_program_that_is_run_has_the_keyboard_to_itself(at_terminal: AtTerminal) -> None:
+    code, text = at_terminal("--run", need("sh"), "-c", "echo ready; exec cat").talk("ready\n", "h\n", "h\nh\n", "\x04")
     assert code == 0
     assert "list the clients" not in text
 
 
+InShell = Callable[[str], Terminal]
+
+
 @pytest.fixture
-def in_shell(at_terminal: Callable[..., Any], tmp_path: Path) -> Callable[[str], Tuple[Any, int]]:
-    """A shell at a terminal that runs this script, in which ``"$@"`` is a server: the terminal and the port, once it serves."""
-    def started(script: str) -> Tuple[Any, int]:
-        port_file = tmp_path / "port"
-        terminal = at_terminal("0", "--port-file", str(port_file), command=(need("bash"), "-c", script, "bash", *COMMAND))
-        terminal.wait_for(READY + "\n")
-        eventually(port_file.exists)
-        return terminal, int(port_file.read_text())
+def in_shell(at_terminal: AtTerminal) -> InShell:
+    """A shell at a terminal that runs this script, in which ``"$@"`` is a server, once it serves."""
+    def started(script: str) -> Terminal:
+        terminal = at_terminal("0", command=by_shell(script, need("bash")))
+        terminal.wait_until_it_serves()
+        return terminal
 
     return started
 
 
-def test_in_the_background_the_server_serves_and_leaves_the_keyboard_alone(in_shell: Callable[[str], Any], echo: Place) -> None:
+def test_in_the_background_the_server_serves_and_leaves_the_keyboard_alone(in_shell: InShell, echo: Place) -> None:
     """A shell stops programs that read the keyboard from there."""
-    terminal, port = in_shell('set -m; "$@" & echo "so be it"; read line; echo "the shell has $line"; kill %1; wait')
-    assert_serves(port, echo)
+    terminal = in_shell('set -m; "$@" & echo "so be it"; read line; echo "the shell has $line"; kill %1; wait')
+    terminal.tunnel(echo).close()
     terminal.type("h\n")
     terminal.wait_for("the shell has h\n")
     assert "list the clients" not in terminal.end()[1]
 
 
-def test_sent_to_the_background_it_serves_on_and_back_in_the_foreground_it_listens_again(in_shell: Callable[[str], Any], echo: Place) -> None:
-    terminal, port = in_shell('set -m; "$@"; echo "it is stopped"; bg; read line; echo "the shell has $line"; fg')
+def test_sent_to_the_background_it_serves_on_and_back_in_the_foreground_it_listens_again(in_shell: InShell, echo: Place) -> None:
+    terminal = in_shell('set -m; "$@"; echo "it is stopped"; bg; read line; echo "the shell has $line"; fg')
     terminal.type("l\n")
     terminal.wait_for("0 clients being served")
     terminal.type("\x1a")
     terminal.wait_for("it is stopped\n")
-    assert_serves(port, echo)
+    terminal.tunnel(echo).close()
     terminal.type("h\n")
     terminal.wait_for("the shell has h\n")
     assert "list the clients" not in terminal.text
-    terminal.type("h\n")
-    terminal.wait_for("Each with Enter.\n")
-    terminal.type("\x03")
-    assert "stopped after" in terminal.end()[1]
-
-
-def assert_serves(port: int, echo: Place) -> None:
-    with Client((LOCALHOST, port)) as client:
-        client.connect(echo)
-        exchange(client)
+    assert "stopped after" in terminal.talk("", "h\n", "Each with Enter.\n", "\x03")[1]
 
 
 # --- lines and lists by themselves ---
