@@ -1,28 +1,23 @@
 """
 What SIGHUP means: to a server at a terminal that is closed, to one that nohup has started, and to a daemon.
 
-(Ctrl-C and SIGTERM are in test_run.py, users files in test_safety.py, log files in test_log.py.)
+(Ctrl-C and SIGTERM are in test_main.py, users files in test_startup.py, log files in service/test_log.py.)
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Tuple
+from typing import Tuple
 
 import pytest
-from tests.conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange
+from tests.conftest import TIMEOUT, Place, eventually
+from tests.program import AtTerminal, Start, by_shell, needs_hangup, processes_too, started
+from tests.cli.test_startup import write_users
 
-from tests.program import COMMAND, environment
-from tests.cli.test_startup import cheap_hash, tunnel, write_users
-
-Place = Tuple[Any, ...]
-
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="not on this platform: SIGHUP")
-processes_too = pytest.mark.parametrize("words", [(), ("--workers", "2")], ids=["one process", "two workers"])
+pytestmark = needs_hangup
 
 # Tells its number when it runs, and is ended by SIGTERM and SIGUSR1 with codes of their own.
 PROGRAM = """
@@ -52,21 +47,18 @@ def port_in(file: Path) -> int:
 @processes_too
 @pytest.mark.parametrize("logged", [False, True], ids=["on the screen", "in a file"])
 def test_a_terminal_that_is_closed_ends_the_server_as_sigterm_does(
-    words: Tuple[str, ...], logged: bool, at_terminal: Callable[..., Any], new_client: Callable[..., Client], echo: Place,
-    files: Tuple[Path, Path],
+    words: Tuple[str, ...], logged: bool, at_terminal: AtTerminal, echo: Place, files: Tuple[Path, Path],
 ) -> None:
     port_file, log_file = files
     terminal = at_terminal("0", *words, "--port-file", str(port_file), *["--log-file", str(log_file)] * logged)
-    place = (LOCALHOST, port_in(port_file))
-    client = new_client(place)
-    client.connect(echo)
-    exchange(client)
+    terminal.port = port_in(port_file)
+    client = terminal.tunnel(echo)
     terminal.hang_up()
     assert terminal.process.wait(TIMEOUT) == 0
     assert client.rest() == b""
     assert not port_file.exists()
     with pytest.raises(ConnectionError):        # which a worker that is left would accept
-        Client(place)
+        terminal.client()
     if logged:
         *_others, session, farewell = log_file.read_text().splitlines()
         assert session.endswith(" server stopped")
@@ -75,21 +67,20 @@ def test_a_terminal_that_is_closed_ends_the_server_as_sigterm_does(
 
 @processes_too
 def test_a_server_with_a_users_file_outlives_its_terminal(
-    words: Tuple[str, ...], at_terminal: Callable[..., Any], new_client: Callable[..., Client], echo: Place, tmp_path: Path,
-    files: Tuple[Path, Path],
+    words: Tuple[str, ...], at_terminal: AtTerminal, echo: Place, tmp_path: Path, files: Tuple[Path, Path],
 ) -> None:
-    users = write_users(tmp_path / "users", f"anna:{cheap_hash('sesame')}")
+    users = write_users(tmp_path / "users", anna="sesame")
     port_file, log_file = files
     terminal = at_terminal("0", *words, "--users-file", str(users), "--port-file", str(port_file), "--log-file", str(log_file))
-    place = (LOCALHOST, port_in(port_file))
+    terminal.port = port_in(port_file)
     terminal.hang_up()
     eventually(lambda: "1 users read" in log_file.read_text())
-    tunnel(new_client(place), echo, "anna", "sesame")
+    terminal.tunnel(echo, "anna", "sesame")
     terminal.process.terminate()
     assert terminal.process.wait(TIMEOUT) == 0
 
 
-def test_a_program_that_is_run_is_told_of_the_closed_terminal_as_by_sigterm(at_terminal: Callable[..., Any]) -> None:
+def test_a_program_that_is_run_is_told_of_the_closed_terminal_as_by_sigterm(at_terminal: AtTerminal) -> None:
     terminal = at_terminal("--run", sys.executable, "-c", PROGRAM)
     terminal.wait_for("\n")
     terminal.hang_up()
@@ -98,7 +89,7 @@ def test_a_program_that_is_run_is_told_of_the_closed_terminal_as_by_sigterm(at_t
 
 # --- the signal alone ---
 
-def test_sighup_ends_a_server_that_has_no_file_to_read_again(start: Callable[..., Any]) -> None:
+def test_sighup_ends_a_server_that_has_no_file_to_read_again(start: Start) -> None:
     service = start()
     assert service.stop(signal.SIGHUP) == 0
     assert " stopped after " in service.stderr.splitlines()[-1]
@@ -106,42 +97,33 @@ def test_sighup_ends_a_server_that_has_no_file_to_read_again(start: Callable[...
 
 
 @pytest.mark.parametrize("users", [False, True], ids=["without users", "with a users file"])
-def test_a_server_that_nohup_has_started_is_not_ended(
-    users: bool, start: Callable[..., Any], new_client: Callable[..., Client], echo: Place, tmp_path: Path,
-) -> None:
-    file = write_users(tmp_path / "users", f"anna:{cheap_hash('sesame')}")
-    service = start(*["--users-file", str(file)] * users, command=("sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *COMMAND))
+def test_a_server_that_nohup_has_started_is_not_ended(users: bool, start: Start, echo: Place, tmp_path: Path) -> None:
+    file = write_users(tmp_path / "users", anna="sesame")
+    service = start(*["--users-file", str(file)] * users, command=by_shell("trap '' HUP; exec \"$@\""))
     for _ in range(5):
         service.process.send_signal(signal.SIGHUP)
     if users:
         service.wait_for("1 users read")
-        tunnel(new_client(service), echo, "anna", "sesame")
+        service.tunnel(echo, "anna", "sesame")
     else:
-        new_client(service).connect(echo)
+        service.tunnel(echo)
     assert service.stop() == 0
 
 
-def test_a_daemon_that_has_a_log_file_is_not_ended(
-    start: Callable[..., Any], new_client: Callable[..., Client], echo: Place, tmp_path: Path,
-) -> None:
+def test_a_daemon_that_has_a_log_file_is_not_ended(start: Start, echo: Place, tmp_path: Path) -> None:
     file = tmp_path / "log"
     service = start("--log-file", str(file))
     file.unlink()
     service.process.send_signal(signal.SIGHUP)
     service.wait_until(file.exists, "the new file")
-    new_client(service).connect(echo)
+    service.tunnel(echo)
     assert service.stop() == 0
 
 
 @pytest.mark.parametrize(("script", "code"), [("", 5), ("trap '' HUP; ", 7)], ids=["told", "under nohup"])
 def test_a_program_that_is_run_is_told_of_sighup_unless_nohup_has_started_it(script: str, code: int) -> None:
-    with subprocess.Popen(
-        ["sh", "-c", script + 'exec "$@"', "sh", *COMMAND, "--run", sys.executable, "-c", PROGRAM],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        pid = int(process.stdout.readline())
+    with started(*by_shell(script + 'exec "$@"'), "--run", sys.executable, "-c", PROGRAM) as (process, pid):
         process.send_signal(signal.SIGHUP)
         if script:
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(int(pid), signal.SIGUSR1)
         assert process.wait(TIMEOUT) == code
