@@ -453,7 +453,7 @@ def test_a_browser_that_takes_it_for_a_web_server_gets_a_page(words: Tuple[str, 
     assert head.startswith("HTTP/1.1 501 ")
     assert f"SOCKS Host (version 5) to {LOCALHOST}:{service.port}" in body
     assert f"Content-Length: {len(body)}" in head
-    assert "bad-protocol this is HTTP" in service.wait_for("#1")
+    assert "bad-protocol this is HTTP: use socks5h://" in service.wait_for("#1")
 
 
 def test_a_browser_finds_its_configuration(start: Start) -> None:
