@@ -57,12 +57,6 @@ def by_shell(script: str, shell: str = "sh") -> Tuple[str, ...]:
     return (shell, "-c", script, shell, *COMMAND)
 
 
-def with_workers() -> List[str]:
-    """The options for as many workers as the environment of the tests asks for."""
-    number = os.environ.get(WORKERS)
-    return ["--workers", number] if number else []
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     """With workers leave out what starts no server, and would only do again what it does without."""
     if WORKERS in os.environ:
@@ -224,11 +218,12 @@ class Service(Served):
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """Start a server on a free port: ``start("-v")``; keywords are environment variables."""
+    with_workers = ["--workers", os.environ[WORKERS]] if WORKERS in os.environ else []
     with ExitStack() as stack:
         def started(*words: str, port: Optional[str] = "0", command: Tuple[str, ...] = COMMAND, **variables: str) -> Service:
             directory = tmp_path / f"service-{len(list(tmp_path.iterdir()))}"
             directory.mkdir()
-            service = Service(directory, (*command, *with_workers(), *words, *([port] if port else [])), variables)
+            service = Service(directory, (*command, *with_workers, *words, *([port] if port else [])), variables)
             stack.callback(service.kill)
             service.wait_until_it_serves()
             return service

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import pytest
 
@@ -29,8 +29,12 @@ sys.exit(int(sys.argv[3]))
 """
 
 
+def python(program: str, *words: str) -> List[str]:
+    return ["--run", sys.executable, "-c", program, *words]
+
+
 def client(place: Place, code: int = 0) -> List[str]:
-    return ["--run", sys.executable, "-c", CLIENT, place[0], str(place[1]), str(code)]
+    return python(CLIENT, place[0], str(place[1]), str(code))
 
 
 def test_a_program_finds_the_proxy_and_its_exit_code_is_kept(run_command: Run, echo: Place) -> None:
@@ -54,7 +58,7 @@ def test_what_was_refused_is_told_as_well(run_command: Run, echo: Place) -> None
 
 
 def test_a_program_that_goes_its_own_way_is_told_of(run_command: Run) -> None:
-    done = run_command("--run", sys.executable, "-c", "pass")
+    done = run_command(*python("pass"))
     assert done.code == 0
     assert done.stderr.endswith("has contacted nothing through the proxy; it may not look for ALL_PROXY\n")
 
@@ -68,29 +72,24 @@ def test_with_v_the_log_lines_are_there_as_ever(run_command: Run, echo: Place) -
     assert f"connect {echo[0]}:{echo[1]} ok 10 up 10 down" in run_command("-v", *client(echo)).stderr
 
 
-def test_no_other_proxy_is_left_in_its_environment(run_command: Run) -> None:
-    program = "import os; print(sorted(name for name in os.environ if name.lower().endswith('_proxy')))"
-    done = run_command("--run", sys.executable, "-c", program, http_proxy="http://127.0.0.1:1", NO_PROXY="*")
-    assert done.stdout == "['ALL_PROXY', 'all_proxy']\n"
+PROXIES = "import os; print(sorted(name for name in os.environ if name.lower().endswith('_proxy')))"
+SECRETS = "import os; print(sorted(name for name in os.environ if name.startswith('SOCKS5SRV_')), 'hush' in str(os.environ.values()))"
+WORDS = "import sys; print(sys.argv[1:])"
+OURS = {"SOCKS5SRV_OPTIONS": "--upstream socks5h://ben:hush@127.0.0.1:9", "SOCKS5SRV_PASSWORD": "sesame"}
 
 
-def test_no_option_and_no_password_of_ours_is_in_its_environment(run_command: Run) -> None:
-    program = "import os; print(sorted(name for name in os.environ if name.startswith('SOCKS5SRV_')), 'hush' in str(os.environ.values()))"
-    done = run_command(
-        "-u", "anna", "--run", sys.executable, "-c", program,
-        SOCKS5SRV_OPTIONS="--upstream socks5h://ben:hush@127.0.0.1:9", SOCKS5SRV_PASSWORD="sesame",
-    )
-    assert done.stdout == "[] False\n"
-
-
-def test_what_follows_is_the_programs_whatever_it_looks_like(run_command: Run) -> None:
-    done = run_command("--run", sys.executable, "-c", "import sys; print(sys.argv[1:])", "-q", "@nowhere", "--run", "--workers", "2")
-    assert done.stdout == "['-q', '@nowhere', '--run', '--workers', '2']\n"
+@pytest.mark.parametrize(("words", "variables", "printed"), [
+    (python(PROXIES), {"http_proxy": "http://127.0.0.1:1", "NO_PROXY": "*"}, "['ALL_PROXY', 'all_proxy']\n"),
+    (["-u", "anna", *python(SECRETS)], OURS, "[] False\n"),
+    (python(WORDS, "-q", "@nowhere", "--run", "--workers", "2"), {}, "['-q', '@nowhere', '--run', '--workers', '2']\n"),
+], ids=["no other proxy", "no option and no password of ours", "what follows, whatever it looks like"])
+def test_what_a_program_finds(words: List[str], variables: Dict[str, str], printed: str, run_command: Run) -> None:
+    assert run_command(*words, **variables).stdout == printed
 
 
 def test_the_port_is_a_free_one_unless_it_is_given(run_command: Run) -> None:
-    program = ["--run", sys.executable, "-c", "import os; print(os.environ['ALL_PROXY'].rpartition(':')[2])"]
-    assert run_command(*program).stdout.strip() not in ("0", "1080")
+    program = "import os; print(os.environ['ALL_PROXY'].rpartition(':')[2])"
+    assert run_command(*python(program)).stdout.strip() not in ("0", "1080")
 
 
 @pytest.mark.parametrize(("words", "code", "says"), [
@@ -119,7 +118,7 @@ print("ready", flush=True)
 while True:
     signal.pause()
 """
-    with started(*COMMAND, "--run", sys.executable, "-c", program) as (process, first):
+    with started(*COMMAND, *python(program)) as (process, first):
         assert first == "ready"
         if number == signal.SIGINT:
             os.killpg(process.pid, number)      # as a terminal does
@@ -144,7 +143,7 @@ subprocess.Popen = Popen
 from socks5srv.cli.main import main
 sys.exit(main())
 """
-    with started(sys.executable, "-c", ours, "--run", sys.executable, "-c", "import signal; signal.pause()") as (process, first):
+    with started(sys.executable, "-c", ours, *python("import signal; signal.pause()")) as (process, first):
         pid = int(first)
         try:
             assert process.wait(TIMEOUT) == 128 + number
@@ -173,14 +172,10 @@ def test_places_are_told_one_by_one_up_to_a_number() -> None:
     assert destinations.contacted_by("it").splitlines()[-1] == "  - elsewhere ok  10 x  10 up  0 down"
 
 
-@pytest.mark.parametrize(("users", "url"), [
-    (None, "socks5h://127.0.0.1:9"), ({"a@b": "c:d/é"}, "socks5h://a%40b:c%3Ad%2F%C3%A9@127.0.0.1:9"),
-])
-def test_the_url_says_where_and_who(users: Any, url: str) -> None:
-    assert proxy_url(Address("127.0.0.1", 9, AddressType.IPV4), users) == url
-
-
-@pytest.mark.parametrize(("users", "login"), [(None, ""), ({"anna": "sesame"}, "anna:sesame@")])
-def test_the_url_has_the_zone_of_a_link_local_address(users: Any, login: str) -> None:
-    address = Address("fe80::1", 9, AddressType.IPV6, 1)
-    assert proxy_url(address, users) == f"socks5h://{login}[fe80::1%25{socket.if_indextoname(1)}]:9"
+@pytest.mark.parametrize(("users", "login"), [(None, ""), ({"anna": "sesame"}, "anna:sesame@"), ({"a@b": "c:d/é"}, "a%40b:c%3Ad%2F%C3%A9@")])
+@pytest.mark.parametrize(("address", "place"), [
+    (Address("127.0.0.1", 9, AddressType.IPV4), "127.0.0.1:9"),
+    (Address("fe80::1", 9, AddressType.IPV6, 1), f"[fe80::1%25{socket.if_indextoname(1)}]:9"),
+], ids=["IPv4", "link-local, with its zone"])
+def test_the_url_says_where_and_who(address: Address, place: str, users: Any, login: str) -> None:
+    assert proxy_url(address, users) == f"socks5h://{login}{place}"

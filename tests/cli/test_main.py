@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 from tests.conftest import LOCALHOST, TIMEOUT, Client, Place, address_of, exchange, needs_ipv6, needs_neighbour, within
 from tests.networks import LinkLocal
-from tests.program import COMMAND, ROOT, Run, Service, Start, by_shell
+from tests.program import COMMAND, ROOT, Run, Start, by_shell
 
 from socks5srv.protocol import Command, CredentialsReply, Method, Reply, ReplyCode, Request
 from socks5srv.cli import startup
@@ -61,10 +61,6 @@ def can_listen_on_low_ports() -> bool:
 
 
 # --- it serves ---
-
-def test_it_serves_connect_on_the_port_found(start: Start, echo: Place) -> None:
-    start().tunnel(echo)
-
 
 def test_stdout_stays_empty_for_scripts(start: Start, echo: Place) -> None:
     service = start("-vv")
@@ -200,23 +196,14 @@ def test_a_pipe_in_place_of_the_log_file_stops_nothing(tmp_path: Path, start: St
 
 # --- who may use it ---
 
-@pytest.fixture
-def with_login(start: Start) -> Service:
-    return start("-u", "anna:sesame", "-u", "ben", SOCKS5SRV_PASSWORD="4711")
-
-
 @pytest.mark.parametrize(("name", "password", "status"), [
     ("anna", "sesame", CredentialsReply.SUCCESS), ("ben", "4711", CredentialsReply.SUCCESS),
     ("anna", "4711", CredentialsReply.FAILURE), ("carl", "sesame", CredentialsReply.FAILURE), ("anna", "", CredentialsReply.FAILURE),
 ])
-def test_with_users_a_login_is_needed(name: str, password: str, status: int, with_login: Service) -> None:
-    client = with_login.client()
+def test_with_users_a_login_is_needed(name: str, password: str, status: int, start: Start) -> None:
+    client = start("-u", "anna:sesame", "-u", "ben", SOCKS5SRV_PASSWORD="4711").client()
     assert client.greet(Method.NO_AUTHENTICATION_REQUIRED, Method.USERNAME_PASSWORD).method == Method.USERNAME_PASSWORD
     assert client.login(name, password).status == status
-
-
-def test_with_users_nobody_comes_in_without_a_login(with_login: Service) -> None:
-    assert with_login.client().greet(Method.NO_AUTHENTICATION_REQUIRED).method == Method.NO_ACCEPTABLE_METHODS
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.20", "2001:db8::20", "169.254.1.1"])
@@ -230,11 +217,6 @@ def test_it_refuses_to_be_an_open_proxy_and_says_how_to_go_on(address: str, run_
 def test_one_address_beyond_loopback_is_enough_to_refuse(run_command: Run) -> None:
     error = run_command("-b", "127.0.0.1", "-b", "192.168.1.20", "-b", "::1").error()
     assert "socks5srv -b 192.168.1.20 -u NAME" in error
-
-
-def test_with_a_login_it_serves_all_addresses(start: Start) -> None:
-    service = start("-u", "anna:sesame", port="0.0.0.0:0")
-    assert service.client().greet(Method.USERNAME_PASSWORD).method == Method.USERNAME_PASSWORD
 
 
 @needs_ipv6

@@ -1,13 +1,11 @@
-"""
-``--self-test``: three commands, three lines, and an exit code that can be relied on.
-"""
+"""``--self-test``: three commands, three lines, and an exit code that can be relied on."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Callable
 
 import pytest
+from tests.program import Run
 
 from socks5srv import Socks5Handler, Socks5Server
 from socks5srv.protocol import Command
@@ -15,7 +13,7 @@ from socks5srv.cli import selftest
 from socks5srv.cli.selftest import expect, self_test
 
 
-def test_it_tries_every_command_through_a_server_of_its_own(run_command: Callable[..., Any]) -> None:
+def test_it_tries_every_command_through_a_server_of_its_own(run_command: Run) -> None:
     outcome = run_command("--self-test")
     assert (outcome.code, outcome.stderr) == (0, "")
     assert re.fullmatch(r"CONNECT +ok, \d+\.\d ms\nBIND +ok, \d+\.\d ms\nUDP ASSOCIATE +ok, \d+\.\d ms\n", outcome.stdout)
@@ -25,7 +23,7 @@ def test_there_is_a_test_for_every_command() -> None:
     assert {name.replace(" ", "_") for name in selftest.TESTS} == {command.name for command in Command}
 
 
-def test_what_does_not_work_is_told_and_the_exit_code_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_work_is_told_with_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(Socks5Handler):
         do_BIND = None
 

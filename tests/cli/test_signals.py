@@ -110,16 +110,6 @@ def test_a_server_that_nohup_has_started_is_not_ended(users: bool, start: Start,
     assert service.stop() == 0
 
 
-def test_a_daemon_that_has_a_log_file_is_not_ended(start: Start, echo: Place, tmp_path: Path) -> None:
-    file = tmp_path / "log"
-    service = start("--log-file", str(file))
-    file.unlink()
-    service.process.send_signal(signal.SIGHUP)
-    service.wait_until(file.exists, "the new file")
-    service.tunnel(echo)
-    assert service.stop() == 0
-
-
 @pytest.mark.parametrize(("script", "code"), [("", 5), ("trap '' HUP; ", 7)], ids=["told", "under nohup"])
 def test_a_program_that_is_run_is_told_of_sighup_unless_nohup_has_started_it(script: str, code: int) -> None:
     with started(*by_shell(script + 'exec "$@"'), "--run", sys.executable, "-c", PROGRAM) as (process, pid):

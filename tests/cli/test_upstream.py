@@ -1,6 +1,4 @@
-"""
-``--upstream URL``: the option, what is told, and two servers in a row as users start them.
-"""
+"""``--upstream URL``: the option, what is told, and two servers in a row as users start them."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ from typing import Any, Callable
 
 import pytest
 from tests.conftest import LOCALHOST, exchange
+from tests.program import Run, Start
 
 from socks5srv.client import Proxy, connect
 from socks5srv.cli.options import parse
@@ -32,16 +31,14 @@ def test_what_is_no_url_is_told_without_the_password(url: str, expect_error: Cal
     assert "sesa/me" not in message
 
 
-def test_a_file_and_the_environment_keep_the_password_out_of_the_list_of_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_file_and_the_environment_keep_the_password_out_of_the_list_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "proxy.conf").write_text(f"--upstream={URL}  # secret\n")
     assert parse([f"@{tmp_path / 'proxy.conf'}"]).upstream == Proxy.parse(URL)
     monkeypatch.setenv("SOCKS5SRV_OPTIONS", f"--upstream {URL}")
     assert parse([]).upstream == Proxy.parse(URL)
 
 
-def test_two_servers_in_a_row(start: Callable[..., Any], echo: Any) -> None:
+def test_two_servers_in_a_row(start: Start, echo: Any) -> None:
     far = start("-u", "anna:sesame", SOCKS5SRV_PASSWORD="unused")
     near = start("-v", "--upstream", f"socks5h://anna:sesame@{LOCALHOST}:{far.port}")
     near.wait_for(f"going out through socks5h://anna:***@{LOCALHOST}:{far.port}")
@@ -55,15 +52,14 @@ def test_two_servers_in_a_row(start: Callable[..., Any], echo: Any) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
-def test_a_server_is_not_its_own_upstream(start: Callable[..., Any], run_command: Callable[..., Any], host: str) -> None:
+def test_a_server_is_not_its_own_upstream(start: Start, run_command: Run, host: str) -> None:
     taken = start()
     taken.stop()
-    outcome = run_command(str(taken.port), "--upstream", f"socks5h://{host}:{taken.port}")
-    assert outcome.code == 2
-    assert outcome.stderr.startswith(f"socks5srv: error: --upstream socks5h://{host}:{taken.port} is this server itself\n  ")
+    error = run_command(str(taken.port), "--upstream", f"socks5h://{host}:{taken.port}").error()
+    assert error.startswith(f"--upstream socks5h://{host}:{taken.port} is this server itself\n  ")
 
 
-def test_another_server_on_the_same_port_elsewhere_is_one(start: Callable[..., Any]) -> None:
+def test_another_server_on_the_same_port_elsewhere_is_one(start: Start) -> None:
     port = start().port
     assert start("--upstream", f"socks5h://192.0.2.1:{port}").stop() == 0
     assert start("--upstream", f"socks5h://no-such-host.invalid:{port}").stop() == 0

@@ -6,7 +6,8 @@ import contextlib
 import os
 import socket
 import threading
-from typing import Any, Callable, Iterator, List, Set
+from typing import Callable, Iterator, List, Set
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,6 +17,7 @@ from socks5srv.service.affinity import CoreAffinity
 from socks5srv.session import Session
 
 from tests.conftest import TIMEOUT, eventually
+from tests.program import Start
 
 linux = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
@@ -61,8 +63,9 @@ def never(_function: Callable[[], None]) -> None:
     """The next turn of a server that has none."""
 
 
-def come(affinity: CoreAffinity, clients: int) -> None:
-    """So many clients in all have come by now."""
+def come(affinity: CoreAffinity, clients: int, clock: List[float], seconds: float = 1.0) -> None:
+    """So many clients in all have come by the time that these seconds have passed."""
+    clock[0] += seconds
     affinity.newest = clients
     affinity.look()
 
@@ -75,8 +78,7 @@ def test_many_clients_a_second_bring_all_threads_to_one_core_and_few_set_them_fr
     def pass_a_second_with(more: float) -> None:
         nonlocal clients
         clients += int(more)
-        clock[0] += 1
-        come(core, clients)
+        come(core, clients, clock)
 
     pass_a_second_with(core.many - 1)
     assert placed(thread) == everywhere
@@ -97,11 +99,9 @@ def test_many_clients_a_second_bring_all_threads_to_one_core_and_few_set_them_fr
 @linux
 def test_two_looks_in_quick_succession_are_one(clock: List[float]) -> None:
     core = CoreAffinity(never)
-    clock[0] += core.min_interval / 2
-    come(core, 1000)
+    come(core, 1000, clock, core.min_interval / 2)
     assert not core.tied
-    clock[0] += core.min_interval
-    come(core, 1000)
+    come(core, 1000, clock, core.min_interval)
     assert core.tied
 
 
@@ -120,18 +120,13 @@ def test_when_clients_have_stopped_coming_the_threads_are_free_soon() -> None:
 
 
 @linux
-def test_without_a_descriptor_to_look_with_none_is_tied_until_there_is_one(clock: List[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_arguments: Any) -> None:
-        raise OSError("too many open files")
-
+def test_without_a_descriptor_to_look_with_none_is_tied_till_there_is_one(clock: List[float], monkeypatch: pytest.MonkeyPatch) -> None:
     core = CoreAffinity(never)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "current_core", fail)
-        clock[0] += 1
-        come(core, 1000)
+        patch.setattr(module, "current_core", Mock(side_effect=OSError("too many open files")))
+        come(core, 1000, clock)
     assert not core.tied
-    clock[0] += 1
-    come(core, 2000)
+    come(core, 2000, clock)
     assert core.tied
 
 
@@ -151,21 +146,19 @@ def test_a_thread_that_ends_meanwhile_does_no_harm(monkeypatch: pytest.MonkeyPat
 def test_a_program_that_was_given_one_core_is_left_there(clock: List[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _thread: {0})
     core = CoreAffinity(never)
-    clock[0] += 1
-    come(core, 10_000)
+    come(core, 10_000, clock)
     assert not core.tied
 
 
 def test_where_no_thread_can_be_tied_nothing_happens(clock: List[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(module.os, "sched_setaffinity", raising=False)
     core = CoreAffinity(never)
-    clock[0] += 1
-    come(core, 10_000)
+    come(core, 10_000, clock)
     assert not core.tied
 
 
 @linux
-def test_a_server_with_many_short_connections_is_on_one_core_and_free_afterwards(start: Any) -> None:
+def test_a_server_with_many_short_connections_is_on_one_core_and_free_afterwards(start: Start) -> None:
     service = start("-q", "--workers", "1")     # several are tied from their start on
 
     def cores_of_all_threads() -> Set[int]:

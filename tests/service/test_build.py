@@ -1,6 +1,4 @@
-"""
-What becomes of Settings: a server that has them, and observers that they ask for.
-"""
+"""What becomes of Settings: a server that has them, and observers that they ask for."""
 
 from __future__ import annotations
 

@@ -340,7 +340,7 @@ def test_no_line_is_lost_or_doubled_while_files_are_put_aside(start: Start, echo
 
 @needs_posix
 @processes_too
-def test_sighup_opens_the_log_file_afresh_at_once(words: Tuple[str, ...], start: Start, file: Path) -> None:
+def test_sighup_opens_the_log_file_afresh_at_once(words: Tuple[str, ...], start: Start, echo: Place, file: Path) -> None:
     old = file.with_name("proxy.log.1")
     service = start(*words, "--log-file", str(file))
     file.rename(old)
@@ -349,6 +349,7 @@ def test_sighup_opens_the_log_file_afresh_at_once(words: Tuple[str, ...], start:
     if os.path.isdir("/proc/self/fd"):
         service.wait_until(lambda: str(old) not in open_files(service.process.pid), "the end of the old file, in all processes")
         assert str(file) in open_files(service.process.pid)
+    service.tunnel(echo)
     assert service.stop() == 0
     assert "stopped after" in file.read_text()
 

@@ -1,6 +1,4 @@
-"""
-What has happened since the start: counted from the sessions that have ended, and told in a few lines.
-"""
+"""What has happened since the start: counted from the sessions that have ended, and told in a few lines."""
 
 from __future__ import annotations
 
