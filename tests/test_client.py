@@ -7,21 +7,24 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from typing import Any, Callable, List, Tuple
+from functools import partial
+from typing import Any, Callable, Iterator, List
 
 import pytest
 
 from socks5srv import client
 from socks5srv.client import Conversation, DatagramRelay, Proxy, bind, connect, udp_associate
 from socks5srv.protocol import (
-    UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed, Message,
-    Method, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
+    UNSPECIFIED, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed, Method,
+    MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed,
 )
+from socks5srv.rules import Rules
 
-from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, in_thread, needs_ipv6
+from .conftest import LOCALHOST, TIMEOUT, exchange, handler_with, in_thread, name, needs_ipv6, udp_socket
 
 CHOSEN = bytes(MethodSelection(Method.NO_AUTHENTICATION_REQUIRED))
 SUCCESS = bytes(Reply(ReplyCode.SUCCEEDED))
+HOSTS = pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
 SOON = 0.3          # seconds, for deadlines that have to pass
 
 
@@ -44,8 +47,10 @@ class Connection:
 
 
 @pytest.fixture
-def proxy_that(listen: Callable[..., socket.socket]) -> Callable[..., str]:
-    """The URL of a proxy for one client, with which it does what the function says, and closes."""
+def proxy_that(listen: Callable[..., socket.socket]) -> Iterator[Callable[..., str]]:
+    """The URL of a proxy for one client, with which it does what the function says, and closes; the test ends when it has."""
+    done: List[Callable[[], None]] = []
+
     def make(script: Callable[[Connection], object], login: str = "") -> str:
         listener = listen()
 
@@ -55,10 +60,12 @@ def proxy_that(listen: Callable[..., socket.socket]) -> Callable[..., str]:
                 sock.settimeout(TIMEOUT)
                 script(Connection(sock))
 
-        make.done = in_thread(serve)        # type: ignore[attr-defined]
+        done.append(in_thread(serve))
         return f"socks5h://{login}{LOCALHOST}:{listener.getsockname()[1]}"
 
-    return make
+    yield make
+    for each in done:
+        each()
 
 
 def until_the_client_leaves(connection: Connection) -> None:
@@ -69,20 +76,26 @@ def until_the_client_leaves(connection: Connection) -> None:
         pass
 
 
+def says(*messages: Any) -> Callable[[Connection], None]:
+    """All in one segment, before it is asked; and then it waits for the client to leave."""
+    def script(connection: Connection) -> None:
+        connection.send(*messages)
+        until_the_client_leaves(connection)
+
+    return script
+
+
 # --- the URL ---
 
 @pytest.mark.parametrize(("url", "proxy"), [
-    ("socks5h://127.0.0.1:1081", Proxy("127.0.0.1", 1081)),
+    ("socks5h://127.0.0.1:1081", Proxy("127.0.0.1", 1081)), ("socks5h://[::1]:1081/", Proxy("::1", 1081)),
     ("socks5h://proxy.example", Proxy("proxy.example", 1080)),
-    ("socks5h://[::1]:1081/", Proxy("::1", 1081)),
     ("SOCKS5://proxy.example:1", Proxy("proxy.example", 1, names_there=False)),
     ("socks5h://anna:sesame@h:1", Proxy("h", 1, b"anna", b"sesame")),
-    ("socks5h://anna@h:1", Proxy("h", 1, b"anna")),
-    ("socks5h://anna:@h:1", Proxy("h", 1, b"anna")),
+    ("socks5h://anna@h:1", Proxy("h", 1, b"anna")), ("socks5h://anna:@h:1", Proxy("h", 1, b"anna")),
     ("socks5h://an%3ana:s%40%2f%25%00@h:1", Proxy("h", 1, b"an:na", b"s@/%\0")),
     ("socks5h://j\u00fcrgen:%c3%bc@h:1", Proxy("h", 1, "j\u00fcrgen".encode(), "\u00fc".encode())),
-    ("socks5h://[fe80::1%25eth0]:1", Proxy("fe80::1%eth0", 1)),
-    ("socks5h://[fe80::1%eth0]:1", Proxy("fe80::1%eth0", 1)),
+    ("socks5h://[fe80::1%25eth0]:1", Proxy("fe80::1%eth0", 1)), ("socks5h://[fe80::1%eth0]:1", Proxy("fe80::1%eth0", 1)),
     ("socks5h://[fe80::1%252]:1", Proxy("fe80::1%2", 1)),
 ])
 def test_a_url_says_where_the_proxy_is_who_we_are_and_who_looks_names_up(url: str, proxy: Proxy) -> None:
@@ -110,7 +123,22 @@ def test_the_text_of_a_proxy_is_its_url_without_the_password(url: str) -> None:
 
 # --- CONNECT ---
 
-@pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
+@pytest.fixture
+def resolves(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """This computer's resolver finds these addresses for the name: ``resolves(name, address, address)``; the name."""
+    def make(name: str, *addresses: str) -> str:
+        ours = socket.getaddrinfo
+
+        def resolver(host: Any, *arguments: Any, **keywords: Any) -> List[Any]:
+            return [row for there in (addresses if host == name else [host]) for row in ours(there, *arguments, **keywords)]
+
+        monkeypatch.setattr(client.socket, "getaddrinfo", resolver)
+        return name
+
+    return make
+
+
+@HOSTS
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
 def test_connect_returns_a_blocking_socket_to_the_target(start_server: Any, start_echo: Any, host: str, scheme: str) -> None:
     server = start_server(address=(host, 0))
@@ -131,7 +159,7 @@ def test_an_address_in_the_brackets_of_a_url_is_sent_as_one(start_server: Any, s
 
 @needs_ipv6
 def test_a_relay_whose_address_is_in_brackets_can_be_written_to() -> None:
-    with DatagramRelay(Proxy("h"), socket.socket(), Address("[::1]", 9, AddressType.DOMAINNAME)) as relay:
+    with DatagramRelay(Proxy("h"), socket.socket(), name("[::1]", 9)) as relay:
         assert relay.socket.getpeername()[:2] == ("::1", 9)
 
 
@@ -139,44 +167,33 @@ def test_socks5h_leaves_the_name_to_the_proxy(start_server: Any, echo: Any) -> N
     server = start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST]))
     with connect(url_of(server), "only.there.example", echo[1]) as sock:
         exchange(sock)
-    assert server.next_ended().destination == Address("only.there.example", echo[1], AddressType.DOMAINNAME)
+    assert server.next_ended().destination == name("only.there.example", echo[1])
 
 
 @pytest.fixture
-def only_here(monkeypatch: pytest.MonkeyPatch) -> str:
+def only_here(resolves: Callable[..., str]) -> str:
     """A name that only this computer knows, with two addresses."""
-    ours = socket.getaddrinfo
-
-    def resolver(host: Any, *arguments: Any, **keywords: Any) -> List[Any]:
-        if host != "only.here.example":
-            return ours(host, *arguments, **keywords)
-        return [row for there in ("127.0.0.9", LOCALHOST) for row in ours(there, *arguments, **keywords)]
-
-    monkeypatch.setattr(client.socket, "getaddrinfo", resolver)
-    return "only.here.example"
+    return resolves("only.here.example", "127.0.0.9", LOCALHOST)
 
 
 def test_socks5_looks_the_name_up_here_and_tries_one_address_after_the_other(start_server: Any, echo: Any, only_here: str) -> None:
-    server = start_server()
-    server.rules = type(server.rules).parse(["deny 127.0.0.9"])
+    server = start_server(rules=Rules.parse(["deny 127.0.0.9"]))
     with connect(url_of(server, "socks5"), only_here, echo[1]) as sock:
         exchange(sock)
     assert [str(server.next_ended().destination.host) for _ in range(2)] == ["127.0.0.9", LOCALHOST]
 
 
-@pytest.mark.parametrize(("host", "sent"), [("m\u00fcnchen.example", "xn--mnchen-3ya.example"), ("fa\u00df.example", "xn--fa-hia.example")])
+@pytest.mark.parametrize(("host", "sent"), [
+    ("m\u00fcnchen.example", "xn--mnchen-3ya.example"), ("fa\u00df.example", "xn--fa-hia.example"),
+])
 def test_a_name_beyond_ascii_goes_as_the_dns_has_it(proxy_that: Any, host: str, sent: str) -> None:
-    asked: List[Request] = []
-
     def script(connection: Connection) -> None:
         connection.send(CHOSEN)
         Greeting.read(connection)
-        asked.append(Request.read(connection))
+        assert Request.read(connection).destination.host == sent
         connection.send(SUCCESS)
 
     connect(proxy_that(script), host, 80).close()
-    proxy_that.done()
-    assert asked[0].destination.host == sent
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
@@ -186,27 +203,20 @@ def test_what_is_no_port_is_told_before_anything_is_sent(port: int) -> None:
 
 
 def test_what_the_target_says_first_stays_in_the_socket(proxy_that: Any) -> None:
-    def script(connection: Connection) -> None:
-        connection.send(CHOSEN, SUCCESS, b"220 hello")      # all in one segment, before it is asked
-        until_the_client_leaves(connection)
-
-    with connect(proxy_that(script), "h", 80) as sock:
+    with connect(proxy_that(says(CHOSEN, SUCCESS, b"220 hello")), "h", 80) as sock:
         assert sock.recv(100) == b"220 hello"
-    proxy_that.done()
 
 
 def test_answers_may_come_octet_by_octet(proxy_that: Any) -> None:
     def script(connection: Connection) -> None:
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        name = Reply(ReplyCode.SUCCEEDED, Address("a.name.example", 80, AddressType.DOMAINNAME))
-        for octet in CHOSEN + bytes(name) + b"hello":
+        for octet in CHOSEN + bytes(Reply(ReplyCode.SUCCEEDED, name("a.name.example", 80))) + b"hello":
             connection.send(bytes([octet]))
         connection.socket.shutdown(socket.SHUT_WR)
         until_the_client_leaves(connection)
 
     with connect(proxy_that(script), "h", 80) as sock:
         assert b"".join(iter(lambda: sock.recv(100), b"")) == b"hello"
-    proxy_that.done()
 
 
 # --- what goes wrong ---
@@ -243,29 +253,20 @@ def test_what_is_no_answer_is_told(proxy_that: Any, answer: bytes, error: Any, w
 
     with pytest.raises(error, match=words):
         connect(proxy_that(script), "h", 80)
-    proxy_that.done()
 
 
 @pytest.mark.parametrize("answer", [b"", CHOSEN, CHOSEN + SUCCESS[:9]])
-@pytest.mark.parametrize("command", ["connect", "bind", "udp"])
-def test_a_silent_proxy_is_left_at_the_deadline(proxy_that: Any, answer: bytes, command: str) -> None:
-    def script(connection: Connection) -> None:
-        connection.send(answer)
-        until_the_client_leaves(connection)
-
-    ask = {"connect": lambda url: connect(url, "h", 80, timeout=SOON), "bind": lambda url: bind(url, timeout=SOON),
-           "udp": lambda url: udp_associate(url, timeout=SOON)}[command]
+@pytest.mark.parametrize("ask", [partial(connect, host="h", port=80), bind, udp_associate], ids=["connect", "bind", "udp"])
+def test_a_silent_proxy_is_left_at_the_deadline(proxy_that: Any, answer: bytes, ask: Any) -> None:
     with pytest.raises(socket.timeout):
-        ask(proxy_that(script))
-    proxy_that.done()       # which it is only if the socket has been closed
+        ask(proxy_that(says(answer)), timeout=SOON)
 
 
 def test_the_deadline_is_one_for_all_octets(proxy_that: Any) -> None:
     def script(connection: Connection) -> None:
         connection.socket.settimeout(SOON / 4)
-        name = Reply(ReplyCode.SUCCEEDED, Address("a" * 255, 80, AddressType.DOMAINNAME))
         with contextlib.suppress(ConnectionError):      # the client leaves, perhaps with an octet unread
-            for octet in CHOSEN + bytes(name):
+            for octet in CHOSEN + bytes(Reply(ReplyCode.SUCCEEDED, name("a" * 255, 80))):
                 connection.send(bytes([octet]))
                 with contextlib.suppress(socket.timeout):       # in time for a deadline of each octet's own
                     if not connection.read(100):
@@ -275,7 +276,6 @@ def test_the_deadline_is_one_for_all_octets(proxy_that: Any) -> None:
     with pytest.raises(socket.timeout):
         connect(proxy_that(script), "h", 80, timeout=SOON)
     assert time.monotonic() - began < SOON * 5
-    proxy_that.done()
 
 
 def test_a_proxy_that_is_not_there_is_an_os_error(refusing: Any) -> None:
@@ -314,14 +314,9 @@ def test_a_proxy_that_does_not_answer_is_given_up(silent: Any) -> None:
 
 
 @needs_ipv6
-def test_every_address_of_the_proxy_is_tried(start_server: Any, echo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    server, ours = start_server(), socket.getaddrinfo
-
-    def resolver(_host: Any, *arguments: Any, **keywords: Any) -> List[Any]:
-        return ours("::1", *arguments, **keywords) + ours(LOCALHOST, *arguments, **keywords)
-
-    monkeypatch.setattr(client.socket, "getaddrinfo", resolver)
-    with connect(f"socks5h://proxy.example:{server.server_address[1]}", *echo) as sock:
+def test_every_address_of_the_proxy_is_tried(start_server: Any, echo: Any, resolves: Any) -> None:
+    host = resolves("proxy.example", "::1", LOCALHOST)
+    with connect(f"socks5h://{host}:{start_server().server_address[1]}", *echo) as sock:
         exchange(sock)
 
 
@@ -354,13 +349,8 @@ def test_a_login_that_nobody_wants_does_no_harm(start_server: Any, echo: Any) ->
 
 
 def test_the_version_of_the_logins_reply_is_looked_at(proxy_that: Any) -> None:
-    def script(connection: Connection) -> None:
-        connection.send(MethodSelection(Method.USERNAME_PASSWORD), b"\x05\x00")
-        until_the_client_leaves(connection)
-
     with pytest.raises(ProtocolError, match="VER of the login's reply"):
-        connect(proxy_that(script, "anna:sesame@"), "h", 80)
-    proxy_that.done()
+        connect(proxy_that(says(MethodSelection(Method.USERNAME_PASSWORD), b"\x05\x00"), "anna:sesame@"), "h", 80)
 
 
 def test_another_method_is_a_function_that_authenticates_the_conversation(proxy_that: Any) -> None:
@@ -371,33 +361,24 @@ def test_another_method_is_a_function_that_authenticates_the_conversation(proxy_
         connection.send(b"who's there?", SUCCESS)
         until_the_client_leaves(connection)
 
-    heard: List[bytes] = []
-
     def knock(conversation: Conversation) -> None:
         conversation.write(b"knock knock")
-        heard.append(conversation.read(12))
+        assert conversation.read(12) == b"who's there?"
 
     connect(proxy_that(script), "h", 80, methods={0x80: knock}).close()
-    proxy_that.done()
-    assert heard == [b"who's there?"]
 
 
 def test_what_another_method_raises_closes_the_connection(proxy_that: Any) -> None:
-    def script(connection: Connection) -> None:
-        connection.send(MethodSelection(0x80))
-        until_the_client_leaves(connection)
-
     def fail(_conversation: Conversation) -> None:
         raise LoginFailed("no ticket")
 
     with pytest.raises(LoginFailed, match="no ticket"):
-        connect(proxy_that(script), "h", 80, methods={0x80: fail})
-    proxy_that.done()
+        connect(proxy_that(says(MethodSelection(0x80))), "h", 80, methods={0x80: fail})
 
 
 # --- BIND ---
 
-@pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
+@HOSTS
 def test_bind_gives_the_address_at_once_and_the_peer_later(start_server: Any, host: str) -> None:
     with bind(url_of(start_server(address=(host, 0))), host) as waiting:
         with socket.create_connection(waiting.address[:2], TIMEOUT) as peer:
@@ -413,8 +394,7 @@ def test_bind_gives_the_address_at_once_and_the_peer_later(start_server: Any, ho
 
 
 def test_bind_is_asked_for_one_address_of_a_name_after_the_other(start_server: Any, only_here: str) -> None:
-    server = start_server()
-    server.rules = type(server.rules).parse(["deny 127.0.0.9"])
+    server = start_server(rules=Rules.parse(["deny 127.0.0.9"]))
     with bind(url_of(server, "socks5"), only_here) as waiting, socket.create_connection(waiting.address[:2], TIMEOUT):
         waiting.accept()[0].close()
     assert [str(server.next_ended().destination.host) for _ in range(2)] == ["127.0.0.9", LOCALHOST]
@@ -444,33 +424,19 @@ def test_the_second_reply_may_be_a_failure(start_server: Any) -> None:
 
 
 def test_zeros_in_a_reply_stand_for_the_proxys_host(proxy_that: Any) -> None:
-    def script(connection: Connection) -> None:
-        connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address("0.0.0.0", 4711, AddressType.IPV4)))
-        until_the_client_leaves(connection)
-
-    with bind(proxy_that(script)) as waiting:
-        assert waiting.address == Address(LOCALHOST, 4711, AddressType.IPV4)
-    proxy_that.done()
-    with udp_associate(proxy_that(script)) as relay:
-        assert relay.address == Address(LOCALHOST, 4711, AddressType.IPV4)
-    proxy_that.done()
+    script = says(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address.numeric("0.0.0.0", 4711)))
+    with bind(proxy_that(script)) as waiting, udp_associate(proxy_that(script)) as relay:
+        assert waiting.address == relay.address == Address.numeric(LOCALHOST, 4711)
 
 
 # --- UDP ---
-
-def udp_target(host: str = LOCALHOST) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(TIMEOUT)
-    sock.bind((host, 0))
-    return sock
-
 
 @pytest.mark.parametrize(("proxy_host", "target_host"), [
     (LOCALHOST, LOCALHOST), pytest.param("::1", "::1", marks=needs_ipv6), pytest.param(LOCALHOST, "::1", marks=needs_ipv6),
 ])
 def test_datagrams_go_both_ways(start_server: Any, proxy_host: str, target_host: str) -> None:
     server = start_server(address=(proxy_host, 0))
-    with udp_target(target_host) as target, udp_associate(url_of(server)) as relay:
+    with udp_socket(target_host) as target, udp_associate(url_of(server)) as relay:
         relay.socket.settimeout(TIMEOUT)
         for data in (b"there", b"", b"x" * 1000):
             relay.sendto(data, target.getsockname()[:2])
@@ -480,9 +446,9 @@ def test_datagrams_go_both_ways(start_server: Any, proxy_host: str, target_host:
             assert relay.recvfrom() == (data[::-1], target.getsockname()[:2])
 
 
-@pytest.mark.parametrize(("scheme", "looked_up_there"), [("socks5h", ["localhost"]), ("socks5", [])])
+@pytest.mark.parametrize(("scheme", "there"), [("socks5h", ["localhost"]), ("socks5", [])])
 def test_names_of_datagrams_are_looked_up_where_the_url_says(
-    start_server: Any, monkeypatch: pytest.MonkeyPatch, scheme: str, looked_up_there: List[str],
+    start_server: Any, resolves: Any, scheme: str, there: List[str],
 ) -> None:
     looked_up: List[str] = []
 
@@ -490,14 +456,12 @@ def test_names_of_datagrams_are_looked_up_where_the_url_says(
         looked_up.append(host)
         return [LOCALHOST]
 
-    ours = socket.getaddrinfo
-    monkeypatch.setattr(client.socket, "getaddrinfo", lambda host, *words, **more: ours(
-        LOCALHOST if host == "localhost" else host, *words, **more))
+    resolves("localhost", LOCALHOST)
     server = start_server(handler_with(resolve=resolve))
-    with udp_target() as target, udp_associate(url_of(server, scheme)) as relay:
+    with udp_socket() as target, udp_associate(url_of(server, scheme)) as relay:
         relay.sendto(b"there", ("localhost", target.getsockname()[1]))
         assert target.recv(100) == b"there"
-    assert looked_up == looked_up_there
+    assert looked_up == there
 
 
 def test_the_control_connection_is_kept_until_close(start_server: Any) -> None:
@@ -510,27 +474,23 @@ def test_the_control_connection_is_kept_until_close(start_server: Any) -> None:
 
 
 def test_fragments_and_nonsense_are_not_handed_out(proxy_that: Any) -> None:
-    there = Address(LOCALHOST, 53, AddressType.IPV4)
-    with udp_target() as relay_socket:
-        def script(connection: Connection) -> None:
-            connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address.of(relay_socket.getsockname())))
-            until_the_client_leaves(connection)
-
-        with udp_associate(proxy_that(script)) as relay:
+    there = Address.numeric(LOCALHOST, 53)
+    messages: List[Any] = [b"", b"\0\0\0", b"\0\0\0\2", Datagram(there, b"part", frag=1), Datagram(there, b"whole")]
+    with udp_socket() as their_end:
+        url = proxy_that(says(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address.of(their_end.getsockname()))))
+        with udp_associate(url) as relay:
             relay.socket.settimeout(TIMEOUT)
             relay.sendto(b"?", there[:2])
-            octets, source = relay_socket.recvfrom(100)
+            octets, source = their_end.recvfrom(100)
             assert octets == bytes(Datagram(there, b"?"))
-            messages: Tuple[Any, ...] = (b"", b"\0\0\0", b"\0\0\0\2", Datagram(there, b"part", frag=1), Datagram(there, b"whole"))
             for message in messages:
-                relay_socket.sendto(bytes(message), source)
+                their_end.sendto(bytes(message), source)
             assert relay.recvfrom() == (b"whole", there[:2])
-        proxy_that.done()
 
 
 def test_only_the_relay_is_heard(start_server: Any) -> None:
     server = start_server()
-    with udp_target() as target, udp_target() as stranger, udp_associate(url_of(server)) as relay:
+    with udp_socket() as target, udp_socket() as stranger, udp_associate(url_of(server)) as relay:
         relay.socket.settimeout(TIMEOUT)
         stranger.sendto(bytes(Datagram(Address.of(target.getsockname()), b"forged")), relay.socket.getsockname())
         relay.sendto(b"there", target.getsockname())
@@ -539,41 +499,27 @@ def test_only_the_relay_is_heard(start_server: Any) -> None:
 
 
 def test_a_relay_that_cannot_be_reached_leaves_nothing_open(proxy_that: Any) -> None:
-    def script(connection: Connection) -> None:
-        connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address("no such host.invalid".replace(" ", "-"), 1, AddressType.DOMAINNAME)))
-        until_the_client_leaves(connection)
-
     with pytest.raises(OSError):        # noqa: PT011
-        udp_associate(proxy_that(script))
-    proxy_that.done()
+        udp_associate(proxy_that(says(CHOSEN, Reply(ReplyCode.SUCCEEDED, name("no-such-host.invalid", 1)))))
 
 
 def test_every_message_is_one_of_the_protocols(proxy_that: Any) -> None:
     """What is sent is what protocol.py has, octet for octet."""
-    received: List[Message] = []
-
     def script(connection: Connection) -> None:
         connection.send(MethodSelection(Method.USERNAME_PASSWORD), CredentialsReply(CredentialsReply.SUCCESS), SUCCESS)
-        received.extend([Greeting.read(connection), Credentials.read(connection), Request.read(connection)])
-        assert eventually(lambda: connection.read(1) == b"")
+        assert Greeting.read(connection) == Greeting(bytes([0, 2]))
+        assert Credentials.read(connection) == Credentials(b"anna", b"sesame")
+        assert Request.read(connection) == Request(Command.CONNECT, name("example.com", 80))
+        assert connection.read(1) == b""
 
     connect(proxy_that(script, "anna:sesame@"), "example.com", 80).close()
-    proxy_that.done()
-    assert received == [
-        Greeting(bytes([0, 2])), Credentials(b"anna", b"sesame"),
-        Request(Command.CONNECT, Address("example.com", 80, AddressType.DOMAINNAME)),
-    ]
 
 
 def test_an_association_is_asked_for_with_zeros(proxy_that: Any) -> None:
-    asked: List[Request] = []
-
     def script(connection: Connection) -> None:
-        connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address(LOCALHOST, 4711, AddressType.IPV4)))
+        connection.send(CHOSEN, Reply(ReplyCode.SUCCEEDED, Address.numeric(LOCALHOST, 4711)))
         Greeting.read(connection)
-        asked.append(Request.read(connection))
+        assert Request.read(connection) == Request(Command.UDP_ASSOCIATE, UNSPECIFIED)
         until_the_client_leaves(connection)
 
     udp_associate(proxy_that(script)).close()
-    proxy_that.done()
-    assert asked == [Request(Command.UDP_ASSOCIATE, UNSPECIFIED)]
