@@ -17,7 +17,7 @@ import time
 from io import BytesIO
 from pathlib import Path
 from select import select
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Type
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Type
 
 import pytest
 
@@ -32,44 +32,52 @@ from socks5srv.handler import Socks5Handler
 from socks5srv.upstream import UpstreamHandler
 
 from .clients.harness import need
-from .conftest import LOCALHOST, TIMEOUT, eventually, handler_with, needs_ipv6, needs_neighbour
+from .conftest import LOCALHOST, TIMEOUT, eventually, handler_with, needs_ipv6, needs_neighbour, udp_socket
+from .program import ROOT
 
 USERS = {"anna": "sesame"}
 BY_NAME = {question.name: question for question in QUESTIONS}
 
 
 def proxy_of(server: Any, login: bool = False) -> Proxy:
-    host, port = server.server_address[:2]
+    """`server` may be an address, too."""
+    host, port = getattr(server, "server_address", server)[:2]
     return Proxy(host, port, b"anna", b"sesame") if login else Proxy(host, port)
+
+
+def examine(server: Any, login: bool = False, **settings: Any) -> List[Answer]:
+    return Examiner(proxy_of(server, login), **settings).examine()
 
 
 def verdicts(answers: Sequence[Answer], *kinds: str) -> Dict[str, str]:
     return {answer.name: answer.verdict for answer in answers if answer.verdict in kinds}
 
 
+def complaints(answers: Sequence[Answer]) -> Dict[str, str]:
+    return verdicts(answers, "fail", "warn")
+
+
 # --- our own server ---
 
 @needs_ipv6
 @needs_neighbour
-def test_our_own_server_has_the_right_answer_to_every_question(start_server: Any) -> None:
-    answers = Examiner(proxy_of(start_server())).examine()
+@pytest.mark.parametrize(("users", "skipped"), [(None, {"RFC 1929 section 2"}), (USERS, set())], ids=["open", "login"])
+def test_our_own_server_has_the_right_answer_to_every_question(start_server: Any, users: Any, skipped: Any) -> None:
+    answers = examine(start_server(users=users), login=bool(users))
     assert [answer for answer in answers if answer.verdict in ("fail", "warn")] == []
-    assert {answer.section for answer in answers if answer.verdict == "skip"} == {"RFC 1929 section 2"}
-    answers = Examiner(proxy_of(start_server(users=USERS), login=True)).examine()
-    assert [answer for answer in answers if answer.verdict in ("fail", "warn")] == []
-    assert verdicts(answers, "skip") == {}
+    assert {answer.section for answer in answers if answer.verdict == "skip"} == skipped
 
 
 @needs_ipv6
 def test_our_own_server_on_the_other_family_and_with_reassembly(start_server: Any) -> None:
-    answers = Examiner(proxy_of(start_server(address=("::1", 0), reassemble=True))).examine()
-    assert verdicts(answers, "fail", "warn") == {}
+    answers = examine(start_server(address=("::1", 0), reassemble=True))
+    assert complaints(answers) == {}
     assert [answer.observed for answer in answers if answer.name == "udp_fragments"] == ["put together"]
 
 
 def test_without_a_login_most_cannot_be_asked(start_server: Any) -> None:
-    answers = Examiner(proxy_of(start_server(users=USERS))).examine()
-    assert verdicts(answers, "fail", "warn") == {}
+    answers = examine(start_server(users=USERS))
+    assert complaints(answers) == {}
     assert len(verdicts(answers, "pass")) == 8
     assert verdicts(answers, "skip")["connect_ipv4"] == "skip"
 
@@ -113,18 +121,10 @@ def refuse_and_stay(self: Any, error: Any) -> None:
     until_the_client_leaves(self)
 
 
-def refuse_in_silence(self: Any, error: Any) -> None:
-    self.session.end(str(error))
-
-
 def wait_if_nothing_is_offered(self: Any, offered: Sequence[int]) -> Method:
     if not offered:
         until_the_client_leaves(self)
     return Socks5Handler.select_method(self, offered)
-
-
-def look_at_ten(self: Any, offered: Sequence[int]) -> Method:
-    return Socks5Handler.select_method(self, offered[:10])
 
 
 def take_any_version(self: Any) -> None:
@@ -176,10 +176,6 @@ def no_rsv(self: Any, request: Request) -> None:
     Socks5Handler.perform(self, request)
 
 
-def say_where_nothing_is(self: Any, _bound: Address) -> None:
-    Socks5Handler.succeed(self, UNSPECIFIED)
-
-
 def no_resolver(_self: Any, _host: str) -> List[str]:
     raise RequestFailed(ReplyCode.GENERAL_FAILURE)
 
@@ -228,22 +224,10 @@ def end_cleanly(self: Any, target: socket.socket) -> None:
     self.connection.shutdown(socket.SHUT_WR)
 
 
-def name_nobody(self: Any, target: socket.socket, _bound: Address) -> None:
-    Socks5Handler.open_tunnel(self, target, UNSPECIFIED)
-
-
-def let_anybody_in(self: Any, listener: socket.socket, _expected: Any, until: float) -> Any:
-    return Socks5Handler.await_peer(self, listener, [], until)
-
-
 def listen_for_ever(self: Any, _listener: socket.socket, _expected: Any, _until: float) -> Any:
     while not self.server.stopping:
         select([], [], [], 0.05)
     raise RequestFailed(ReplyCode.TTL_EXPIRED)
-
-
-def silent_do(_self: Any, _request: Request) -> None:
-    """Says nothing."""
 
 
 def associate(**faults: Any) -> Type[Socks5Handler]:
@@ -281,18 +265,16 @@ def associate(**faults: Any) -> Type[Socks5Handler]:
     return handler_with(do_UDP_ASSOCIATE=do)
 
 
-def udp_socket() -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.bind((LOCALHOST, 0))
-    return sock
-
-
 ANY_REPLY_SUCCEEDS = sends(Reply, with_octet(1, 0))
 ANY_FAILURE_IS_01 = sends(Reply, lambda octets: octets[:1] + bytes([bool(octets[1])]) + octets[2:])
 NO_SUCH_CODE = sends(Reply, lambda octets: octets[:1] + bytes([octets[1] and 0x42]) + octets[2:])
 GENEROUS = handler_with(authenticate=lambda _self, _username, _password: True)
-SILENT = handler_with(refuse=refuse_in_silence)
+SILENT = handler_with(refuse=lambda self, error: self.session.end(str(error)))
 STAYING = handler_with(refuse=refuse_and_stay)
+NOWHERE = handler_with(succeed=lambda self, _bound: Socks5Handler.succeed(self, UNSPECIFIED))
+NOBODY = handler_with(open_tunnel=lambda self, target, _bound: Socks5Handler.open_tunnel(self, target, UNSPECIFIED))
+ANYBODY = handler_with(await_peer=lambda self, listener, _expected, until: Socks5Handler.await_peer(self, listener, [], until))
+OF_TEN = handler_with(select_method=lambda self, offered: Socks5Handler.select_method(self, offered[:10]))
 ALWAYS_00 = handler_with(select_method=lambda _self, _offered: Method.NO_AUTHENTICATION_REQUIRED)
 
 FAULTS = [
@@ -306,7 +288,7 @@ FAULTS = [
     ("no_methods", ALWAYS_00, "fail", "00"),
     ("no_methods", handler_with(select_method=wait_if_nothing_is_offered), "warn", "waits"),
     ("end_after_ff", STAYING, "warn", "still open"),
-    ("many_methods", handler_with(select_method=look_at_ten), "fail", "ff"),
+    ("many_methods", OF_TEN, "fail", "ff"),
     ("other_version", handler_with(reject_foreign=take_any_version), "fail", "0500"),
     ("octet_by_octet", handler_with(reject_foreign=take_a_segment_for_a_message), "fail", "closed|breaks"),
     ("one_segment", handler_with(send=forget_what_came_ahead), "warn", "no: "),
@@ -332,7 +314,7 @@ FAULTS = [
     ("unknown_name", handler_with(resolve=slow_resolver), "warn", "nothing within"),
     ("end_after_failure", STAYING, "fail", "still open"),
     ("reply_rsv", sends(Reply, with_octet(2, 1)), "fail", "01"),
-    ("bound_address", handler_with(succeed=say_where_nothing_is), "warn", "0.0.0.0:0, and the target sees 127.0.0.1"),
+    ("bound_address", NOWHERE, "warn", "0.0.0.0:0, and the target sees 127.0.0.1"),
     ("reply_first", handler_with(open_tunnel=target_first), "fail", "VER of the reply is 32"),
     ("early_data", handler_with(relay=lose_what_came_early), "fail", "b'late' arrives"),
     ("much_both_ways", handler_with(relay=one_way_after_the_other), "fail", "nothing within|breaks"),
@@ -340,13 +322,13 @@ FAULTS = [
     ("half_close_down", handler_with(relay=end_both_ways_at_once), "fail", "lost|breaks"),
     ("reset", handler_with(relay=end_cleanly), "warn", "clean end"),
     ("bind_there", handler_with(do_BIND=None), "warn", "07 command"),
-    ("bind_there", handler_with(do_BIND=silent_do), "fail", "without a reply"),
-    ("bind_there", handler_with(succeed=say_where_nothing_is), "warn", "0.0.0.0:0, which clients have to guess about"),
-    ("bind_second_reply", handler_with(open_tunnel=name_nobody), "fail", "0.0.0.0:0, and the caller is"),
-    pytest.param("bind_stranger", handler_with(await_peer=let_anybody_in), "fail", "yes", marks=needs_neighbour),
+    ("bind_there", handler_with(do_BIND=lambda *_request: None), "fail", "without a reply"),
+    ("bind_there", NOWHERE, "warn", "0.0.0.0:0, which clients have to guess about"),
+    ("bind_second_reply", NOBODY, "fail", "0.0.0.0:0, and the caller is"),
+    pytest.param("bind_stranger", ANYBODY, "fail", "yes", marks=needs_neighbour),
     ("bind_client_gone", handler_with(await_peer=listen_for_ever), "warn", "yes"),
     ("udp_there", handler_with(do_UDP_ASSOCIATE=None), "warn", "07 command"),
-    ("udp_there", handler_with(do_UDP_ASSOCIATE=silent_do), "fail", "without a reply"),
+    ("udp_there", handler_with(do_UDP_ASSOCIATE=lambda *_request: None), "fail", "without a reply"),
     ("udp_lifetime", associate(immortal=True), "fail", "no, not within"),
     ("udp_ipv4", associate(no_source=True), "fail", "said to be from 0.0.0.0:0"),
     ("udp_ipv4", associate(rsv=1), "fail", "RSV 0001"),
@@ -376,30 +358,28 @@ LOGIN_FAULTS = [
 ]
 
 
-def found(server: Any, name: str, login: bool = False) -> Answer:
-    examiner = Examiner(proxy_of(server, login), timeout=1)
-    examiner.wants_a_login = login
-    return examiner.answer(BY_NAME[name])
+@pytest.fixture
+def find(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.setattr(check, "CLOSING", 0.5)
+
+    def found(name: str, handler: Any, verdict: str, words: str, users: Any = None) -> None:
+        examiner = Examiner(proxy_of(start_server(handler, users=users), login=bool(users)), timeout=1)
+        examiner.wants_a_login = bool(users)
+        answer = examiner.answer(BY_NAME[name])
+        assert answer.verdict == verdict, answer
+        assert re.search(words, answer.observed), answer
+
+    return found
 
 
 @pytest.mark.parametrize(("name", "handler", "verdict", "words"), FAULTS)
-def test_a_fault_is_found(
-    start_server: Any, monkeypatch: pytest.MonkeyPatch, name: str, handler: Any, verdict: str, words: str,
-) -> None:
-    monkeypatch.setattr(check, "CLOSING", 0.5)
-    answer = found(start_server(handler), name)
-    assert answer.verdict == verdict, answer
-    assert re.search(words, answer.observed), answer
+def test_a_fault_is_found(find: Any, name: str, handler: Any, verdict: str, words: str) -> None:
+    find(name, handler, verdict, words)
 
 
 @pytest.mark.parametrize(("name", "handler", "verdict", "words"), LOGIN_FAULTS)
-def test_a_fault_of_logins_is_found(
-    start_server: Any, monkeypatch: pytest.MonkeyPatch, name: str, handler: Any, verdict: str, words: str,
-) -> None:
-    monkeypatch.setattr(check, "CLOSING", 0.5)
-    answer = found(start_server(handler, users=USERS), name, login=True)
-    assert answer.verdict == verdict, answer
-    assert re.search(words, answer.observed), answer
+def test_a_fault_of_logins_is_found(find: Any, name: str, handler: Any, verdict: str, words: str) -> None:
+    find(name, handler, verdict, words, USERS)
 
 
 def test_every_question_finds_some_fault() -> None:
@@ -415,7 +395,6 @@ MICROSOCKS = {
     "octet_by_octet": "fail", "one_segment": "warn", "early_data": "fail", "half_close_up": "fail", "half_close_down": "fail",
     "name_with_nul": "fail", "unknown_name": "warn", "bound_address": "warn", "reset": "warn", "bind_there": "warn", "udp_there": "warn",
 }
-MICROSOCKS_WITH_A_LOGIN = {**MICROSOCKS, "password_with_nul": "fail"}
 DANTE = {
     "unknown_command": "fail", "unknown_address_type": "fail", "name_with_nul": "fail", "udp_stranger": "fail", "reset": "warn",
     "connect_ipv6": "warn", "udp_ipv6": "warn",      # it is told to go out by IPv4
@@ -423,105 +402,86 @@ DANTE = {
 
 
 @contextlib.contextmanager
-def program(*argv: object) -> Iterator[None]:
-    """Run it; at the end, end it and what it has started."""
+def program(address: Tuple[str, int], *argv: object) -> Iterator[Tuple[str, int]]:
+    """Run it until it listens there, and further; at the end, end it and what it has started."""
     process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        yield
+        eventually(lambda: listens(address))
+        yield address
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(TIMEOUT)
 
 
-def free_port() -> int:
+def listens(address: Tuple[str, int]) -> bool:
     with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((LOCALHOST, 0))
-        return int(sock.getsockname()[1])
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex((LOCALHOST, port)) == 0
-
-
-def differences(port: int, login: bool = False) -> Dict[str, str]:
-    eventually(lambda: listens(port))
-    proxy = Proxy(LOCALHOST, port, b"anna", b"sesame") if login else Proxy(LOCALHOST, port)
-    return verdicts(Examiner(proxy, timeout=3).examine(), "fail", "warn")
+        return sock.connect_ex(address) == 0
 
 
 @needs_ipv6
 @needs_neighbour
-@pytest.mark.parametrize("login", [False, True])
-def test_microsocks_differs_where_we_know_it(login: bool) -> None:
-    microsocks, port = need("microsocks"), free_port()
-    with program(microsocks, "-i", LOCALHOST, "-p", port, *["-u", "anna", "-P", "sesame"] * login):
-        assert differences(port, login) == (MICROSOCKS_WITH_A_LOGIN if login else MICROSOCKS)
+@pytest.mark.parametrize(("login", "differences"), [(False, MICROSOCKS), (True, {**MICROSOCKS, "password_with_nul": "fail"})])
+def test_microsocks_differs_where_we_know_it(closed_port: Any, login: bool, differences: Dict[str, str]) -> None:
+    host, port = closed_port()
+    with program((host, port), need("microsocks"), "-i", host, "-p", port, *["-u", "anna", "-P", "sesame"] * login) as server:
+        assert complaints(examine(server, login, timeout=3)) == differences
 
 
 @pytest.fixture
-def start_dante(tmp_path: Path) -> Iterator[Callable[[], int]]:
-    """Start Dante; its port."""
-    with contextlib.ExitStack() as stack:
-        def start() -> int:
-            danted, port = need("danted", "sockd"), free_port()
-            (tmp_path / "conf").write_text(f"""
-                errorlog: /dev/null
-                internal: {LOCALHOST} port = {port}
-                external: {LOCALHOST}
-                socksmethod: none
-                clientmethod: none
-                user.unprivileged: {getpass.getuser()}
-                client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
-                socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: bind connect udpassociate bindreply udpreply }}
-            """)
-            stack.enter_context(program(danted, "-f", tmp_path / "conf"))
-            eventually(lambda: listens(port))
-            return port
-
-        yield start
+def dante(tmp_path: Path, closed_port: Any) -> Iterator[Tuple[str, int]]:
+    """The address of Dante, a server."""
+    danted, (host, port) = need("danted", "sockd"), closed_port()
+    (tmp_path / "conf").write_text(f"""
+        errorlog: /dev/null
+        internal: {host} port = {port}
+        external: {host}
+        socksmethod: none
+        clientmethod: none
+        user.unprivileged: {getpass.getuser()}
+        client pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 }}
+        socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: bind connect udpassociate bindreply udpreply }}
+    """)
+    with program((host, port), danted, "-f", tmp_path / "conf") as server:
+        yield server
 
 
 @needs_ipv6
 @needs_neighbour
-def test_dante_differs_where_we_know_it(start_dante: Any) -> None:
-    assert differences(start_dante()) == DANTE
+def test_dante_differs_where_we_know_it(dante: Any) -> None:
+    assert complaints(examine(dante, timeout=3)) == DANTE
+
+
+def in_front_of(server: Any) -> Type[UpstreamHandler]:
+    return type("Near", (UpstreamHandler,), {"upstream": proxy_of(server)})
 
 
 @needs_ipv6
 @needs_neighbour
 def test_a_server_behind_ours_makes_no_difference_if_it_is_ours(start_server: Any) -> None:
-    near = start_server(type("Near", (UpstreamHandler,), {"upstream": proxy_of(start_server())}))
-    assert verdicts(Examiner(proxy_of(near)).examine(), "fail", "warn") == {}
+    assert complaints(examine(start_server(in_front_of(start_server())))) == {}
 
 
 @needs_ipv6
 @needs_neighbour
-def test_dante_behind_our_server(start_server: Any, start_dante: Any) -> None:
-    near = start_server(type("Near", (UpstreamHandler,), {"upstream": Proxy(LOCALHOST, start_dante())}))
-    answers = Examiner(proxy_of(near), timeout=3).examine()
-    assert verdicts(answers, "fail", "warn") == {"connect_ipv6": "warn", "udp_ipv6": "warn", "reset": "warn"}
+def test_dante_behind_our_server(start_server: Any, dante: Any) -> None:
+    differences = complaints(examine(start_server(in_front_of(dante)), timeout=3))
+    assert differences == {"connect_ipv6": "warn", "udp_ipv6": "warn", "reset": "warn"}
 
 
 # --- the program ---
 
 def run(*words: object) -> Any:
-    return subprocess.run(
-        [sys.executable, "-m", "socks5srv.check", *map(str, words)], cwd=Path(__file__).parent.parent, timeout=TIMEOUT * 3,
-        capture_output=True, text=True, check=False,
-    )
+    argv = [sys.executable, "-m", "socks5srv.check", *map(str, words)]
+    return subprocess.run(argv, cwd=ROOT, timeout=TIMEOUT * 3, capture_output=True, text=True, check=False)
 
 
 def test_the_table_and_the_exit_code_of_a_good_server(start_server: Any) -> None:
     done = run("{}:{}".format(*start_server().server_address))
     assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert lines[:2] == [
-        "RFC 1928 section 3",
-        "  pass  A client offers method 00 alone: what is selected?        00, or FF for a login          00",
-    ]
+    head, first, *_others = lines = done.stdout.splitlines()
+    assert head == "RFC 1928 section 3"
+    assert first == "  pass  A client offers method 00 alone: what is selected?        00, or FF for a login          00"
     assert re.fullmatch(r"\d+ pass, 0 fail, 0 warn, \d+ skip", lines[-1])
     assert len([line for line in lines if line.startswith("  ")]) == len(QUESTIONS)
 
@@ -546,8 +506,7 @@ def test_the_exit_code_of_a_bad_server(start_server: Any, capsys: pytest.Capture
 
 def test_a_server_that_never_says_anything_does_not_stop_the_examination(listen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "CLOSING", 0.02)
-    host, port = listen(backlog=1024).getsockname()
-    answers = Examiner(Proxy(host, port), timeout=0.02).examine()
+    answers = examine(listen(backlog=1024).getsockname(), timeout=0.02)
     assert {answer.verdict for answer in answers} == {"fail", "warn", "skip"}
 
 
@@ -559,17 +518,12 @@ def test_nobody_to_ask(refusing: Any) -> None:
 
 @pytest.mark.parametrize(("words", "message"), [
     ("", "required: HOST:PORT"),
-    ("1080", "no HOST:PORT"),
-    ("127.0.0.1", "no HOST:PORT"),
-    ("127.0.0.1:0", "no HOST:PORT"),
-    ("127.0.0.1:65536", "no HOST:PORT"),
-    ("::1:1080", "no HOST:PORT"),
+    *((place, "no HOST:PORT") for place in ("1080", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", "::1:1080")),
     ("no-such-host.invalid:1080", "is no host"),
     ("192.0.2.1:1080", "--target has to say how it can reach this one"),
     ("192.0.2.1:1080 --target 2001:db8::1", "is not an address of this computer"),
     ("127.0.0.1:1080 --target no-such-host.invalid", "is no host"),
-    ("127.0.0.1:1080 --user anna", "NAME:PASSWORD"),
-    ("127.0.0.1:1080 --user :sesame", "NAME:PASSWORD"),
+    ("127.0.0.1:1080 --user anna", "NAME:PASSWORD"), ("127.0.0.1:1080 --user :sesame", "NAME:PASSWORD"),
     (f"127.0.0.1:1080 --user anna:{'x' * 256}", "255 octets at most"),
     ("127.0.0.1:1080 --timeout 0", "seconds above 0"),
 ])
@@ -582,18 +536,13 @@ def test_wrong_usage_is_told(words: str, message: str, capsys: pytest.CaptureFix
     assert "sesame" not in told
 
 
-@needs_neighbour
-def test_the_target_can_be_another_address_of_this_computer(start_server: Any) -> None:
-    answers = Examiner(proxy_of(start_server()), target="127.0.0.2").examine()
-    assert verdicts(answers, "fail", "warn") == {}
-    assert {"connect_ipv6", "udp_ipv6"} <= set(verdicts(answers, "skip"))
-
-
-@needs_ipv6
-def test_the_target_can_be_an_ipv6_address(start_server: Any) -> None:
-    answers = Examiner(proxy_of(start_server(address=("::1", 0))), target="::1").examine()
-    assert verdicts(answers, "fail", "warn") == {}
-    assert {"connect_ipv4", "udp_ipv4"} <= set(verdicts(answers, "skip"))
+@pytest.mark.parametrize(("host", "target", "other"), [
+    pytest.param(LOCALHOST, "127.0.0.2", "ipv6", marks=needs_neighbour), pytest.param("::1", "::1", "ipv4", marks=needs_ipv6),
+])
+def test_the_target_can_be_another_address_of_this_computer(start_server: Any, host: str, target: str, other: str) -> None:
+    answers = examine(start_server(address=(host, 0)), target=target)
+    assert complaints(answers) == {}
+    assert {f"connect_{other}", f"udp_{other}"} <= set(verdicts(answers, "skip"))
 
 
 def test_a_session_is_over_before_the_next_begins(start_server: Any) -> None:
