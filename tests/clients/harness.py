@@ -1,9 +1,8 @@
 """
 The proxy as users start it, targets to reach through it, and real programs to run.
 
-A test asks its client for something that only its target can know, and then asks the proxy's
-log whether the client came through it, and how: `Proxy.sessions()` waits for the lines, so that
-no test ever sleeps.
+A test asks its client for something that only its target can know, and then asks the proxy's log whether the client
+came through it, and how: `Proxy.sessions()` waits for the lines, so that no test ever sleeps.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Dict, Iterator, List, Match, NoReturn, Optional, Set, Tuple
+from typing import Any, Callable, ClassVar, Dict, Iterable, Iterator, List, Match, NoReturn, Optional, Set, Tuple
 from urllib.parse import quote
 
 import pytest
@@ -75,22 +75,19 @@ def lack(reason: str) -> NoReturn:
 
 def environment(**more: str) -> Dict[str, str]:
     """Ours, without whatever would tell a proxy or a client to do something else."""
-    environ = {
+    ours = {
         name: value for name, value in os.environ.items()
         if not name.startswith(("SOCKS", "GIT_", "PROXYCHAINS")) and not name.lower().endswith("_proxy")
     }
-    environ["PYTHONPATH"] = str(ROOT)
-    environ.update(more)
-    return environ
+    return {**ours, "PYTHONPATH": str(ROOT), **more}
 
 
 def run(*words: object, stdin: bytes = b"", code: int = 0, cwd: Optional[pathlib.Path] = None, **more: str) -> bytes:
     """Run a program to its end; its output.  `more` goes into its environment."""
     argv = [str(word) for word in words]
     done = subprocess.run(argv, input=stdin, capture_output=True, cwd=cwd, env=environment(**more), timeout=PATIENCE, check=False)
-    assert done.returncode == code, (
-        f"{' '.join(argv)} ended with {done.returncode} instead of {code}:\n{done.stderr.decode(errors='replace')}"
-    )
+    errors = done.stderr.decode(errors="replace")
+    assert done.returncode == code, f"{' '.join(argv)} ended with {done.returncode} instead of {code}:\n{errors}"
     return done.stdout
 
 
@@ -263,15 +260,23 @@ def serving(server: socketserver.BaseServer) -> Iterator[Any]:
         thread.join()
 
 
-class TcpServer(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = 128
+class Server(socketserver.TCPServer):
+    """At a port of its own, and it knows these facts."""
 
     def __init__(self, handler: Any, host: str = "127.0.0.1", **facts: Any) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, 0), handler)
         self.port: int = self.server_address[1]
         self.__dict__.update(facts)
+
+
+class TcpServer(Server, socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+class UdpServer(Server, socketserver.UDPServer):
+    max_packet_size = 65536
 
 
 class WebServer(TcpServer, ThreadingHTTPServer):
@@ -306,13 +311,9 @@ class Page(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/big":
-            self.send_response(200)
-            self.send_header("Content-Length", str(BIG << 20))
-            self.end_headers()
-            for block in blocks():
-                self.wfile.write(block)
-            return
-        self.answer(self.server.secret + self.path.partition("/echo/")[2])
+            self.answer_with(BIG << 20, blocks())
+        else:
+            self.answer(self.server.secret + self.path.partition("/echo/")[2])
 
     def do_PUT(self) -> None:
         self.answer(digest(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -320,12 +321,14 @@ class Page(BaseHTTPRequestHandler):
     do_POST = do_PUT
 
     def answer(self, text: str, kind: str = "text/plain") -> None:
-        body = text.encode()
+        self.answer_with(len(text.encode()), [text.encode()], kind)
+
+    def answer_with(self, size: int, body: Iterable[bytes], kind: str = "text/plain") -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(size))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.writelines(body)
 
     def log_message(self, *_arguments: object) -> None:
         pass
@@ -366,8 +369,8 @@ class Program(socketserver.BaseRequestHandler):
     server: Any
 
     def handle(self) -> None:
-        subprocess.run(self.server.argv, stdin=self.request, stdout=self.request, stderr=subprocess.DEVNULL,
-                       env=environment(), check=False)
+        argv, connection = self.server.argv, self.request
+        subprocess.run(argv, stdin=connection, stdout=connection, stderr=subprocess.DEVNULL, env=environment(), check=False)
 
 
 def inetd(*argv: object) -> Any:
@@ -379,37 +382,23 @@ class Ftp(socketserver.StreamRequestHandler):
 
     server: Any
 
+    answers: ClassVar = {"USER": "230 logged in", "PWD": '257 "/"', "TYPE": "200 so be it", "EPRT": "200 so be it", "RETR": "150 coming"}
+
     def handle(self) -> None:
         self.say("220 hello")
         for line in self.rfile:
             word, _, rest = line.decode().strip().partition(" ")
-            getattr(self, "do_" + word, self.unknown)(rest)
+            self.say(self.answers.get(word, "502 no such command"))
+            if word == "EPRT":
+                _, _, host, port, _ = rest.split("|")
+                self.client = (host, int(port))
+            elif word == "RETR":
+                with socket.create_connection(self.client, PATIENCE) as connection:
+                    connection.sendall(self.server.content)
+                self.say("226 done")
 
     def say(self, text: str) -> None:
         self.wfile.write(text.encode() + b"\r\n")
-
-    def unknown(self, _rest: str) -> None:
-        self.say("502 no such command")
-
-    def do_USER(self, _rest: str) -> None:
-        self.say("230 logged in")
-
-    def do_PWD(self, _rest: str) -> None:
-        self.say('257 "/"')
-
-    def do_TYPE(self, _rest: str) -> None:
-        self.say("200 so be it")
-
-    def do_EPRT(self, rest: str) -> None:
-        _, _, host, port, _ = rest.split("|")
-        self.client = (host, int(port))
-        self.say("200 so be it")
-
-    def do_RETR(self, _rest: str) -> None:
-        self.say("150 coming")
-        with socket.create_connection(self.client, PATIENCE) as connection:
-            connection.sendall(self.server.content)
-        self.say("226 done")
 
 
 def ftp_server(content: bytes) -> Any:
@@ -426,18 +415,8 @@ class UdpEcho(socketserver.BaseRequestHandler):
         sock.sendto(self.server.secret + data, self.client_address)
 
 
-class UdpServer(socketserver.UDPServer):
-    max_packet_size = 65536
-
-    def __init__(self, host: str) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.secret = secrets.token_hex(4).encode()
-        super().__init__((host, 0), UdpEcho)
-        self.port: int = self.server_address[1]
-
-
 def udp_echo(host: str = "127.0.0.1") -> Any:
-    return serving(UdpServer(host))
+    return serving(UdpServer(UdpEcho, host, secret=secrets.token_hex(4).encode()))
 
 
 @contextlib.contextmanager
@@ -450,7 +429,5 @@ def closed_port() -> Iterator[int]:
 
 def in_threads(count: int, function: Callable[[int], Any]) -> List[Any]:
     """``function(0)`` to ``function(count - 1)``, all at once, each in a thread; their results."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(function, range(count)))

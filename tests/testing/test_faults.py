@@ -21,21 +21,9 @@ from socks5srv.testing.faults import (
 from socks5srv.testing.proxy import Proxy, start
 from socks5srv.testing.targets import EchoServer
 
-from ..conftest import LOCALHOST, Client, eventually, exchange, in_thread, name, server_threads, within
+from ..conftest import LOCALHOST, Client, eventually, exchange, in_thread, name, udp_socket, within
 
 LOGIN = {"anna": "sesame"}
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
-    yield
-    assert server_threads() == []
-
-
-@pytest.fixture
-def proxy() -> Iterator[Proxy]:
-    with start() as proxy:
-        yield proxy
 
 
 @pytest.fixture
@@ -44,23 +32,22 @@ def guarded() -> Iterator[Proxy]:
         yield proxy
 
 
-@pytest.fixture
-def echo() -> Iterator[EchoServer]:
-    with EchoServer() as echo:
-        yield echo
+def works(client: Client, echo: EchoServer) -> None:
+    client.connect(echo.address)
+    exchange(client)
 
 
-def works(proxy: Proxy, echo: EchoServer) -> None:
-    with Client(proxy.address) as client:
-        client.connect(echo.address)
-        exchange(client)
-
-
-def conversation(client: Client, echo: EchoServer) -> bytes:
-    """All that the server says to a whole conversation, which the client has sent at once, up to its end."""
+def say_all(client: Client, echo: EchoServer) -> None:
+    """A whole conversation, up to the request, at once."""
     client.send(Greeting(b"\x02"), Credentials(b"anna", b"sesame"), Request(Command.CONNECT, name("localhost", echo.port)))
-    client.end()
-    return client.rest()
+
+
+def conversation(proxy: Proxy, echo: EchoServer) -> bytes:
+    """All that the proxy says to a whole conversation, up to its end."""
+    with Client(proxy.address) as client:
+        say_all(client, echo)
+        client.end()
+        return client.rest()
 
 
 SUCCESS = b"\x05\x02" b"\x01\x00" b"\x05\x00\x00\x01\x7f\x00\x00\x01"      # and a port
@@ -83,10 +70,9 @@ def test_a_request_gets_any_reply_and_nothing_is_tried(proxy: Proxy, echo: EchoS
 
 
 @pytest.mark.parametrize("command", [Command.BIND, Command.UDP_ASSOCIATE])
-def test_so_do_the_other_commands(proxy: Proxy, echo: EchoServer, command: Command) -> None:
+def test_so_do_the_other_commands(proxy: Proxy, client: Client, echo: EchoServer, command: Command) -> None:
     proxy.inject(ReplyWith(ReplyCode.TTL_EXPIRED))
-    with Client(proxy.address) as client:
-        assert client.ask(command, echo.address).code is ReplyCode.TTL_EXPIRED
+    assert client.ask(command, echo.address).code is ReplyCode.TTL_EXPIRED
 
 
 def bind_and_call(client: Client) -> socket.socket:
@@ -99,9 +85,9 @@ def bind_and_call(client: Client) -> socket.socket:
 @pytest.mark.parametrize(("fault", "octets"), [
     (Truncate(SecondReply, 3), b"\x05\x00\x00"), (CloseAfter(SecondReply), None), (Raw(SecondReply, b"\x05\x01\x00"), b"\x05\x01\x00"),
 ], ids=repr)
-def test_the_second_reply_of_bind_can_be_struck_alone(proxy: Proxy, fault: Any, octets: Any) -> None:
+def test_the_second_reply_of_bind_can_be_struck_alone(proxy: Proxy, client: Client, fault: Any, octets: Any) -> None:
     proxy.inject(fault)
-    with Client(proxy.address) as client, bind_and_call(client) as peer:
+    with bind_and_call(client) as peer:
         if octets is None:
             assert Reply.read(client).bound == Address.of(peer.getsockname())
             assert client.rest() == b""
@@ -109,13 +95,12 @@ def test_the_second_reply_of_bind_can_be_struck_alone(proxy: Proxy, fault: Any, 
             assert client.exactly(len(octets)) == octets
 
 
-def test_what_is_about_every_reply_strikes_both_of_bind(proxy: Proxy) -> None:
+def test_what_is_about_every_reply_strikes_both_of_bind(proxy: Proxy, client: Client) -> None:
     proxy.inject(BoundTo("bound.example", 7))
-    with Client(proxy.address) as client:
-        assert client.ask(Command.BIND, ("0.0.0.0", 0)).bound == Address.named("bound.example", 7)
-        [session] = proxy.sessions
-        with socket.create_connection((session.bound.host, session.bound.port), 5):
-            assert Reply.read(client).bound == Address.named("bound.example", 7)
+    assert client.ask(Command.BIND, ("0.0.0.0", 0)).bound == Address.named("bound.example", 7)
+    [session] = proxy.sessions
+    with socket.create_connection((session.bound.host, session.bound.port), 5):
+        assert Reply.read(client).bound == Address.named("bound.example", 7)
 
 
 @pytest.mark.parametrize("method", [0x01, 0x02, 0x80, 0xFF])
@@ -127,9 +112,9 @@ def test_the_method_is_any_octet(proxy: Proxy, method: int) -> None:
     assert proxy.wait_for(closed=True)[0].reason == f"fault: SelectMethod({method})"
 
 
-def test_the_method_that_was_chosen_anyway_changes_nothing(proxy: Proxy, echo: EchoServer) -> None:
+def test_the_method_that_was_chosen_anyway_changes_nothing(proxy: Proxy, client: Client, echo: EchoServer) -> None:
     proxy.inject(SelectMethod(Method.NO_AUTHENTICATION_REQUIRED))
-    works(proxy, echo)
+    works(client, echo)
 
 
 def test_a_method_can_be_given_where_none_would_be(guarded: Proxy) -> None:
@@ -150,55 +135,48 @@ def test_a_login_has_any_status(guarded: Proxy, status: int, password: str) -> N
 
 def test_the_status_that_it_would_have_had_changes_nothing(guarded: Proxy, echo: EchoServer) -> None:
     guarded.inject(LoginStatus(0))
-    with Client(guarded.address) as client:
-        assert conversation(client, echo).startswith(SUCCESS)
+    assert conversation(guarded, echo).startswith(SUCCESS)
 
 
-def test_octets_stand_in_for_a_message_and_the_conversation_goes_on(proxy: Proxy, echo: EchoServer) -> None:
+def test_octets_stand_in_for_a_message_and_the_conversation_goes_on(proxy: Proxy, client: Client, echo: EchoServer) -> None:
     proxy.inject(Raw(Reply, b"HTTP/1.1 200"))
-    with Client(proxy.address) as client:
-        client.greet(0)
-        client.send(Request(Command.CONNECT, Address.numeric(*echo.address)), b"hello")
-        assert client.exactly(17) == b"HTTP/1.1 200" b"hello"
+    client.greet(0)
+    client.send(Request(Command.CONNECT, Address.numeric(*echo.address)), b"hello")
+    assert client.exactly(17) == b"HTTP/1.1 200" b"hello"
 
 
 @pytest.mark.parametrize(("host", "port"), [("proxy.example.com", 1080), ("2001:db8::1", 1), ("192.0.2.1", 0)])
-def test_the_reply_has_any_address(proxy: Proxy, echo: EchoServer, host: str, port: int) -> None:
+def test_the_reply_has_any_address(proxy: Proxy, client: Client, echo: EchoServer, host: str, port: int) -> None:
     proxy.inject(BoundTo(host, port))
-    with Client(proxy.address) as client:
-        assert client.connect(echo.address).bound == Address.named(host, port)
-        exchange(client)
+    assert client.connect(echo.address).bound == Address.named(host, port)
+    exchange(client)
 
 
-def test_an_address_is_put_into_failures_as_well(proxy: Proxy) -> None:
+def test_an_address_is_put_into_failures_as_well(proxy: Proxy, client: Client) -> None:
     proxy.inject(BoundTo("proxy.example.com"))
     proxy.inject(ReplyWith(5))
-    with Client(proxy.address) as client:
-        assert client.ask(Command.CONNECT, ("192.0.2.1", 1)) == Reply(ReplyCode.CONNECTION_REFUSED, name("proxy.example.com", 0))
+    assert client.ask(Command.CONNECT, ("192.0.2.1", 1)) == Reply(ReplyCode.CONNECTION_REFUSED, name("proxy.example.com", 0))
 
 
 # --- the end, too early ---
 
-AFTER = {       # how many octets of SUCCESS have come until the end
-    Greeting: 0, MethodSelection: 2, Credentials: 2, CredentialsReply: 4, Request: 4, Reply: 14,
-}
+# How many octets of SUCCESS have come until the end.
+AFTER = {Greeting: 0, MethodSelection: 2, Credentials: 2, CredentialsReply: 4, Request: 4, Reply: 14}
 
 
 @pytest.mark.parametrize("message", AFTER)
 def test_the_connection_is_closed_after_any_message(guarded: Proxy, echo: EchoServer, message: Any) -> None:
     guarded.inject(CloseAfter(message))
-    with Client(guarded.address) as client:
-        said = conversation(client, echo)
-        assert said[:12] == SUCCESS[:AFTER[message]]
-        assert len(said) == AFTER[message]
+    said = conversation(guarded, echo)
+    assert said[:12] == SUCCESS[:AFTER[message]]
+    assert len(said) == AFTER[message]
     assert guarded.wait_for(closed=True)[0].reason == f"fault: CloseAfter({message.__name__})"
 
 
-def test_what_was_sent_ahead_makes_no_reset_of_the_end(proxy: Proxy, echo: EchoServer) -> None:
+def test_what_was_sent_ahead_makes_no_reset_of_the_end(proxy: Proxy, client: Client, echo: EchoServer) -> None:
     proxy.inject(CloseAfter(Request))
-    with Client(proxy.address) as client:
-        client.send(Greeting(b"\0"), Request(Command.CONNECT, Address.numeric(*echo.address)), b"early" * 20_000)
-        assert [received(client), received(client)] == [b"\5\0", b""]
+    client.send(Greeting(b"\0"), Request(Command.CONNECT, Address.numeric(*echo.address)), b"early" * 20_000)
+    assert [received(client), received(client)] == [b"\5\0", b""]
 
 
 def received(client: Client) -> Optional[bytes]:
@@ -213,7 +191,7 @@ def received(client: Client) -> Optional[bytes]:
 def test_the_connection_is_reset_after_any_message(guarded: Proxy, message: Any, echo: EchoServer) -> None:
     guarded.inject(ResetAfter(message))
     with Client(guarded.address) as client:
-        client.send(Greeting(b"\x02"), Credentials(b"anna", b"sesame"), Request(Command.CONNECT, name("localhost", echo.port)))
+        say_all(client, echo)
         assert b"" not in iter(lambda: received(client), None)
     guarded.wait_for(closed=True)
 
@@ -221,8 +199,7 @@ def test_the_connection_is_reset_after_any_message(guarded: Proxy, message: Any,
 @pytest.mark.parametrize(("message", "octets", "total"), [(MethodSelection, 1, 1), (CredentialsReply, 0, 2), (Reply, 3, 7)])
 def test_a_message_ends_in_the_middle(guarded: Proxy, echo: EchoServer, message: Any, octets: int, total: int) -> None:
     guarded.inject(Truncate(message, octets))
-    with Client(guarded.address) as client:
-        assert conversation(client, echo) == SUCCESS[:total]
+    assert conversation(guarded, echo) == SUCCESS[:total]
 
 
 # --- nothing wrong, but not as usual ---
@@ -231,36 +208,34 @@ def test_a_message_ends_in_the_middle(guarded: Proxy, echo: EchoServer, message:
 def test_a_message_takes_its_time(guarded: Proxy, echo: EchoServer, message: Any) -> None:
     guarded.inject(Delay(message, 0.1))
     began = time.monotonic()
-    with Client(guarded.address) as client:
-        assert conversation(client, echo).startswith(SUCCESS)
+    assert conversation(guarded, echo).startswith(SUCCESS)
     assert 0.09 < time.monotonic() - began < within(2)
 
 
-def test_to_stop_does_not_wait_for_a_delay(proxy: Proxy) -> None:
+def test_to_stop_does_not_wait_for_a_delay(proxy: Proxy, client: Client) -> None:
     proxy.inject(Delay(Request, 60))
-    with Client(proxy.address) as client:
-        answer = in_thread(lambda: client.ask(Command.CONNECT, (LOCALHOST, 1)))
-        eventually(lambda: proxy.find(host=LOCALHOST))
-        began = time.monotonic()
-        proxy.stop()
-        assert time.monotonic() - began < within(1)
-        with pytest.raises((OSError, faults.ProtocolError)):
-            answer()
+    answer = in_thread(lambda: client.ask(Command.CONNECT, (LOCALHOST, 1)))
+    eventually(lambda: proxy.find(host=LOCALHOST))
+    began = time.monotonic()
+    proxy.stop()
+    assert time.monotonic() - began < within(1)
+    with pytest.raises((OSError, faults.ProtocolError)):
+        answer()
 
 
 def test_a_message_comes_octet_by_octet(guarded: Proxy, echo: EchoServer) -> None:
     guarded.inject(Drip())
     with Client(guarded.address) as client:
-        client.send(Greeting(b"\x02"), Credentials(b"anna", b"sesame"), Request(Command.CONNECT, name("localhost", echo.port)))
+        say_all(client, echo)
         segments = [client.socket.recv(100) for _ in range(8)]
         assert b"".join(segments) + client.exactly(14 - len(b"".join(segments))) != b""
         exchange(client)
     assert sum(len(segment) == 1 for segment in segments) >= 6        # a slow reader may find two at once
 
 
-def test_only_the_message_that_is_named_drips(proxy: Proxy, echo: EchoServer) -> None:
+def test_only_the_message_that_is_named_drips(proxy: Proxy, client: Client, echo: EchoServer) -> None:
     proxy.inject(Drip(Reply))
-    works(proxy, echo)
+    works(client, echo)
 
 
 # --- which ones strike ---
@@ -290,13 +265,11 @@ def test_the_first_of_them_strikes_first_and_then_the_next(proxy: Proxy, echo: E
     assert codes(proxy, echo, *["localhost"] * 4) == [5, 4, 4, 0]
 
 
-def test_several_strike_one_message(proxy: Proxy, echo: EchoServer) -> None:
-    proxy.inject(BoundTo("proxy.example.com", 80))
-    proxy.inject(Drip(Reply))
-    proxy.inject(CloseAfter(Reply))
-    with Client(proxy.address) as client:
-        assert client.connect(echo.address).bound == name("proxy.example.com", 80)
-        assert client.rest() == b""
+def test_several_strike_one_message(proxy: Proxy, client: Client, echo: EchoServer) -> None:
+    for fault in (BoundTo("proxy.example.com", 80), Drip(Reply), CloseAfter(Reply)):
+        proxy.inject(fault)
+    assert client.connect(echo.address).bound == name("proxy.example.com", 80)
+    assert client.rest() == b""
 
 
 def test_the_same_object_serves_several_proxies(echo: EchoServer) -> None:
@@ -306,7 +279,7 @@ def test_the_same_object_serves_several_proxies(echo: EchoServer) -> None:
         assert codes(other, echo, "localhost", "localhost") == [5, 0]
 
 
-def test_one_of_the_tests_own(proxy: Proxy, echo: EchoServer) -> None:
+def test_one_of_the_tests_own(proxy: Proxy, client: Client, echo: EchoServer) -> None:
     class Unlucky(Fault):
         about = (Credentials, Request)
 
@@ -314,15 +287,13 @@ def test_one_of_the_tests_own(proxy: Proxy, echo: EchoServer) -> None:
             raise LoginFailed("not today")
 
     proxy.inject(Unlucky())
-    with Client(proxy.address) as client:
-        client.greet(0)
-        client.send(Request(Command.CONNECT, Address.numeric(*echo.address)))
-        assert client.rest() == b"\x01\x01"
+    client.greet(0)
+    client.send(Request(Command.CONNECT, Address.numeric(*echo.address)))
+    assert client.rest() == b"\x01\x01"
 
 
 @pytest.mark.parametrize(("make", "complaint"), [
-    (lambda: SelectMethod(256), "range"),
-    (lambda: ReplyWith(-1), "range"),
+    (lambda: SelectMethod(256), "range"), (lambda: ReplyWith(-1), "range"),
     (lambda: Truncate(Request, 3), "Request.*MethodSelection, CredentialsReply, Reply"),
     (lambda: Raw(Greeting, b""), "Greeting"),
     (lambda: CloseAfter(Datagram), "Datagram"),
@@ -330,8 +301,7 @@ def test_one_of_the_tests_own(proxy: Proxy, echo: EchoServer) -> None:
     (lambda: Delay(Greeting, 1, host="a.example"), "known from the Request on"),
     (lambda: Drip(host="a.example"), "known from the Request on"),
     (lambda: ReplyWith(5, times=0), "never"),
-    (lambda: DropDatagrams("sideways"), "up"),
-    (lambda: DropDatagrams(every=0), "at least 1"),
+    (lambda: DropDatagrams("sideways"), "up"), (lambda: DropDatagrams(every=0), "at least 1"),
 ])
 def test_what_makes_no_sense_is_an_error_at_once(make: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -345,14 +315,12 @@ def test_what_is_no_fault_is_an_error_at_once(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize(("fault", "text"), [
     (ReplyWith(ReplyCode.CONNECTION_REFUSED, times=2), "ReplyWith(ReplyCode.CONNECTION_REFUSED, times=2)"),
-    (ReplyWith(5), "ReplyWith(ReplyCode.CONNECTION_REFUSED)"),
-    (ReplyWith(9), "ReplyWith(9)"),
+    (ReplyWith(5), "ReplyWith(ReplyCode.CONNECTION_REFUSED)"), (ReplyWith(9), "ReplyWith(9)"),
     (SelectMethod(Method.GSSAPI), "SelectMethod(Method.GSSAPI)"),
     (Truncate(Reply, 3, host="a.example"), "Truncate(Reply, 3, host='a.example')"),
     (Delay(Greeting, 0.5), "Delay(Greeting, 0.5)"),
     (Raw(MethodSelection, b"\0"), "Raw(MethodSelection, b'\\x00')"),
-    (Drip(), "Drip()"),
-    (BoundTo("::1", 80), "BoundTo('::1', 80)"),
+    (Drip(), "Drip()"), (BoundTo("::1", 80), "BoundTo('::1', 80)"),
     (DropDatagrams("up", every=3), "DropDatagrams('up', every=3)"),
 ])
 def test_it_says_what_it_is(fault: Fault, text: str) -> None:
@@ -367,8 +335,7 @@ class Talker:
     def __init__(self, proxy: Proxy, echo: EchoServer) -> None:
         self.control = Client(proxy.address)
         self.echo = echo
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((LOCALHOST, 0))
+        self.socket = udp_socket()
         self.relay = self.control.ask(Command.UDP_ASSOCIATE, ("0.0.0.0", 0)).bound
 
     def __enter__(self) -> Talker:

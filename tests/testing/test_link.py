@@ -12,19 +12,12 @@ import pytest
 from socks5srv.protocol import Address
 from socks5srv.testing.link import LossyLink
 
-from ..conftest import LOCALHOST, TIMEOUT, eventually, needs_neighbour
-
-
-def udp(host: str = LOCALHOST) -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(TIMEOUT)
-    sock.bind((host, 0))
-    return sock
+from ..conftest import LOCALHOST, eventually, needs_neighbour, udp_socket
 
 
 @pytest.fixture
 def relay() -> Iterator[socket.socket]:
-    with udp() as sock:
+    with udp_socket() as sock:
         yield sock
 
 
@@ -46,7 +39,7 @@ def link(relay: socket.socket, seen: List[bytes]) -> Iterator[LossyLink]:
 
 
 def test_datagrams_pass_both_ways(link: LossyLink, relay: socket.socket) -> None:
-    with udp() as client:
+    with udp_socket() as client:
         client.sendto(b"up", link.bound[:2])
         octets, source = relay.recvfrom(100)
         assert octets == b"up"
@@ -61,7 +54,7 @@ def test_nobody_hears_what_comes_before_there_is_a_client(link: LossyLink, relay
 
 @needs_neighbour
 def test_a_stranger_is_not_heard(link: LossyLink, relay: socket.socket) -> None:
-    with udp("127.0.0.2") as stranger, udp() as client:
+    with udp_socket("127.0.0.2") as stranger, udp_socket() as client:
         stranger.sendto(b"strange", link.bound[:2])
         client.sendto(b"up", link.bound[:2])
         assert relay.recv(100) == b"up"
@@ -69,7 +62,7 @@ def test_a_stranger_is_not_heard(link: LossyLink, relay: socket.socket) -> None:
 
 def test_it_survives_a_relay_that_is_not_there(link: LossyLink, relay: socket.socket, seen: List[bytes]) -> None:
     relay.close()
-    with udp() as client:
+    with udp_socket() as client:
         for number in range(1, 4):
             client.sendto(b"up", link.bound[:2])
             eventually(lambda number=number: len(seen) == number)   # type: ignore[misc]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import socket
 import statistics
 import time
-from typing import Any, Iterator, List
+from typing import Any, List
 
 import pytest
 
@@ -18,38 +18,18 @@ from socks5srv.handler import Socks5Handler
 from socks5srv.testing.proxy import Proxy, start
 from socks5srv.testing.targets import EchoServer
 
-from ..conftest import LOCALHOST, Client, eventually, exchange, handler_with, in_thread, name, needs_ipv6, server_threads, within
+from ..conftest import (
+    LOCALHOST, Client, eventually, exchange, handler_with, in_thread, name, needs_ipv6, server_threads, udp_socket, within,
+)
 
 LOGIN = {"anna": "sesame"}
 
 
-@pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
-    yield
-    for thread in server_threads():
-        if thread.name == "socks5srv-lookup":       # those are not waited for, but have to end
-            thread.join(10)
-    assert server_threads() == []
-
-
-@pytest.fixture
-def proxy() -> Iterator[Proxy]:
-    with start() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def echo() -> Iterator[EchoServer]:
-    with EchoServer() as echo:
-        yield echo
-
-
 # --- starting and stopping ---
 
-def test_it_serves_when_start_returns(proxy: Proxy, echo: EchoServer) -> None:
-    with Client(proxy.address) as client:
-        client.connect(echo.address)
-        exchange(client)
+def test_it_serves_when_start_returns(client: Client, echo: EchoServer) -> None:
+    client.connect(echo.address)
+    exchange(client)
 
 
 def test_to_stop_takes_less_than_five_milliseconds() -> None:
@@ -73,25 +53,20 @@ def test_to_stop_at_once_leaves_nothing_behind() -> None:
     assert server_threads() == []
 
 
-def test_to_stop_ends_what_is_under_way(echo: EchoServer) -> None:
-    with start() as proxy, Client(proxy.address) as client:
-        client.connect(echo.address)
-        exchange(client)
-        proxy.stop()
-        assert client.rest() == b""
-        assert proxy.last().reason == "server stopped"
-
-
-def test_to_stop_twice_is_to_stop(proxy: Proxy) -> None:
+def test_to_stop_ends_what_is_under_way(proxy: Proxy, client: Client, echo: EchoServer) -> None:
+    client.connect(echo.address)
+    exchange(client)
     proxy.stop()
-    proxy.stop()
+    assert client.rest() == b""
+    assert proxy.last().reason == "server stopped"
 
 
-def test_nobody_is_there_when_it_has_stopped(proxy: Proxy) -> None:
+def test_nobody_is_there_when_it_has_stopped_and_to_stop_twice_is_to_stop(proxy: Proxy) -> None:
     proxy.stop()
     with pytest.raises(ConnectionRefusedError):
         Client(proxy.address)
     assert "stopped" in repr(proxy)
+    proxy.stop()
 
 
 def test_it_can_come_back_at_the_same_port(proxy: Proxy, echo: EchoServer) -> None:
@@ -106,24 +81,21 @@ def test_it_can_come_back_at_the_same_port(proxy: Proxy, echo: EchoServer) -> No
     assert len(proxy.sessions) == 2
 
 
-def test_to_restart_it_while_it_serves_stops_it_first(proxy: Proxy) -> None:
-    with Client(proxy.address) as client:
-        client.greet()
-        proxy.restart()
-        assert client.rest() == b""
-    with Client(proxy.address) as client:
-        client.greet()
+def test_to_restart_it_while_it_serves_stops_it_first(proxy: Proxy, client: Client) -> None:
+    client.greet()
+    proxy.restart()
+    assert client.rest() == b""
+    with Client(proxy.address) as another:
+        another.greet()
 
 
 @needs_ipv6
 def test_it_listens_where_it_is_told_to() -> None:
-    with start(host="::1") as proxy:
+    with start(host="::1") as proxy, Client(proxy.address) as client:
         assert proxy.url == f"socks5h://[::1]:{proxy.port}"
-        with Client(proxy.address) as client:
-            client.greet()
-        port = proxy.port
-    with start(host="::1", port=port) as proxy:
-        assert proxy.port == port
+        client.greet()
+    with start(host="::1", port=proxy.port) as again:
+        assert again.port == proxy.port
 
 
 def test_a_port_in_use_is_an_error_of_the_caller(proxy: Proxy) -> None:
@@ -217,27 +189,22 @@ def test_a_name_that_the_test_does_not_know_is_not_looked_up(monkeypatch: pytest
         assert "internet=True" in proxy.last().reason
 
 
-def test_an_address_beyond_loopback_is_refused() -> None:
-    with start() as proxy:
-        for command, host in [(Command.CONNECT, "192.0.2.1"), (Command.CONNECT, "2001:db8::1"), (Command.BIND, "192.0.2.1")]:
-            with Client(proxy.address) as client:
-                assert client.ask(command, (host, 80)).code is ReplyCode.NOT_ALLOWED
-            assert "internet=True" in proxy.last().reason
+@pytest.mark.parametrize(("command", "host"), [
+    (Command.CONNECT, "192.0.2.1"), (Command.CONNECT, "2001:db8::1"), (Command.BIND, "192.0.2.1"),
+])
+def test_an_address_beyond_loopback_is_refused(proxy: Proxy, client: Client, command: Command, host: str) -> None:
+    assert client.ask(command, (host, 80)).code is ReplyCode.NOT_ALLOWED
+    assert "internet=True" in proxy.last().reason
 
 
 def test_so_is_one_that_a_handler_of_the_test_gives_a_name() -> None:
-    class Elsewhere(Socks5Handler):
-        def resolve(self, host: str) -> List[str]:
-            return ["192.0.2.1"]
-
-    with start(Elsewhere) as proxy, Client(proxy.address) as client:
+    with start(handler_with(resolve=lambda _self, _host: ["192.0.2.1"])) as proxy, Client(proxy.address) as client:
         assert client.ask(Command.CONNECT, ("www.example.com", 80)).code is ReplyCode.NOT_ALLOWED
 
 
-def test_localhost_is_always_there(proxy: Proxy, echo: EchoServer) -> None:
-    with Client(proxy.address) as client:
-        client.connect(name("localhost", echo.port))
-        exchange(client)
+def test_localhost_is_always_there(client: Client, echo: EchoServer) -> None:
+    client.connect(name("localhost", echo.port))
+    exchange(client)
 
 
 def test_with_internet_it_leads_anywhere() -> None:
@@ -257,7 +224,7 @@ def test_with_internet_it_leads_anywhere() -> None:
     assert asked == ["www.example.com", [Address.numeric("192.0.2.1", 80)]]
 
 
-def test_an_address_that_the_test_gives_may_be_beyond_loopback(proxy: Proxy) -> None:
+def test_an_address_that_the_test_gives_may_be_beyond_loopback() -> None:
     with start(hosts={"db.example.com": "192.0.2.1"}) as proxy:
         assert proxy.may_be_reached(Address.numeric("192.0.2.1", 80))
         assert not proxy.may_be_reached(Address.numeric("192.0.2.2", 80))
@@ -275,11 +242,8 @@ def test_two_proxies_in_a_row_and_a_name_that_only_the_second_one_knows(echo: Ec
 
 
 def test_a_handler_of_the_test_s_goes_through_another_one_too(echo: EchoServer) -> None:
-    class NoMail(Socks5Handler):
-        def allow(self, command: Command, address: Address) -> bool:
-            return address.port != 25
-
-    with start() as inner, start(NoMail, upstream=inner.url) as outer:
+    no_mail = handler_with(allow=lambda _self, _command, address: address.port != 25)
+    with start() as inner, start(no_mail, upstream=inner.url) as outer:
         with Client(outer.address) as client:
             assert client.ask(Command.CONNECT, ("localhost", 25)).code is ReplyCode.NOT_ALLOWED
         with Client(outer.address) as client:
@@ -322,10 +286,10 @@ def test_so_is_one_that_is_refused(proxy: Proxy) -> None:
             assert proxy.last().reply is ReplyCode.HOST_UNREACHABLE
 
 
-def test_the_octets_are_complete_when_it_is_closed(proxy: Proxy, echo: EchoServer) -> None:
-    with Client(proxy.address) as client:
-        client.connect(echo.address)
-        exchange(client, b"x" * 100_000)
+def test_the_octets_are_complete_when_it_is_closed(proxy: Proxy, client: Client, echo: EchoServer) -> None:
+    client.connect(echo.address)
+    exchange(client, b"x" * 100_000)
+    client.close()
     (session,) = proxy.wait_for(closed=True)
     assert (session.up, session.down) == (100_000, 100_000)
     assert session.seconds is not None
@@ -333,9 +297,8 @@ def test_the_octets_are_complete_when_it_is_closed(proxy: Proxy, echo: EchoServe
 
 def test_to_wait_is_to_be_woken_by_the_answer(proxy: Proxy, echo: EchoServer) -> None:
     waited = in_thread(lambda: proxy.wait_for(2))
-    clients = [Client(proxy.address) for _ in range(2)]
-    for client in clients:
-        with client:
+    for _ in range(2):
+        with Client(proxy.address) as client:
             client.connect(echo.address)
     assert waited() == proxy.sessions
 
@@ -353,18 +316,16 @@ def test_to_wait_for_the_end_does_not_take_the_log_s_time(proxy: Proxy, echo: Ec
     assert statistics.median(took) < within(0.02)
 
 
-def test_to_wait_in_vain_shows_the_sessions_that_there_were(proxy: Proxy, echo: EchoServer) -> None:
-    with Client(proxy.address) as client:
-        client.connect(echo.address)
-        with pytest.raises(AssertionError, match=rf"(?s)0 of 1 sessions for port {echo.port} closed within 0.01 s.*connect 127.0.0.1:{echo.port}"):
-            proxy.wait_for(1, 0.01, closed=True, port=echo.port)
+def test_to_wait_in_vain_shows_the_sessions_that_there_were(proxy: Proxy, client: Client, echo: EchoServer) -> None:
+    client.connect(echo.address)
+    with pytest.raises(AssertionError, match=rf"(?s)0 of 1 sessions for port {echo.port} closed within 0.01 s.*connect 127.0.0.1:{echo.port}"):
+        proxy.wait_for(1, 0.01, closed=True, port=echo.port)
 
 
-def test_to_wait_looks_for_what_is_asked_for(proxy: Proxy, echo: EchoServer) -> None:
-    with Client(proxy.address) as client:
-        client.ask(Command.CONNECT, ("nowhere.example", 80))
-    with Client(proxy.address) as client:
-        client.connect(echo.address)
+def test_to_wait_looks_for_what_is_asked_for(proxy: Proxy, client: Client, echo: EchoServer) -> None:
+    client.ask(Command.CONNECT, ("nowhere.example", 80))
+    with Client(proxy.address) as another:
+        another.connect(echo.address)
         assert proxy.wait_for(port=echo.port) == [proxy.last()]
 
 
@@ -397,23 +358,22 @@ def test_a_wrong_assertion_shows_the_sessions_that_there_were(proxy: Proxy, echo
         proxy.assert_not_used("nowhere.example")
 
 
-def test_a_client_that_asks_for_nothing_has_come_but_has_not_used_it(proxy: Proxy) -> None:
-    with Client(proxy.address) as client:
-        client.greet()
-        with pytest.raises(AssertionError):
-            proxy.assert_used()
-        with pytest.raises(AssertionError):
-            proxy.assert_not_used()
+def test_a_client_that_asks_for_nothing_has_come_but_has_not_used_it(proxy: Proxy, client: Client) -> None:
+    client.greet()
+    with pytest.raises(AssertionError):
+        proxy.assert_used()
+    with pytest.raises(AssertionError):
+        proxy.assert_not_used()
 
 
-def test_to_clear_is_to_forget(proxy: Proxy, echo: EchoServer) -> None:
+def test_to_clear_is_to_forget(proxy: Proxy, client: Client, echo: EchoServer) -> None:
     proxy.inject(socks5srv.testing.faults.ReplyWith(5))
-    with Client(proxy.address) as client:
-        assert client.ask(Command.CONNECT, echo.address).code == 5
+    assert client.ask(Command.CONNECT, echo.address).code == 5
+    client.close()
     proxy.clear()
     proxy.assert_not_used()
-    with Client(proxy.address) as client:
-        client.connect(echo.address)
+    with Client(proxy.address) as another:
+        another.connect(echo.address)
 
 
 # --- what methods of the test's raise ---
@@ -442,11 +402,7 @@ def test_what_a_method_raises_is_raised_by_stop(method: str, echo: EchoServer) -
 
 
 def test_so_is_what_an_assertion_or_pytest_itself_raises(echo: EchoServer) -> None:
-    class Checked(Socks5Handler):
-        def allow(self, command: Command, address: Address) -> bool:
-            pytest.fail("not this one")
-
-    proxy = start(Checked)
+    proxy = start(handler_with(allow=lambda *_arguments: pytest.fail("not this one")))
     with Client(proxy.address) as client:
         client.send(b"\5\1\0", Request(Command.CONNECT, Address.numeric(*echo.address)))
         client.rest()
@@ -462,7 +418,7 @@ def test_so_is_what_is_raised_for_a_datagram() -> None:
             return True
 
     proxy = start(OnlyTcp)
-    with Client(proxy.address) as client, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    with Client(proxy.address) as client, udp_socket() as udp:
         bound = client.ask(Command.UDP_ASSOCIATE, (LOCALHOST, 0)).bound
         udp.sendto(b"\0\0\0\1\x7f\0\0\1\0\x50hello", bound[:2])
         eventually(lambda: proxy.errors)

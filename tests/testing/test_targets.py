@@ -9,34 +9,21 @@ import json
 import socket
 import statistics
 import struct
-import threading
 import time
 from ftplib import FTP, error_perm
-from typing import Any, Iterator, List, Tuple
+from typing import Any, List, Tuple
 
 import pytest
 
 from socks5srv.protocol import Command, Reply, ReplyCode
 from socks5srv.testing import targets
-from socks5srv.testing.proxy import start
+from socks5srv.testing.proxy import Proxy
 from socks5srv.testing.targets import DnsServer, EchoServer, FtpServer, UdpServer, WebServer
 
-from ..conftest import LOCALHOST, TIMEOUT, Client, exchange, in_thread, needs_ipv6, within
+from ..conftest import LOCALHOST, TIMEOUT, Client, exchange, needs_ipv6, udp_socket, within
 
 HOSTS = pytest.mark.parametrize("host", [LOCALHOST, pytest.param("::1", marks=needs_ipv6)])
 KINDS = pytest.mark.parametrize("kind", [EchoServer, WebServer, FtpServer, DnsServer])
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
-    yield
-    assert [thread for thread in threading.enumerate() if thread.name == "target"] == []
-
-
-def udp(host: str) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(TIMEOUT)
-    return sock
 
 
 # --- all of them ---
@@ -85,7 +72,7 @@ def test_the_echo_says_what_it_hears_over_tcp(host: str) -> None:
 
 @HOSTS
 def test_the_echo_says_what_it_hears_over_udp_on_the_same_port(host: str) -> None:
-    with EchoServer(host) as echo, udp(host) as sock:
+    with EchoServer(host) as echo, udp_socket(host) as sock:
         for octets in (b"hello", b"", b"y" * 20_000):
             sock.sendto(octets, echo.address)
             assert sock.recv(65535) == octets
@@ -184,17 +171,16 @@ def test_nonsense_ends_only_its_own_connection() -> None:
             assert client.exactly(3) == b"220"
 
 
-def test_the_ftp_server_is_proof_of_bind() -> None:
-    with FtpServer() as server, start() as proxy, Client(proxy.address) as control, Client(proxy.address) as data:
+def test_the_ftp_server_is_proof_of_bind(proxy: Proxy, client: Client) -> None:
+    with FtpServer() as server, Client(proxy.address) as control:
         control.connect(server.address)
-        first = data.ask(Command.BIND, server.address)
+        first = client.ask(Command.BIND, server.address)
         assert first.code is ReplyCode.SUCCEEDED
         host, port = first.bound.host.replace(".", ","), first.bound.port
         control.send(f"PORT {host},{port >> 8},{port & 255}\r\nRETR hello.txt\r\n".encode())
-        answer = in_thread(lambda: Reply.read(data))
-        second = answer()
+        second = Reply.read(client)
         assert (second.code, second.bound.host) == (ReplyCode.SUCCEEDED, server.host)
-        assert data.exactly(6) == b"hello\n"
+        assert client.exactly(6) == b"hello\n"
         assert server.calls == [(first.bound.host, port)]
         proxy.assert_used(command=Command.BIND, times=1)
 
@@ -207,14 +193,12 @@ def query(name: str, kind: int) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "kind", "code", "record"), [
-    ("api.example.com", 1, 0, b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\7"),
-    ("API.Example.com", 1, 0, b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\7"),
+    *((name, 1, 0, b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\7") for name in ("api.example.com", "API.Example.com")),
     ("six.example.com", 28, 0, b"\xc0\x0c\0\x1c\0\1\0\0\0\x3c\0\x10" + bytes(15) + b"\1"),
-    ("api.example.com", 28, 0, b""),
-    ("elsewhere.example.com", 1, 3, b""),
+    ("api.example.com", 28, 0, b""), ("elsewhere.example.com", 1, 3, b""),
 ])
 def test_the_dns_server_answers(name: str, kind: int, code: int, record: bytes) -> None:
-    with DnsServer({"api.example.com": "192.0.2.7", "six.example.com": "::1"}) as dns, udp(LOCALHOST) as sock:
+    with DnsServer({"api.example.com": "192.0.2.7", "six.example.com": "::1"}) as dns, udp_socket() as sock:
         asked = query(name, kind)
         sock.sendto(asked, dns.address)
         answer = sock.recv(512)
@@ -226,7 +210,7 @@ def test_the_dns_server_answers(name: str, kind: int, code: int, record: bytes) 
 
 
 def test_the_dns_server_survives_nonsense() -> None:
-    with DnsServer({"api.example.com": "192.0.2.7"}) as dns, udp(LOCALHOST) as sock:
+    with DnsServer({"api.example.com": "192.0.2.7"}) as dns, udp_socket() as sock:
         for octets in (b"", b"short", b"\xff" * 40):
             sock.sendto(octets, dns.address)
         sock.sendto(query("api.example.com", 1), dns.address)
