@@ -223,7 +223,7 @@ def test_a_tunnel_that_nothing_comes_back_through_is_a_failure(start_server: Any
     failures = Failures()
     tunnels = Tunnels(measurement.loop, measurement.job.way, failures)
     try:
-        tunnels.open(2, measurement.target(), 5)
+        tunnels.open(2, measurement.target())
         times, _rate = columns.ping_pong(measurement, tunnels.sockets, failures)
     finally:
         tunnels.close()

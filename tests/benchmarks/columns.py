@@ -15,14 +15,14 @@ import os
 import signal
 import socket
 from multiprocessing.connection import Connection
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import processes
 from .loop import Loop, clock
 from .measures import BUSY, COLUMNS, GROWTH, IDLE
 from .traffic import (
-    LOCALHOST, OPENERS, Associations, Drain, Failures, Juggler, Place, Service, Tunnels, Way, datagram_echo, datagram_socket,
-    datagram_target, echo, flood, header_to, listen, pinger, sending, source, visitor,
+    OPENERS, Associations, Drain, Failures, Juggler, Place, Service, Tunnels, Way, datagram_echo, datagram_socket, echo,
+    flood, header_to, listen, pinger, sending, source, visitor,
 )
 
 CONNECTION = b"c" * 100     # what a short connection has echoed
@@ -73,18 +73,40 @@ class Measurement:
     def target(self, service: Service = echo) -> List[Place]:
         return listen(self.loop, service)
 
-    def cost(self, key: str, before: Optional[float], count: float, scale: float) -> None:
+    def tunnels(self, failures: Failures, count: int = 0, targets: Sequence[Place] = ()) -> Tunnels:
+        """So many of them, to be closed."""
+        tunnels = Tunnels(self.loop, self.job.way, failures)
+        tunnels.open(count, targets)
+        return tunnels
+
+    def cost(self, situation: object, before: Optional[float], count: float, scale: float = 1e6) -> None:
         """The processor time since `before`, for each of so many."""
         now = processes.cpu(self.pid)
         if before is not None and now is not None and count:
-            self.numbers[key] = (now - before) / count * scale
+            self.numbers[f"cpu_{situation}"] = (now - before) / count * scale
 
-    def latencies(self, situation: str, times: List[float], *quantities: str) -> None:
-        """Some of p50 and p99, in microseconds."""
+    def weigh(self, situation: int, base: Optional[float], count: int) -> None:
+        """The memory beyond `base`, for each of so many."""
+        self.rest()
+        now = processes.memory(self.pid)
+        if base is not None and now is not None and count:
+            self.numbers[f"kib_{situation}"] = max(0.0, now - base) / count
+
+    def rest(self) -> None:
+        """Until the server no longer computes."""
+        self.loop.run(0.05)
+        processes.rest(self.pid)
+
+    def rate(self, situation: object, times: List[float], rate: float) -> None:
+        """How many there were per second, if any."""
+        if times:
+            self.numbers[f"rate_{situation}"] = rate
+
+    def latencies(self, situation: object, times: List[float]) -> None:
+        """p50 and p99, in microseconds."""
         times.sort()
-        for quantity in quantities if times else ():
-            share = int(quantity[1:]) / 100
-            self.numbers[f"{quantity}_{situation}"] = times[min(len(times) - 1, int(share * len(times)))] * 1e6
+        for percent in (50, 99) if times else ():
+            self.numbers[f"p{percent}_{situation}"] = times[min(len(times) - 1, int(percent / 100 * len(times)))] * 1e6
 
 
 def words(column: str, situation: object) -> str:
@@ -125,11 +147,6 @@ def ping_pong(m: Measurement, sockets: List[socket.socket], failures: Failures) 
     return times, rate
 
 
-def opening_time(count: int) -> float:
-    """Seconds that opening so many tunnels may take."""
-    return 5 + count / 300
-
-
 # --- the columns ---
 
 def bulk(m: Measurement) -> None:
@@ -140,26 +157,29 @@ def bulk(m: Measurement) -> None:
 
 def stream(m: Measurement, situation: str, streams: int, failures: Failures) -> None:
     drain = Drain(m.loop.portable)
-    tunnels = Tunnels(m.loop, m.job.way, failures)
-    tunnels.open(streams, m.target(drain.service if situation == "upload" else source), opening_time(streams))
-    for sock in tunnels.sockets:
+    with m.tunnels(failures, streams, m.target(drain.service if situation == "upload" else source)) as tunnels:
         if situation == "upload":
-            m.loop.start(sending(m.loop, sock))
+            for sock in tunnels.sockets:
+                m.loop.start(sending(m.loop, sock))
         else:
-            sock.send(b"!")
-            m.loop.start(drain.service(m.loop, sock))
-    m.loop.run(0.2 * m.job.seconds)         # until the windows have grown
-    octets, before, began = drain.octets, processes.cpu(m.pid), clock()
-    m.loop.run(m.job.seconds)
-    m.loop.run(GRACE, lambda: drain.octets > octets or not tunnels.sockets)
-    gib, took = (drain.octets - octets) / 2 ** 30, clock() - began
-    m.cost(f"cpu_{situation}", before, gib, 1)
-    if gib:
-        m.numbers[f"rate_{situation}"] = gib / took
-    elif tunnels.sockets:
-        failures.kinds["nothing arrived"] += 1
-    tunnels.close()
+            download(m.loop, tunnels, drain)
+        m.loop.run(0.2 * m.job.seconds)     # until the windows have grown
+        octets, before, began = drain.octets, processes.cpu(m.pid), clock()
+        m.loop.run(m.job.seconds)
+        m.loop.run(GRACE, lambda: drain.octets > octets or not tunnels.sockets)
+        gib, took = (drain.octets - octets) / 2 ** 30, clock() - began
+        m.cost(situation, before, gib, 1)
+        if gib:
+            m.numbers[f"rate_{situation}"] = gib / took
+        elif tunnels.sockets:
+            failures.kinds["nothing arrived"] += 1
     m.loop.run(0.05)                        # and the other ends
+
+
+def download(loop: Loop, tunnels: Tunnels, drain: Drain) -> None:
+    for sock in tunnels.sockets:
+        sock.send(b"!")
+        loop.start(drain.service(loop, sock))
 
 
 def connections(m: Measurement) -> None:
@@ -168,41 +188,47 @@ def connections(m: Measurement) -> None:
         with m.counting(words("connections", clients)) as failures:
             before = processes.cpu(m.pid)
             times, rate = visits(m, clients, targets, failures)
-            m.cost(f"cpu_{clients}", before, len(times), 1e6)
-            if times:
-                m.numbers[f"rate_{clients}"] = rate
+            m.cost(clients, before, len(times))
+            m.rate(clients, times, rate)
             m.loop.run(GRACE, lambda: not m.loop.deadlines)
-            m.latencies(str(clients), times, "p50", "p99")
+            m.latencies(clients, times)
 
 
 def messages(m: Measurement) -> None:
     targets = m.target()
     for count in (1, 64, 512):
-        with m.counting(words("messages", count)) as failures:
-            tunnels = Tunnels(m.loop, m.job.way, failures)
-            tunnels.open(count, targets, opening_time(count))
+        with m.counting(words("messages", count)) as failures, m.tunnels(failures, count, targets) as tunnels:
             before = processes.cpu(m.pid)
             times, rate = ping_pong(m, tunnels.sockets, failures)
-            m.cost(f"cpu_{count}", before, len(times), 1e6)
-            if times:
-                m.numbers[f"rate_{count}"] = rate
-            m.latencies(str(count), times, "p50", "p99")
-            tunnels.close()
+            m.cost(count, before, len(times))
+            m.rate(count, times, rate)
+            m.latencies(count, times)
 
 
 def datagrams(m: Measurement) -> None:
-    target = datagram_target()
+    target = datagram_socket()
     m.loop.start(datagram_echo(m.loop, target))
     for count, under_way in ((1, 32), (64, 4)):
-        with m.counting(words("datagrams", count)) as failures:
-            juggle(m, target.getsockname(), count, under_way, failures)
+        with m.counting(words("datagrams", count)) as failures, relays_to(m.loop, m.job.way, target, count, failures) as (relays, header):
+            jugglers = [Juggler(relay, header, str(i).encode().rjust(PAYLOAD), under_way) for i, relay in enumerate(relays)]
+            juggle(m, count, jugglers, failures)
 
 
-def juggle(m: Measurement, target: Place, count: int, under_way: int, failures: Failures) -> None:
-    associations = associate(m, count, failures) if m.job.way.proxy else None
-    relays = associations.relays if associations else [target] * count
-    header = header_to(target) if associations else b""
-    jugglers = [Juggler(relay, header, str(i).encode().rjust(PAYLOAD), under_way) for i, relay in enumerate(relays)]
+@contextlib.contextmanager
+def relays_to(loop: Loop, way: Way, target: socket.socket, count: int, failures: Failures) -> Iterator[Tuple[List[Place], bytes]]:
+    """Where to send datagrams to that are for the target, and what has to stand before their payload."""
+    if way.proxy is None:
+        yield [target.getsockname()] * count, b""
+        return
+    with Associations(loop, way, failures) as associations:
+        associations.open(count, [target.getsockname()])
+        yield associations.relays, header_to(target.getsockname())
+
+
+def juggle(m: Measurement, count: int, jugglers: List[Juggler], failures: Failures) -> None:
+    def received() -> int:
+        return sum(juggler.received for juggler in jugglers)
+
     for juggler in jugglers:
         m.loop.start(juggler.catch(m.loop))
     before, began = processes.cpu(m.pid), clock()
@@ -210,16 +236,16 @@ def juggle(m: Measurement, target: Place, count: int, under_way: int, failures: 
         for juggler in jugglers:
             juggler.look()
         m.loop.run(min(0.1, m.job.seconds / 2))
-    m.loop.run(GRACE, lambda: not jugglers or any(juggler.received for juggler in jugglers))
-    echoed, took = sum(juggler.received for juggler in jugglers), clock() - began
-    m.cost(f"cpu_{count}", before, echoed, 1e6)
+    m.loop.run(GRACE, lambda: received() or not jugglers)
+    echoed, took = received(), clock() - began
+    m.cost(count, before, echoed)
     for juggler in jugglers:
         juggler.throwing = False
     sent = sum(juggler.sent for juggler in jugglers)
-    m.loop.run(0.3, lambda: sum(juggler.received for juggler in jugglers) >= sent)
+    m.loop.run(0.3, lambda: received() >= sent)
     if echoed:
         m.numbers[f"rate_{count}"] = echoed / took
-        m.numbers[f"loss_{count}"] = 100 * max(0, sent - sum(juggler.received for juggler in jugglers)) / sent
+        m.numbers[f"loss_{count}"] = 100 * max(0, sent - received()) / sent
     elif jugglers:
         failures.kinds["nothing came back"] += 1
     wrong = sum(juggler.wrong for juggler in jugglers)
@@ -227,14 +253,6 @@ def juggle(m: Measurement, target: Place, count: int, under_way: int, failures: 
         failures.kinds["changed on the way"] += wrong
     for juggler in jugglers:
         m.loop.shut(juggler.sock)
-    if associations:
-        associations.close()
-
-
-def associate(m: Measurement, count: int, failures: Failures) -> Associations:
-    associations = Associations(m.loop, m.job.way, failures)
-    associations.open(count, [(LOCALHOST, 0)], opening_time(count))
-    return associations
 
 
 def idle(m: Measurement) -> None:
@@ -242,14 +260,13 @@ def idle(m: Measurement) -> None:
     count = affordable(m, [IDLE])[-1:]
     with m.counting("idle tunnels") as failures:
         base = warm(m, targets, failures)
-        tunnels = Tunnels(m.loop, m.job.way, failures)
-        for wanted in count:
-            tunnels.open(wanted, targets, opening_time(wanted))
-            m.numbers[f"opened_{IDLE}"] = len(tunnels.sockets)
-            weigh(m, f"kib_{IDLE}", base, len(tunnels.sockets))
-            times, _rate = visits(m, 1, targets, failures, VISITS)
-            m.latencies(str(IDLE), times, "p50", "p99")
-        tunnels.close()
+        with m.tunnels(failures) as tunnels:
+            for wanted in count:
+                tunnels.open(wanted, targets)
+                m.numbers[f"opened_{IDLE}"] = len(tunnels.sockets)
+                m.weigh(IDLE, base, len(tunnels.sockets))
+                times, _rate = visits(m, 1, targets, failures, VISITS)
+                m.latencies(IDLE, times)
 
 
 def growth(m: Measurement) -> None:
@@ -257,20 +274,18 @@ def growth(m: Measurement) -> None:
     sizes = affordable(m, [size for size in GROWTH if size <= m.job.most])
     with m.counting("growth") as failures:
         base = warm(m, targets, failures)
-        tunnels = Tunnels(m.loop, m.job.way, failures)
-        for size in sizes:
-            had = len(tunnels.sockets)
-            took = tunnels.open(size, targets, opening_time(size))
-            if len(tunnels.sockets) < size:
-                m.notes.append(f"{size:,} tunnels and more left out: {len(tunnels.sockets):,} could be opened")
-                break
-            m.numbers[f"open_{size}"] = took / (size - had) * 1e6
-            weigh(m, f"kib_{size}", base, size)
-            times, rate = ping_pong(m, tunnels.sockets[::size // BUSY][:BUSY], failures)
-            if times:
-                m.numbers[f"rate_{size}"] = rate
-            m.latencies(str(size), times, "p50", "p99")
-        tunnels.close()
+        with m.tunnels(failures) as tunnels:
+            for size in sizes:
+                had = len(tunnels.sockets)
+                took = tunnels.open(size, targets)
+                if len(tunnels.sockets) < size:
+                    m.notes.append(f"{size:,} tunnels and more left out: {len(tunnels.sockets):,} could be opened")
+                    break
+                m.numbers[f"open_{size}"] = took / (size - had) * 1e6
+                m.weigh(size, base, size)
+                times, rate = ping_pong(m, tunnels.sockets[::size // BUSY][:BUSY], failures)
+                m.rate(size, times, rate)
+                m.latencies(size, times)
 
 
 def affordable(m: Measurement, sizes: List[int]) -> List[int]:
@@ -289,20 +304,9 @@ def warm(m: Measurement, targets: List[Place], failures: Failures) -> Optional[f
 
     None if it has been used before: a heap that was large once hides what it takes now.
     """
-    tunnels = Tunnels(m.loop, m.job.way, failures)
-    tunnels.open(OPENERS, targets, opening_time(OPENERS))
-    tunnels.close()
-    m.loop.run(0.05)
-    processes.rest(m.pid)
+    m.tunnels(failures, OPENERS, targets).close()
+    m.rest()
     return processes.memory(m.pid) if m.job.fresh else None
-
-
-def weigh(m: Measurement, key: str, base: Optional[float], count: int) -> None:
-    m.loop.run(0.05)
-    processes.rest(m.pid)
-    now = processes.memory(m.pid)
-    if base is not None and now is not None and count:
-        m.numbers[key] = max(0.0, now - base) / count
 
 
 def fairness(m: Measurement) -> None:
@@ -322,20 +326,18 @@ def fairness(m: Measurement) -> None:
 def newcomer(m: Measurement, situation: str, targets: List[Place], failures: Failures) -> None:
     times, _rate = visits(m, 1, targets, failures)
     m.loop.run(GRACE, lambda: not m.loop.deadlines)
-    m.latencies(situation, times, "p50", "p99")
+    m.latencies(situation, times)
 
 
 def one_tunnel(m: Measurement, situation: str, targets: List[Place], failures: Failures) -> None:
-    tunnels = Tunnels(m.loop, m.job.way, failures)
-    tunnels.open(1, targets, opening_time(1))
-    times, _rate = ping_pong(m, tunnels.sockets, failures)
-    m.latencies(situation, times, "p50", "p99")
-    tunnels.close()
+    with m.tunnels(failures, 1, targets) as tunnels:
+        times, _rate = ping_pong(m, tunnels.sockets, failures)
+        m.latencies(situation, times)
 
 
 # --- loads that run beside a measurement ---
 
-Load = Callable[[Job, Connection], None]
+Load = Callable[[Job, Loop, Failures], "contextlib.AbstractContextManager[None]"]
 
 
 @contextlib.contextmanager
@@ -347,7 +349,7 @@ def beside(load: Load, job: Job, failures: Failures) -> Iterator[bool]:
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=load, args=(job, there), daemon=True)
+    process = context.Process(target=run_load, args=(load, job, there), daemon=True)
     process.start()
     there.close()
     try:
@@ -370,53 +372,40 @@ def begin(load: Connection) -> Dict[str, int]:
         return {"load that broke down": 1}
 
 
-def bulk_load(job: Job, ready: Connection) -> None:
-    """Eight downloads, until the process is ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    loop, failures = Loop(job.portable), Failures()
-    drain, tunnels = Drain(loop.portable), Tunnels(loop, job.way, failures)
-    tunnels.open(STREAMS, listen(loop, source), opening_time(STREAMS))
-    for sock in tunnels.sockets:
-        sock.send(b"!")
-        loop.start(drain.service(loop, sock))
-    loop.run(0.1)
-    ready.send(dict(failures.kinds))
-    run_with_parent(loop)
-
-
-def run_with_parent(loop: Loop) -> None:
+def run_load(load: Load, job: Job, ready: Connection) -> None:
     """For a while, but not a second longer than the process that has asked for it."""
-    parent, until = multiprocessing.parent_process(), clock() + LOAD
-    while clock() < until and parent and parent.is_alive():
-        loop.run(0.5)
-
-
-def flood_load(job: Job, ready: Connection) -> None:
-    """Datagrams without end to somebody who does not read them, until the process is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     loop, failures = Loop(job.portable), Failures()
-    nobody = datagram_target()          # whose buffer is full from the first moment on
-    place = nobody.getsockname()
-    relays, header = [place], b""
-    if job.way.proxy:
-        associations = Associations(loop, job.way, failures)
-        associations.open(1, [place], opening_time(1))
-        relays, header = associations.relays, header_to(place)
-    for relay in relays:
-        sock = datagram_socket()
-        sock.connect(relay)
-        loop.start(flood(loop, sock, header + bytes(PAYLOAD)))
-    loop.run(0.1)
-    ready.send(dict(failures.kinds))
-    run_with_parent(loop)
+    with load(job, loop, failures):
+        loop.run(0.1)
+        ready.send(dict(failures.kinds))
+        parent, until = multiprocessing.parent_process(), clock() + LOAD
+        while clock() < until and parent and parent.is_alive():
+            loop.run(0.5)
+
+
+@contextlib.contextmanager
+def bulk_load(job: Job, loop: Loop, failures: Failures) -> Iterator[None]:
+    """Eight downloads."""
+    with Tunnels(loop, job.way, failures) as tunnels:
+        tunnels.open(STREAMS, listen(loop, source))
+        download(loop, tunnels, Drain(loop.portable))
+        yield
+
+
+@contextlib.contextmanager
+def flood_load(job: Job, loop: Loop, failures: Failures) -> Iterator[None]:
+    """Datagrams without end to somebody who does not read them."""
+    nobody = datagram_socket()          # whose buffer is full from the first moment on
+    with relays_to(loop, job.way, nobody, 1, failures) as (relays, header):
+        for relay in relays:
+            loop.start(flood(loop, datagram_socket(relay), header + bytes(PAYLOAD)))
+        yield
 
 
 # --- the process of a measurement ---
 
-FUNCTIONS: Dict[str, Callable[[Measurement], None]] = {
-    "bulk": bulk, "connections": connections, "messages": messages, "datagrams": datagrams, "idle": idle, "growth": growth,
-    "fairness": fairness,
-}
+FUNCTIONS = {function.__name__: function for function in (bulk, connections, messages, datagrams, idle, growth, fairness)}
 
 
 def measure(column: str, job: Job, answer: Connection) -> None:

@@ -16,7 +16,7 @@ import socket
 from collections import Counter
 from functools import lru_cache
 from io import BytesIO
-from typing import Callable, Generator, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Generator, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from socks5srv.protocol import (
     UNSPECIFIED, Address, Command, Credentials, CredentialsReply, Datagram, Greeting, Method, MethodSelection, Reply,
@@ -124,8 +124,7 @@ def request_to(target: Place) -> bytes:
 
 @lru_cache(None)
 def greeting(login: Optional[Login]) -> bytes:
-    methods = [Method.NO_AUTHENTICATION_REQUIRED] + [Method.USERNAME_PASSWORD] * bool(login)
-    return bytes(Greeting(bytes(methods)))
+    return bytes(Greeting(bytes([Method.NO_AUTHENTICATION_REQUIRED] + [Method.USERNAME_PASSWORD] * bool(login))))
 
 
 @lru_cache(None)
@@ -178,11 +177,8 @@ def dial(loop: Loop, place: Place, hello: bytes) -> Opened:
 
 def receive(sock: socket.socket, n: int) -> Generator[None, None, bytes]:
     """Exactly so many octets."""
-    yield
-    octets = sock.recv(n)
+    octets = b""
     while len(octets) < n:
-        if not octets:
-            raise Ended
         yield
         more = sock.recv(n - len(octets))
         if not more:
@@ -199,21 +195,27 @@ class Tunnels:
         self.sockets: List[socket.socket] = []
         self.relays: List[Place] = []           # of UDP associations, where to send to
 
-    def open(self, count: int, targets: List[Place], seconds: float) -> float:
+    def __enter__(self) -> Tunnels:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def open(self, count: int, targets: Sequence[Place]) -> float:
         """Have `count` of them; fewer if it fails too often or takes too long.  The seconds that it took."""
         began, wanted = clock(), iter(range(len(self.sockets), count))
         openers = [0]
         for _ in range(min(OPENERS, count - len(self.sockets))):
             openers[0] += 1
             self.loop.start(self.opener(wanted, targets, openers))
-        self.loop.run(seconds, lambda: not openers[0])
+        self.loop.run(5 + count / 300, lambda: not openers[0])
         took = clock() - began
         left = openers[0] + sum(1 for _ in wanted)
         if left:
             self.failures.kinds["not opened"] += left
         return took
 
-    def opener(self, wanted: Iterator[int], targets: List[Place], openers: List[int]) -> Task:
+    def opener(self, wanted: Iterator[int], targets: Sequence[Place], openers: List[int]) -> Task:
         failed = 0
         for number in wanted:
             self.loop.hurry(PATIENCE)
@@ -239,7 +241,7 @@ class Tunnels:
 
 
 class Associations(Tunnels):
-    """The same for UDP: each socket is the connection that keeps an association alive."""
+    """The same for UDP: each socket is the connection that keeps an association alive; the targets do not matter."""
 
     def one(self, target: Place) -> Opened:
         assert self.way.proxy is not None
@@ -293,17 +295,30 @@ def pinger(loop: Loop, sock: socket.socket, message: bytes, until: float, times:
             now = clock()
             times.append(now - began)
             began = now
-        busy[0] -= 1
-        loop.leave(sock)
     except OSError as error:
-        busy[0] -= 1
         failures.add(error)
-        loop.leave(sock)
+    busy[0] -= 1
+    loop.leave(sock)
 
 
 # --- the target ---
 
 Service = Callable[[Loop, socket.socket], Task]
+
+
+class Waiting:
+    """In a task: watch a socket, and close it at the end, which may be that the other end has gone."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, events: int = READ) -> None:
+        self.loop, self.sock = loop, sock
+        loop.watch(sock, events)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        self.loop.shut(self.sock)
+        return isinstance(error, OSError)
 
 
 def listen(loop: Loop, service: Service, ports: int = 4) -> List[Place]:
@@ -341,36 +356,32 @@ def acceptor(loop: Loop, listener: socket.socket, service: Service) -> Task:
 
 def echo(loop: Loop, sock: socket.socket) -> Task:
     recv, send = sock.recv, sock.send
-    loop.watch(sock, READ)
-    try:
+    with Waiting(loop, sock):
         while True:
             yield
             octets = recv(1024)
             if not octets:
                 return
             send(octets)
-    except OSError:             # the client will have noticed
-        pass
-    finally:
-        loop.shut(sock)
 
 
 def source(loop: Loop, sock: socket.socket) -> Task:
     """As much as the other end takes, once it has sent an octet: then all streams begin together."""
-    loop.watch(sock, READ)
-    try:
+    with Waiting(loop, sock):
         yield
         sock.recv(1)
-        yield from pour(loop, sock)
-    except OSError:
-        pass
-    finally:
-        loop.shut(sock)
+        loop.change(sock, WRITE)
+        yield from pour(sock)
 
 
-def pour(loop: Loop, sock: socket.socket) -> Task:
+def sending(loop: Loop, sock: socket.socket) -> Task:
+    """The client's end of an upload."""
+    with Waiting(loop, sock, WRITE):
+        yield from pour(sock)
+
+
+def pour(sock: socket.socket) -> Task:
     block, send = memoryview(bytes(BLOCK)), sock.send
-    loop.change(sock, WRITE)
     while True:
         yield
         send(block)
@@ -387,51 +398,33 @@ class Drain:
 
     def service(self, loop: Loop, sock: socket.socket) -> Task:
         recv_into, buffer, flags = sock.recv_into, self.buffer, self.flags
-        loop.watch(sock, READ)
-        try:
+        with Waiting(loop, sock):
             while True:
                 yield
                 received = recv_into(buffer, BLOCK, flags)
                 if not received:
                     return
                 self.octets += received
-        except OSError:
-            pass
-        finally:
-            loop.shut(sock)
-
-
-def sending(loop: Loop, sock: socket.socket) -> Task:
-    """The client's end of an upload."""
-    loop.watch(sock, READ)
-    try:
-        yield from pour(loop, sock)
-    except OSError:
-        pass
-    finally:
-        loop.shut(sock)
 
 
 # --- datagrams ---
 
-def datagram_socket() -> socket.socket:
+def datagram_socket(peer: Optional[Place] = None) -> socket.socket:
+    """One that sends to its peer, or is a target."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
     sock.setblocking(False)
-    return sock
-
-
-def datagram_target() -> socket.socket:
-    sock = datagram_socket()
-    sock.bind((LOCALHOST, 0))
+    if peer:
+        sock.connect(peer)
+    else:
+        sock.bind((LOCALHOST, 0))
     return sock
 
 
 def datagram_echo(loop: Loop, sock: socket.socket) -> Task:
     recvfrom, sendto = sock.recvfrom, sock.sendto
-    loop.watch(sock, READ)
-    try:
+    with Waiting(loop, sock):
         while True:
             yield
             try:
@@ -440,8 +433,6 @@ def datagram_echo(loop: Loop, sock: socket.socket) -> Task:
                     sendto(octets, sender)
             except OSError:                 # nothing more to read, or no room to send: that one is lost
                 pass
-    finally:
-        loop.shut(sock)
 
 
 class Juggler:
@@ -452,8 +443,7 @@ class Juggler:
         self.sent = self.received = self.wrong = 0
         self.seen = 0                       # of the received, at the last look
         self.throwing = True
-        self.sock = datagram_socket()
-        self.sock.connect(place)
+        self.sock = datagram_socket(place)
 
     def throw(self, count: int) -> None:
         try:
@@ -465,8 +455,7 @@ class Juggler:
 
     def catch(self, loop: Loop) -> Task:
         recv, send, datagram, length = self.sock.recv, self.sock.send, self.datagram, len(self.datagram)
-        loop.watch(self.sock, READ)
-        try:
+        with Waiting(loop, self.sock):
             while True:
                 yield
                 try:
@@ -479,8 +468,6 @@ class Juggler:
                             self.sent += 1
                 except OSError:
                     pass
-        finally:
-            loop.shut(self.sock)
 
     def look(self) -> None:
         """If nothing has come back since the last look, those under way are lost: throw others."""
@@ -496,8 +483,7 @@ def header_to(target: Place) -> bytes:
 
 def flood(loop: Loop, sock: socket.socket, datagram: bytes) -> Task:
     """As many datagrams as the socket takes, and nobody waits for an answer."""
-    loop.watch(sock, WRITE)
-    try:
+    with Waiting(loop, sock, WRITE):
         while True:
             yield
             try:
@@ -505,5 +491,3 @@ def flood(loop: Loop, sock: socket.socket, datagram: bytes) -> Task:
                     sock.send(datagram)
             except OSError:
                 pass
-    finally:
-        loop.shut(sock)
