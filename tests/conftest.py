@@ -384,6 +384,11 @@ class Client:
         self.send(Credentials(*(t if isinstance(t, bytes) else t.encode() for t in (username, password))))
         return CredentialsReply.read(self)
 
+    def log_in(self, username: Union[str, bytes], password: Union[str, bytes]) -> bool:
+        """greet() and login(); whether it is let in."""
+        assert self.greet(Method.USERNAME_PASSWORD) == MethodSelection(Method.USERNAME_PASSWORD)
+        return self.login(username, password).status == CredentialsReply.SUCCESS
+
     def request(self, command: Command, place: Place) -> Reply:
         self.send(Request(command, address_of(place)))
         return Reply.read(self)
@@ -455,6 +460,14 @@ def listen() -> Iterator[Callable[..., socket.socket]]:
             return sock
 
         yield make
+
+
+def udp(host: str = LOCALHOST) -> socket.socket:
+    """A socket for datagrams, with a timeout."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(TIMEOUT)
+    sock.bind((host, 0))
+    return sock
 
 
 @pytest.fixture

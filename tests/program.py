@@ -329,12 +329,3 @@ def expect_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 Run, Start, AtTerminal = Callable[..., Outcome], Callable[..., Service], Callable[..., Terminal]    # what the fixtures are
-
-
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Start a server in this process with a status page: ``watch(users=, others=, **attributes)``; see watched.py."""
-    from tests.monitor.watched import watching
-
-    with watching(monkeypatch) as start:
-        yield start

@@ -1,27 +1,22 @@
-"""
-What is counted: by hooks that are called as the core calls them, and by a real server.
-"""
+"""What is counted: by hooks that are called as the core calls them, and by a real server."""
 
 from __future__ import annotations
 
 import errno
 import pickle
-from typing import Any, Callable, Dict, Optional, Type
+from typing import Any, Dict, Optional, Type
 
 import pytest
 from tests.conftest import LOCALHOST, eventually, exchange
-from tests.monitor.watched import Watched
+from tests.monitor.watched import Start, Watched
 
 from socks5srv.foreign import ForeignProtocol
 from socks5srv.monitor.metrics import BOUNDS, Counters, Metrics
 from socks5srv.protocol import (
-    Address, Command, Credentials, Greeting, LoginFailed, Message, Method, ProtocolError, ReplyCode, Request,
-    RequestFailed,
+    Address, Command, Credentials, Greeting, LoginFailed, Message, Method, ProtocolError, ReplyCode, Request, RequestFailed,
 )
 from socks5srv.rules import Verdict
 from socks5srv.session import Session
-
-Start = Callable[..., Watched]
 
 
 # --- by its hooks ---
@@ -50,82 +45,80 @@ def fail(session: Session, error: RequestFailed) -> None:
     session.end(str(error))
 
 
-def requests(metrics: Metrics) -> Dict[Any, int]:
-    return metrics.read()[0].by("requests")
+def counted(metrics: Metrics, what: str = "requests") -> Dict[Any, int]:
+    return metrics.read()[0].by(what)
 
 
 def test_a_request_is_counted_when_its_tunnel_stands(metrics: Metrics, session: Session) -> None:
     ask(metrics, session)
     session.reply = ReplyCode.SUCCEEDED
-    assert requests(metrics) == {}
+    assert counted(metrics) == {}
     metrics.opened(session, None)
-    assert requests(metrics) == {("connect", "succeeded"): 1}
+    assert counted(metrics) == {("connect", "succeeded"): 1}
     session.end()
     metrics.ended(session)
-    assert requests(metrics) == {("connect", "succeeded"): 1}
+    assert counted(metrics) == {("connect", "succeeded"): 1}
 
 
 def test_a_request_is_counted_when_its_refusal_is_sent(metrics: Metrics, session: Session) -> None:
     ask(metrics, session, Command.BIND)
     fail(session, RequestFailed(ReplyCode.TTL_EXPIRED, "late"))
-    assert requests(metrics) == {("bind", "ttl_expired"): 1}
+    assert counted(metrics) == {("bind", "ttl_expired"): 1}
     metrics.ended(session)
-    assert requests(metrics) == {("bind", "ttl_expired"): 1}
+    assert counted(metrics) == {("bind", "ttl_expired"): 1}
 
 
 def test_a_request_that_gets_no_reply_is_counted_at_the_end(metrics: Metrics, session: Session) -> None:
     ask(metrics, session)
     session.end("the client has gone")
     metrics.ended(session)
-    assert requests(metrics) == {("connect", "none"): 1}
+    assert counted(metrics) == {("connect", "none"): 1}
 
 
 def test_an_unknown_command_has_no_name(metrics: Metrics, session: Session) -> None:
     session.unknown_command = 9
     fail(session, RequestFailed(ReplyCode.COMMAND_NOT_SUPPORTED, "unknown"))
     metrics.ended(session)
-    assert requests(metrics) == {("none", "command_not_supported"): 1}
+    assert counted(metrics) == {("none", "command_not_supported"): 1}
 
 
-@pytest.mark.parametrize(("kind", "octets", "error", "user", "reason", "counted"), [
+SHORT = ProtocolError("it ends too soon")
+
+
+@pytest.mark.parametrize(("kind", "octets", "error", "user", "reason", "expected"), [
     (Greeting, b"", ProtocolError("the client closed without a word"), None, "", "closed"),
-    (Greeting, b"\x05", ProtocolError("it ends too soon"), None, "", "bad_message"),
-    (Credentials, b"", ProtocolError("it ends too soon"), None, "", "bad_message"),
-    (Request, b"\x05", ProtocolError("it ends too soon"), "", "", "closed"),
-    (Greeting, b"\x05", OSError("reset"), None, "", "closed"),
-    (Greeting, b"\x05", ProtocolError("it ends too soon"), None, "the handshake took too long", "timeout"),
-    (Greeting, b"\x05", ProtocolError("it ends too soon"), None, "too many logins are being checked", "crowded_out"),
-    (Greeting, b"\x05", ProtocolError("it ends too soon"), None, "server stopped", "stopped"),
+    (Greeting, b"\x05", SHORT, None, "", "bad_message"), (Credentials, b"", SHORT, None, "", "bad_message"),
+    (Request, b"\x05", SHORT, "", "", "closed"), (Greeting, b"\x05", OSError("reset"), None, "", "closed"),
+    (Greeting, b"\x05", SHORT, None, "the handshake took too long", "timeout"),
+    (Greeting, b"\x05", SHORT, None, "too many logins are being checked", "crowded_out"),
+    (Greeting, b"\x05", SHORT, None, "server stopped", "stopped"),
     (Greeting, b"GET ", ForeignProtocol("this is HTTP", kind="http"), None, "", "http"),
     (Greeting, b"GET ", ForeignProtocol("the PAC file", kind="pac"), None, "", None),
 ])
 def test_a_handshake_fails_for_a_reason(
-    metrics: Metrics, session: Session, kind: Type[Message], octets: bytes, error: Exception, user: Optional[str], reason: str, counted: Optional[str],
+    metrics: Metrics, session: Session, kind: Type[Message], octets: bytes, error: Exception, user: Optional[str], reason: str, expected: Optional[str],
 ) -> None:
     session.user, session.reason = user, reason     # that of a thread that has hung up on it
     metrics.malformed(session, kind, octets, error, 0)
     session.end(str(error))
-    expected = {} if counted is None else {(counted,): 1}
-    assert metrics.read()[0].by("handshake_failures") == expected       # as soon as it is over
+    failures = counted(metrics, "handshake_failures")       # as soon as it is over
     metrics.ended(session)
-    assert metrics.read()[0].by("handshake_failures") == expected
-    assert metrics.read()[0].by("sessions") == {("bad_protocol",): 1}
+    assert failures == counted(metrics, "handshake_failures") == ({(expected,): 1} if expected else {})
+    assert counted(metrics, "sessions") == {("bad_protocol",): 1}
 
 
 def test_no_acceptable_method_is_a_reason_of_its_own(metrics: Metrics, session: Session) -> None:
     session.no_acceptable_method = True
     session.end("no method")
     metrics.ended(session)
-    assert metrics.read()[0].by("handshake_failures") == {("no_acceptable_method",): 1}
+    assert counted(metrics, "handshake_failures") == {("no_acceptable_method",): 1}
 
 
 def test_logins_are_counted_by_method_and_result(metrics: Metrics, session: Session) -> None:
-    for method, error in [
-        (Method.NO_AUTHENTICATION_REQUIRED, None), (Method.USERNAME_PASSWORD, None), (Method.USERNAME_PASSWORD, LoginFailed("wrong")),
-        (Method.USERNAME_PASSWORD, ProtocolError("that was no login")),
-    ]:
-        metrics.authenticated(session, method, error)
-    assert metrics.read()[0].by("auth_attempts") == {("none", "success"): 1, ("username_password", "failure"): 1, ("username_password", "success"): 1}
+    metrics.authenticated(session, Method.NO_AUTHENTICATION_REQUIRED, None)
+    for error in (None, LoginFailed("wrong"), ProtocolError("that was no login")):
+        metrics.authenticated(session, Method.USERNAME_PASSWORD, error)
+    assert counted(metrics, "auth_attempts") == {("none", "success"): 1, ("username_password", "failure"): 1, ("username_password", "success"): 1}
 
 
 def test_connecting_is_timed_from_when_the_addresses_are_known(metrics: Metrics, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,25 +129,23 @@ def test_connecting_is_timed_from_when_the_addresses_are_known(metrics: Metrics,
     metrics.resolved(session, "example.com", ["192.0.2.1"], 3.0, None)
     now[0] += 0.25
     metrics.opened(session, None)
-    counters = metrics.read()[0]
-    assert counters.by("resolving") == {("5.0",): 1, ("microseconds",): 3_000_000}
-    assert counters.by("connecting") == {("0.25",): 1, ("microseconds",): 250_000}
+    assert counted(metrics, "resolving") == {("5.0",): 1, ("microseconds",): 3_000_000}
+    assert counted(metrics, "connecting") == {("0.25",): 1, ("microseconds",): 250_000}
 
 
 @pytest.mark.parametrize("command", [Command.BIND, Command.UDP_ASSOCIATE])
 def test_only_connect_connects(metrics: Metrics, session: Session, command: Command) -> None:
     ask(metrics, session, command)
     metrics.opened(session, None)
-    assert metrics.read()[0].by("connecting") == {}
+    assert counted(metrics, "connecting") == {}
 
 
 def test_clients_at_the_door_are_counted(metrics: Metrics) -> None:
     metrics.turned_away(Address.numeric(LOCALHOST, 1), "limit reached")
     metrics.accept_failed(OSError(errno.EMFILE, "too many open files"))
     metrics.accept_failed(OSError("it has no number"))
-    counters = metrics.read()[0]
-    assert counters.by("clients") == {("turned_away",): 1}
-    assert counters.by("accept_errors") == {("EMFILE",): 1, ("other",): 1}
+    assert counted(metrics, "clients") == {("turned_away",): 1}
+    assert counted(metrics, "accept_errors") == {("EMFILE",): 1, ("other",): 1}
 
 
 def test_what_is_timed_has_a_counter_for_each_bound_and_one_beyond() -> None:
@@ -169,62 +160,52 @@ def test_what_is_timed_has_a_counter_for_each_bound_and_one_beyond() -> None:
 
 # --- of a real server ---
 
-def test_the_sum_of_octets_never_goes_back(watch: Start, echo: Any, new_client: Any) -> None:
-    page = watch()
-    seen = [0]
+def test_the_sum_of_octets_never_goes_back(page: Watched, echo: Any, new_client: Any) -> None:
+    def octets() -> int:
+        return page.metrics.read()[0]["octets", "up"]
+
+    seen = []
     for _ in range(40):
-        client = new_client(page.server)
-        client.connect(echo)
-        exchange(client, b"x" * 10000)
-        client.close()
-        for _ in range(20):
-            counters, _live = page.metrics.read()
-            assert counters["octets", "up"] >= seen[-1]
-            seen.append(counters["octets", "up"])
-    assert eventually(lambda: page.metrics.read()[0]["octets", "up"] == 400000)
+        with new_client(page) as client:
+            client.connect(echo)
+            exchange(client, b"x" * 10000)
+        seen += [octets() for _ in range(20)]
+    assert seen == sorted(seen)
+    assert eventually(lambda: octets() == 400000)
 
 
 def test_what_goes_wrong_is_counted(watch: Start, new_client: Any, refusing: Any) -> None:
     page = watch(users={"anna": "sesame"})
-    client = new_client(page.server)
-    client.greet(Method.USERNAME_PASSWORD)
-    assert client.login("anna", "wrong").status != 0
-    client = new_client(page.server)
-    client.greet(Method.USERNAME_PASSWORD)
-    client.login("anna", "sesame")
+    assert not new_client(page).log_in("anna", "wrong")
+    client = new_client(page)
+    assert client.log_in("anna", "sesame")
     assert client.request(Command.CONNECT, refusing()).code is ReplyCode.CONNECTION_REFUSED
     for octets in (b"\x04\x01\0\0\0\0\0\0\0", b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01", b"xyz", b"P\xff", b"\x05\x00", b"\x05\x01\x00", b""):
-        client = new_client(page.server)
+        client = new_client(page)
         client.send(octets)
         client.end()
         client.rest()
-    status = eventually(lambda: [status for status in [page.status()] if sum(status["counters"]["sessions"].values()) == 10])[0]
-    assert status["counters"]["failed_logins"] == 1
-    assert status["counters"]["replies"]["connection_refused"] == 1
-    assert status["counters"]["handshake_failures"] == {
-        "closed": 1, "http": 1, "no_acceptable_method": 2, "not_socks": 2, "socks4": 1, "tls": 1,
-    }
-    assert status["counters"]["sessions"]["no_acceptable_method"] == 2
+    counters = page.when(lambda status: sum(status["counters"]["sessions"].values()) == 10)["counters"]
+    assert (counters["failed_logins"], counters["replies"]["connection_refused"], counters["sessions"]["no_acceptable_method"]) == (1, 1, 2)
+    assert counters["handshake_failures"] == {"closed": 1, "http": 1, "no_acceptable_method": 2, "not_socks": 2, "socks4": 1, "tls": 1}
 
 
-def test_the_pac_file_is_no_failure_unless_it_is_refused(watch: Start, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = watch()
+def test_the_pac_file_is_no_failure_unless_it_is_refused(page: Watched, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, here in ((1, True), (2, False)):
         monkeypatch.setattr(page.server.policy, "is_here", lambda _host, here=here: here)
-        with new_client(page.server) as client:
+        with new_client(page) as client:
             client.send(b"GET /proxy.pac HTTP/1.1\r\n\r\n")
             assert client.rest().startswith(b"HTTP/1.1 200 " if here else b"HTTP/1.1 501 ")
-        eventually(lambda number=number: sum(page.metrics.counters.by("sessions").values()) == number)
+        eventually(lambda number=number: page.sessions_ended() == number)
     assert page.status()["counters"]["handshake_failures"] == {"http": 1}
 
 
 def test_a_client_that_is_too_slow_or_crowded_out_is_counted_as_that(watch: Start, new_client: Any) -> None:
     page = watch(handshake_timeout=0.2)
-    new_client(page.server).rest()
+    new_client(page).rest()
     page.server.handshake_timeout, page.server.max_handshakes = 30, 1
-    first = new_client(page.server)
+    first = new_client(page)
     eventually(lambda: page.server.registry.handshakes)
-    second = new_client(page.server)
-    first.rest()
-    second.close()
-    eventually(lambda: page.status()["counters"]["handshake_failures"] == {"timeout": 1, "crowded_out": 1, "closed": 1})
+    with new_client(page):
+        first.rest()
+    page.when(lambda status: status["counters"]["handshake_failures"] == {"timeout": 1, "crowded_out": 1, "closed": 1})

@@ -1,19 +1,16 @@
-"""
-``--status``: the option, and the program with it.
-"""
+"""``--status``: the option, and the program with it."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import subprocess
 import sys
-from typing import Any, Callable, Tuple
+from typing import Any, Tuple
 
 import pytest
 from tests.conftest import LOCALHOST, TIMEOUT, Client, can_bind, eventually
-from tests.program import Outcome, Service
+from tests.monitor.watched import Page
 
 from socks5srv.cli.options import parse
 from socks5srv.cli.startup import status_address
@@ -30,7 +27,7 @@ def test_a_port_alone_is_on_this_computer(text: str, place: Tuple[str, int]) -> 
     assert status_address(*settings.status, False)[:2] == place
 
 
-def test_other_computers_see_it_only_when_that_is_said_in_so_many_words(run_command: Callable[..., Outcome]) -> None:
+def test_other_computers_see_it_only_when_that_is_said_in_so_many_words(run_command: Any) -> None:
     done = run_command("0", "--status", "0.0.0.0:9180")
     assert done.code == 2
     assert done.stderr.splitlines() == [
@@ -40,48 +37,35 @@ def test_other_computers_see_it_only_when_that_is_said_in_so_many_words(run_comm
     ]
 
 
-def test_a_port_that_is_taken_is_told_like_any_other(run_command: Callable[..., Outcome], listen: Any) -> None:
+def test_a_port_that_is_taken_is_told_like_any_other(run_command: Any, listen: Any) -> None:
     port = listen().getsockname()[1]
     done = run_command("0", "--status", str(port))
     assert done.code == 1
     assert f"port {port} on 127.0.0.1 is already in use" in done.stderr
 
 
-def test_the_first_line_says_where_the_page_is_and_it_is_there_until_the_end(start: Callable[..., Service]) -> None:
+def test_the_first_line_says_where_the_page_is_and_it_is_there_until_the_end(start: Any) -> None:
     service = start("--status", "0", "--log-format", "json")
-    url = json.loads(service.wait_for("listening"))["status"]
-    port = int(url.rstrip("/").rpartition(":")[2])
-
-    def ready() -> bool:
-        connection = http.client.HTTPConnection(LOCALHOST, port, timeout=TIMEOUT)
-        connection.request("GET", "/readyz")
-        answer = connection.getresponse()
-        connection.close()
-        return answer.status == 200
-
-    eventually(ready)
+    page = Page.at(json.loads(service.wait_for("listening"))["status"])
+    eventually(lambda: page.ask("/readyz").status == 200)
     with Client(service.server_address) as client:
         client.greet()
         assert service.stop() == 0
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection((LOCALHOST, port), TIMEOUT)
+        socket.create_connection((LOCALHOST, page.port), TIMEOUT)
 
 
-def test_the_page_has_the_facts_of_this_run(start: Callable[..., Service]) -> None:
+def test_the_page_has_the_facts_of_this_run(start: Any) -> None:
     service = start("--status", "0", "--commands", "udp", "-u", "anna:sesame")
-    port = int(service.wait_for("listening").rstrip("/").rpartition(":")[2])
-    connection = http.client.HTTPConnection(LOCALHOST, port, timeout=TIMEOUT)
-    connection.request("GET", "/status.json")
-    status = json.loads(connection.getresponse().read())
-    connection.close()
+    status = Page.of(service).status()
     facts = {name: status[name] for name in ("listening", "auth", "commands")}
     assert facts == {"listening": [f"socks5h://{LOCALHOST}:{service.port}"], "auth": "password", "commands": ["udp"]}
     assert not {"pid", "urls"} & set(status)
 
 
-def test_a_watcher_does_not_keep_it_from_stopping(start: Callable[..., Service]) -> None:
+def test_a_watcher_does_not_keep_it_from_stopping(start: Any) -> None:
     service = start("--status", "0")
-    port = int(service.wait_for("listening").rstrip("/").rpartition(":")[2])
+    port = Page.of(service).port
     with socket.create_connection((LOCALHOST, port), TIMEOUT) as watcher, socket.create_connection((LOCALHOST, port), TIMEOUT):
         watcher.sendall(b"GET /events HTTP/1.1\r\n\r\n")
         assert watcher.recv(100)
@@ -99,10 +83,6 @@ def test_without_the_option_nothing_of_it_is_imported() -> None:
 
 
 @pytest.mark.skipif(not can_bind("0.0.0.0"), reason="no IPv4 here")
-def test_in_a_container_it_can_be_open(start: Callable[..., Service]) -> None:
-    service = start("--status", "0.0.0.0:0", "--status-open")
-    port = int(service.wait_for("listening").rstrip("/").rpartition(":")[2])
-    connection = http.client.HTTPConnection(LOCALHOST, port, timeout=TIMEOUT)
-    connection.request("GET", "/healthz", headers={"Host": "proxy:8080"})
-    assert connection.getresponse().status == 200
-    connection.close()
+def test_in_a_container_it_can_be_open(start: Any) -> None:
+    page = Page.of(start("--status", "0.0.0.0:0", "--status-open"))
+    assert page.ask("/healthz", Host="proxy:8080").status == 200

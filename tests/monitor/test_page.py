@@ -102,7 +102,7 @@ def _no_descriptor_is_left() -> None:
 
 
 def talk(page: Watched, new_client: Any, echo: Any, user: str = "", host: str = LOCALHOST) -> Any:
-    client = new_client(page.server)
+    client = new_client(page)
     if user:
         client.greet(Method.USERNAME_PASSWORD)
         assert client.login(user, "sesame").status == 0
@@ -112,10 +112,9 @@ def talk(page: Watched, new_client: Any, echo: Any, user: str = "", host: str = 
     return client
 
 
-def test_the_page_loads_and_says_whose_it_is(watch: Callable[..., Watched], show: Show) -> None:
-    page = watch()
+def test_the_page_loads_and_says_whose_it_is(page: Watched, show: Show) -> None:
     browser = show(page)
-    address = f"socks5h://127.0.0.1:{page.server.server_address[1]}"
+    address = f"socks5h://127.0.0.1:{page.server_address[1]}"
     assert browser.text("h1") == address
     assert address in browser.driver.title
     assert re.match(r"up \d+ s · no login · connect, bind, udp$", browser.text("#about"))
@@ -143,8 +142,7 @@ def test_a_session_appears_while_it_is_open_and_goes_when_it_closes(watch: Any, 
     assert browser.find("#sessions-empty").is_displayed()
 
 
-def test_rates_change_and_so_does_the_plot(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
-    page = watch()
+def test_rates_change_and_so_does_the_plot(page: Watched, show: Show, echo: Any, new_client: Any) -> None:
     browser = show(page)
     before = browser.find("#line-up").get_attribute("d")
     client = talk(page, new_client, echo)
@@ -169,8 +167,7 @@ def labels(browser: Browser) -> List[str]:
     return list(browser.script("return [...document.querySelectorAll('[data-step]')].map((e) => e.getAttribute('aria-label'))"))
 
 
-def test_a_click_on_an_arrow_shows_the_fields_of_its_message(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
-    page = watch()
+def test_a_click_on_an_arrow_shows_the_fields_of_its_message(page: Watched, show: Show, echo: Any, new_client: Any) -> None:
     browser = show(page)
     talk(page, new_client, echo, host="localhost")
     request_arrow(browser).click()
@@ -182,8 +179,7 @@ def test_a_click_on_an_arrow_shows_the_fields_of_its_message(watch: Any, show: S
     assert browser.find("[data-step][aria-pressed=true]").get_attribute("aria-label") == request_arrow(browser).get_attribute("aria-label")
 
 
-def test_the_resolver_has_a_lane_if_it_was_asked(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
-    page = watch()
+def test_the_resolver_has_a_lane_if_it_was_asked(page: Watched, show: Show, echo: Any, new_client: Any) -> None:
     talk(page, new_client, echo)
     browser = show(page)
     eventually(lambda: [label for label in labels(browser) if "REPLY" in label])
@@ -201,9 +197,8 @@ def test_the_resolver_has_a_lane_if_it_was_asked(watch: Any, show: Show, echo: A
     assert widths[3] == widths[4] < lanes[2] - lanes[1] < widths[5]
 
 
-def test_a_conversation_that_is_chosen_stays_while_others_come(watch: Any, show: Show, echo: Any, new_client: Any, refusing: Any) -> None:
-    page = watch()
-    new_client(page.server).ask(Command.CONNECT, refusing())
+def test_a_conversation_that_is_chosen_stays_while_others_come(page: Watched, show: Show, echo: Any, new_client: Any, refusing: Any) -> None:
+    new_client(page).ask(Command.CONNECT, refusing())
     talk(page, new_client, echo)
     browser = show(page)
     eventually(lambda: browser.texts("nav strong") == [f"#2 127.0.0.1:{echo[1]}", browser.texts("nav strong")[-1]])
@@ -217,8 +212,7 @@ def test_a_conversation_that_is_chosen_stays_while_others_come(watch: Any, show:
     assert [text.partition(" ")[0] for text in browser.texts("#diagram .bad .label")] == ["not", "REPLY"]
 
 
-def test_the_keyboard_does_as_well(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
-    page = watch()
+def test_the_keyboard_does_as_well(page: Watched, show: Show, echo: Any, new_client: Any) -> None:
     talk(page, new_client, echo)
     browser = show(page)
     eventually(lambda: [label for label in labels(browser) if "REPLY" in label])
@@ -237,8 +231,7 @@ def test_the_keyboard_does_as_well(watch: Any, show: Show, echo: Any, new_client
     assert browser.script("return getComputedStyle(document.activeElement.querySelector('.hit')).strokeWidth") == "2px"
 
 
-def test_an_update_takes_neither_the_focus_nor_the_place(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
-    page = watch()
+def test_an_update_takes_neither_the_focus_nor_the_place(page: Watched, show: Show, echo: Any, new_client: Any) -> None:
     talk(page, new_client, echo)
     browser = show(page)
     browser.emulate(height=400)
@@ -273,10 +266,10 @@ def test_a_hostile_name_is_text(watch: Any, show: Show, echo: Any, new_client: A
 
 def test_the_counters_are_shown(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
     page = watch(users={"anna": "sesame"})
-    client = new_client(page.server)
+    client = new_client(page)
     client.greet(Method.USERNAME_PASSWORD)
     client.login("anna", "wrong")
-    stranger = new_client(page.server)
+    stranger = new_client(page)
     stranger.send(b"GET / HTTP/1.0\r\n\r\n")
     stranger.rest()
     talk(page, new_client, echo, "anna").close()
@@ -292,8 +285,7 @@ def test_the_counters_are_shown(watch: Any, show: Show, echo: Any, new_client: A
     assert browser.texts("#by-reply dt") == ["succeeded"]
 
 
-def test_it_says_when_the_server_is_gone_and_when_it_is_back(watch: Any, driver: Any) -> None:
-    page = watch()
+def test_it_says_when_the_server_is_gone_and_when_it_is_back(page: Watched, driver: Any) -> None:
     browser = Browser(driver)
     driver.get(page.page.url)
     eventually(lambda: browser.text("#state-text") == "live")
@@ -309,8 +301,7 @@ def test_it_says_when_the_server_is_gone_and_when_it_is_back(watch: Any, driver:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 820, 360])
-def test_it_fits_and_can_be_read(watch: Any, show: Show, echo: Any, new_client: Any, scheme: str, width: int, tmp_path: Path) -> None:
-    page = watch()
+def test_it_fits_and_can_be_read(page: Watched, show: Show, echo: Any, new_client: Any, scheme: str, width: int, tmp_path: Path) -> None:
     client = talk(page, new_client, echo, host="localhost")
     exchange(client)
     browser = show(page)
@@ -337,8 +328,7 @@ def test_it_fits_and_can_be_read(watch: Any, show: Show, echo: Any, new_client: 
     assert (tmp_path / f"{scheme}-{width}.png").stat().st_size > 10_000
 
 
-def test_a_screen_reader_finds_its_way(watch: Any, show: Show, echo: Any, new_client: Any) -> None:
-    page = watch()
+def test_a_screen_reader_finds_its_way(page: Watched, show: Show, echo: Any, new_client: Any) -> None:
     talk(page, new_client, echo)
     browser = show(page)
     request_arrow(browser)

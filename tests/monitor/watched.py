@@ -1,18 +1,14 @@
-"""
-A server in this process with its status page, and a client that watches it; the fixture is `watch`.
-"""
+"""Status pages that are asked and watched; the fixtures for one of a server in this process are in conftest.py."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import socket
-import threading
-from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, NamedTuple
 
-import pytest
-from tests.conftest import LOCALHOST, TIMEOUT, eventually, serve
+from tests.conftest import LOCALHOST, TIMEOUT, eventually
+from tests.program import Service
 
 from socks5srv.explain.tracer import Tracer
 from socks5srv.monitor.history import History
@@ -22,8 +18,58 @@ from socks5srv.monitor.stats import LocalStats
 from socks5srv.protocol import Address
 from socks5srv.server import Socks5Server
 
+Start = Callable[..., "Watched"]
 
-class Watched:
+
+class Answer(NamedTuple):
+    """What a page has answered; ``answer[:2]`` is what most want."""
+
+    status: int
+    body: bytes
+    headers: http.client.HTTPMessage
+
+
+class Page:
+    """A status page, of whatever server."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+
+    @classmethod
+    def at(cls, url: str) -> Page:
+        return cls(LOCALHOST, int(url.rstrip("/").rpartition(":")[2]))
+
+    @classmethod
+    def of(cls, service: Service) -> Page:
+        """Of a program that has been started with --status."""
+        return cls.at(service.wait_for("status="))
+
+    def ask(self, path: str = "/", method: str = "GET", **headers: str) -> Answer:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT)
+        try:
+            connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.read(), answer.headers)
+        finally:
+            connection.close()
+
+    def status(self) -> Any:
+        answer = self.ask("/status.json")
+        assert answer.status == 200
+        return json.loads(answer.body)
+
+    def when(self, condition: Callable[[Any], object]) -> Any:
+        """Its status, as soon as it is like that."""
+        return eventually(lambda: [status for status in [self.status()] if condition(status)])[0]
+
+    def raw(self, octets: bytes) -> bytes:
+        """What is answered to this, up to the end."""
+        with socket.create_connection((self.host, self.port), TIMEOUT) as sock:
+            sock.sendall(octets)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+class Watched(Page):
     """A server in this process, what it counts and keeps, and its page."""
 
     def __init__(self, host: str = LOCALHOST, users: Any = None, others: bool = False, **attributes: Any) -> None:
@@ -31,61 +77,27 @@ class Watched:
         for key, value in attributes.items():
             assert hasattr(self.server, key)
             setattr(self.server, key, value)
+        self.server_address = self.server.server_address        # where `new_client` goes
         self.metrics, self.history = Metrics(), History()
         self.server.observers = (self.metrics, self.history, Tracer(self.server, [self.history]))
         self.stats = LocalStats(self.server, self.metrics, self.history)
         facts = {
-            "listening": [f"socks5h://127.0.0.1:{self.server.server_address[1]}"], "auth": "none" if users is None else "password",
+            "listening": [f"socks5h://127.0.0.1:{self.server_address[1]}"], "auth": "none" if users is None else "password",
             "commands": ["connect", "bind", "udp"], "workers": 1,
         }
         self.page = StatusPage(self.stats, facts, Address.numeric(host, 0), others)
         self.server.policy.private.add(self.page.address)
-        self.port: int = self.page.address.port
+        super().__init__(self.page.address.zoned, self.page.address.port)
 
-    def ask(self, path: str = "/", method: str = "GET", **headers: str) -> Tuple[http.client.HTTPResponse, bytes]:
-        connection = http.client.HTTPConnection(self.page.address.zoned, self.port, timeout=TIMEOUT)
-        try:
-            connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-            answer = connection.getresponse()
-            return answer, answer.read()
-        finally:
-            connection.close()
-
-    def status(self) -> Any:
-        answer, body = self.ask("/status.json")
-        assert answer.status == 200
-        return json.loads(body)
-
-    def raw(self, octets: bytes) -> bytes:
-        """What is answered to this, up to the end."""
-        with socket.create_connection((self.page.address.zoned, self.port), TIMEOUT) as sock:
-            sock.sendall(octets)
-            return b"".join(iter(lambda: sock.recv(65536), b""))
-
-
-@contextmanager
-def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Watched]]:
-    """Start a server with a page: ``watch(host, users, others, **attributes of the server)``."""
-    before = set(threading.enumerate())
-    monkeypatch.setattr(StatusPage, "poll_interval", 0.02)
-    with ExitStack() as stack:
-        def start(*arguments: Any, **keywords: Any) -> Watched:
-            watched = Watched(*arguments, **keywords)
-            stack.callback(watched.server.server_close)
-            stack.enter_context(watched.page)
-            serve(watched.server)
-            stack.callback(watched.server.shutdown)
-            return watched
-
-        yield start
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("socks5srv") and thread not in before])
+    def sessions_ended(self) -> int:
+        return sum(self.metrics.counters.by("sessions").values())
 
 
 class Events:
     """A reader of /events."""
 
-    def __init__(self, page: Watched) -> None:
-        self.connection = http.client.HTTPConnection(page.page.address.zoned, page.port, timeout=TIMEOUT)
+    def __init__(self, page: Page) -> None:
+        self.connection = http.client.HTTPConnection(page.host, page.port, timeout=TIMEOUT)
         self.connection.request("GET", "/events")
         self.answer = self.connection.getresponse()
 
