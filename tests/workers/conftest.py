@@ -1,13 +1,11 @@
-"""
-Servers of several processes, and clients at a certain one of them.
-"""
+"""Servers of several processes, and clients at a certain one of them."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Optional
 
 import pytest
 
@@ -15,9 +13,9 @@ from socks5srv.cli.options import parse
 from socks5srv.service.build import listening_sockets
 from socks5srv.service.settings import Settings
 from socks5srv.workers.supervisor import Supervisor, worker_command
-from tests.conftest import LOCALHOST, TIMEOUT, Client, eventually
+from tests.conftest import LOCALHOST, TIMEOUT, Client, exchange
 
-from .processes import Start, door, hash_of, owner, workers_of
+from .processes import Place, Start, door, hash_of, owner, workers_of
 
 
 @pytest.fixture
@@ -53,10 +51,28 @@ def on_each(new_client: Callable[..., Client]) -> Callable[..., Dict[int, Client
         while set(found) < workers_of(service):
             assert time.monotonic() < until, "some worker gets no clients"
             client = new_client(door(service))
-            found.setdefault(eventually(lambda client=client: owner(workers_of(service), client)), client)
+            found.setdefault(owner(service, client), client)
         return found
 
     return visit
+
+
+@pytest.fixture
+def tunnel(new_client: Callable[..., Client], echo: Place) -> Callable[..., Client]:
+    """A client that has a tunnel, which works: ``tunnel(service)``."""
+    def stand(service: Any, client: Optional[Client] = None) -> Client:
+        client = client or new_client(service)
+        client.connect(echo)
+        exchange(client)
+        return client
+
+    return stand
+
+
+@pytest.fixture
+def tunnels(on_each: Callable[..., Dict[int, Client]], tunnel: Callable[..., Client]) -> Callable[..., Dict[int, Client]]:
+    """The same at each worker."""
+    return lambda service: {pid: tunnel(service, client) for pid, client in on_each(service).items()}
 
 
 @pytest.fixture
@@ -66,7 +82,7 @@ def client_at(new_client: Callable[..., Client]) -> Callable[..., Client]:
         until = time.monotonic() + TIMEOUT
         while time.monotonic() < until:
             client = new_client(door(service))
-            if eventually(lambda client=client: owner(workers_of(service), client)) == pid:
+            if owner(service, client) == pid:
                 return client
             client.close()
         raise AssertionError("that worker gets no clients")

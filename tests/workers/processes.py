@@ -1,20 +1,18 @@
-"""
-Which processes there are, and which of them has a client: read in /proc.
-"""
+"""Which processes there are, and which of them has a client: read in /proc."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import pytest
 
-from socks5srv.protocol import CredentialsReply, Method
 from socks5srv.users import Hash
-from tests.conftest import Client, exchange
+from tests.conftest import Client, eventually
 
 Place = Tuple[Any, ...]
 Start = Callable[..., Any]
@@ -56,22 +54,32 @@ def inodes(client: Client) -> Set[str]:
     return {row[9] for row in rows if row[1].endswith(f":{theirs:04X}") and row[2].endswith(f":{ours:04X}")} - {"0"}
 
 
-def owner(pids: Iterable[int], client: Client) -> Optional[int]:
-    """Which of these processes has this client."""
-    names = {f"socket:[{inode}]" for inode in inodes(client)}
-    for pid in pids:
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{fd}") in names:
-                    return pid
-            except OSError:
-                pass
-    return None
+def owner(service: Any, client: Client) -> int:
+    """The process id of the worker that has this client, as soon as one has."""
+    def look() -> Optional[int]:
+        names = {f"socket:[{inode}]" for inode in inodes(client)}
+        for pid in workers_of(service):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                try:
+                    if os.readlink(f"/proc/{pid}/fd/{fd}") in names:
+                        return pid
+                except OSError:
+                    pass
+        return None
+
+    return eventually(look)
 
 
 def door(service: Any) -> Place:
     """Where clients come to."""
     return service.server_address if hasattr(service, "server_address") else service.addresses[0]
+
+
+def kill(service: Any, pid: int) -> None:
+    """Kill a worker; returns when its parent has told that it has died."""
+    told = service.stderr.count("has died")
+    os.kill(pid, signal.SIGKILL)
+    service.wait_until(lambda: service.stderr.count("has died") > told, "the news of its death")
 
 
 def settled(service: Any) -> Optional[List[int]]:
@@ -91,30 +99,33 @@ def objects(service: Any) -> List[Dict[str, Any]]:
 
 # --- what clients do ---
 
-def tunnels(clients: Dict[int, Client], place: Place) -> None:
-    for client in clients.values():
-        client.connect(place)
-        exchange(client)
-
-
-def try_to_log_in(client: Client, password: str) -> bool:
-    client.greet(Method.USERNAME_PASSWORD)
-    return client.login("anna", password).status == CredentialsReply.SUCCESS
-
-
 def hash_of(password: str) -> str:
     blank = Hash("pbkdf2_sha256", (1000,), b"salt", bytes(32))
     return str(blank._replace(digest=blank.of(password)))
 
 
-def first_octets(client: Client) -> bytes:
+def greet(client: Client) -> None:
+    """What may come too late for one that is turned away."""
     try:
-        return client.read(2)
-    except ConnectionError:
-        return b""
-
-
-def comes_in(address: Place) -> bool:
-    with Client(address) as client:
         client.send(b"\5\1\0")
-        return first_octets(client) == b"\5\0"
+    except ConnectionError:
+        pass
+
+
+def is_welcome(client: Client) -> bool:
+    """Whether its greeting is answered."""
+    try:
+        return client.read(2) == b"\5\0"
+    except ConnectionError:
+        return False
+
+
+def comes_in(client: Client) -> bool:
+    greet(client)
+    return is_welcome(client)
+
+
+def may_come(address: Place) -> bool:
+    """Whether there is room for one more client."""
+    with Client(address) as client:
+        return comes_in(client)

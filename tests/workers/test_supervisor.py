@@ -16,7 +16,7 @@ from socks5srv.workers.supervisor import Supervisor, worker_command
 from tests.conftest import TIMEOUT, Client, eventually, exchange, in_thread, within
 from tests.program import ROOT
 
-from .processes import Place, Start, alive, comes_in, door, first_octets, needs_linux, needs_posix, objects, owner, tunnels, workers_of
+from .processes import Start, alive, comes_in, door, kill, may_come, needs_linux, needs_posix, objects, owner, workers_of
 
 pytestmark = needs_posix
 
@@ -82,14 +82,10 @@ def test_no_program_to_start_is_an_error(supervise: Supervise) -> None:
 # --- a worker dies ---
 
 @needs_linux
-def test_a_dead_worker_is_replaced_and_the_tunnels_of_the_others_live_on(
-    start: Start, on_each: Any, echo: Place,
-) -> None:
+def test_a_dead_worker_is_replaced_and_the_tunnels_of_the_others_live_on(start: Start, tunnels: Any) -> None:
     service = start()
-    clients = on_each(service)
-    tunnels(clients, echo)
-    (killed, cut_off), (other, lives_on) = clients.items()
-    os.kill(killed, signal.SIGKILL)
+    (killed, cut_off), (other, lives_on) = tunnels(service).items()
+    kill(service, killed)
     line = service.wait_for("has died")
     assert "ERROR worker " in line
     assert f"(process {killed}, killed by signal 9)" in line
@@ -97,16 +93,14 @@ def test_a_dead_worker_is_replaced_and_the_tunnels_of_the_others_live_on(
     exchange(lives_on)
     assert killed not in eventually(lambda: len(workers_of(service)) == 2 and workers_of(service))
     assert other in workers_of(service)
-    tunnels(on_each(service), echo)
+    tunnels(service)
     exchange(lives_on)
     assert service.stop() == 0
 
 
 @needs_linux
 @pytest.mark.parametrize("option", ["--max-clients", "--max-per-client"])
-def test_the_clients_of_a_dead_worker_do_not_count(
-    option: str, supervise: Supervise, client_at: Callable[..., Client], new_client: Callable[..., Client],
-) -> None:
+def test_the_clients_of_a_dead_worker_do_not_count(option: str, supervise: Supervise, client_at: Any, new_client: Any) -> None:
     # The first one that dies is replaced at once, the next one so late that no successor can have forgotten its clients.
     supervisor = supervise(option, "6", restart_backoff=60)
     assert supervisor.start()
@@ -114,39 +108,28 @@ def test_the_clients_of_a_dead_worker_do_not_count(
     killed, other = workers_of(supervisor)
     os.kill(killed, signal.SIGKILL)
     (successor,) = eventually(lambda: workers_of(supervisor) - {killed, other})
-    clients = [client_at(supervisor, successor)]
-    refused = False
-    while not refused:
-        clients.append(new_client(door(supervisor)))
-        clients[-1].send(b"\5\1\0")
-        refused = first_octets(clients[-1]) == b""
+    client_at(supervisor, successor)
+    while comes_in(new_client(door(supervisor))):
+        pass
     os.kill(successor, signal.SIGKILL)
     eventually(lambda: len(supervisor.workers) == 1)
-    eventually(lambda: comes_in(door(supervisor)))
+    eventually(lambda: may_come(door(supervisor)))
     supervisor.shutdown()
     done()
 
 
 @needs_linux
-def test_the_last_known_figures_of_a_dead_worker_are_in_the_summary(
-    start: Start, new_client: Callable[..., Client], echo: Place,
-) -> None:
+def test_the_last_known_figures_of_a_dead_worker_are_in_the_summary(start: Start, tunnel: Any) -> None:
     service = start("--log-format", "json")
     (pid, _other) = workers_of(service)
     served = 0
     while served < 5:
-        client = new_client(service)
-        mine = eventually(lambda client=client: owner(workers_of(service), client)) == pid
-        client.connect(echo)
-        exchange(client)
-        client.close()
-        if mine:
-            served += 1
+        with tunnel(service) as client:
+            served += owner(service, client) == pid
         number = len(objects(service))
         service.wait_until(lambda number=number: len(objects(service)) > number or objects(service)[-1].get("up") == 5, "its line")
     told = len([line for line in objects(service) if line["event"] == "close"])
-    os.kill(pid, signal.SIGKILL)
-    service.wait_for("has died")
+    kill(service, pid)
     assert service.stop() == 0
     stop = objects(service)[-1]
     assert stop["event"] == "stop"
@@ -155,36 +138,28 @@ def test_the_last_known_figures_of_a_dead_worker_are_in_the_summary(
 
 
 @needs_linux
-def test_session_numbers_go_on_after_a_worker_has_been_replaced(
-    start: Start, new_client: Callable[..., Client], echo: Place,
-) -> None:
+def test_session_numbers_go_on_after_a_worker_has_been_replaced(start: Start, tunnel: Any) -> None:
     service = start("--log-format", "json")
-    for again in range(2):
-        for _ in range(5):
-            with new_client(service) as client:
-                client.connect(echo)
-        if not again:
-            eventually(lambda: len([line for line in objects(service) if "id" in line]) == 5)
-            for pid in workers_of(service):
-                os.kill(pid, signal.SIGKILL)
-            eventually(lambda: service.stderr.count("has died") == 2)
+    for _ in range(5):
+        tunnel(service).close()
+    eventually(lambda: len([line for line in objects(service) if "id" in line]) == 5)
+    for pid in workers_of(service):
+        kill(service, pid)
+    for _ in range(5):
+        tunnel(service).close()
     assert service.stop() == 0
     assert sorted(line["id"] for line in objects(service) if "id" in line) == list(range(1, 11))
 
 
 @needs_linux
-def test_workers_that_cannot_be_started_again_end_it_when_the_last_one_has_died(
-    start: Start, new_client: Callable[..., Client], echo: Place, tmp_path: Path,
-) -> None:
+def test_workers_that_cannot_be_started_again_end_it_when_the_last_one_has_died(start: Start, tunnel: Any, tmp_path: Path) -> None:
     """Not before: those that live have clients."""
     service = start(**in_each_worker(tmp_path, f"if os.path.exists({str(tmp_path / 'broken')!r}): os._exit(3)"))
     (tmp_path / "broken").touch()
     first, last = sorted(workers_of(service))
     os.kill(first, signal.SIGKILL)
     service.wait_until(lambda: service.stderr.count("has died") > 5, "some tries")
-    client = new_client(service)
-    client.connect(echo)
-    exchange(client)
+    tunnel(service)
     os.kill(last, signal.SIGKILL)
     assert service.process.wait(TIMEOUT) == 1
     assert "socks5srv: error: the workers end as soon as they have started: " in service.stderr
@@ -196,13 +171,9 @@ def test_workers_that_cannot_be_started_again_end_it_when_the_last_one_has_died(
 
 @needs_linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_and_the_sum_is_right(
-    number: int, start: Start, on_each: Any, echo: Place,
-) -> None:
+def test_a_signal_ends_all_and_the_sum_is_right(number: int, start: Start, tunnels: Any) -> None:
     service = start("--log-format", "json")
-    clients = on_each(service)
-    tunnels(clients, echo)
-    pids = workers_of(service)
+    clients, pids = tunnels(service), workers_of(service)
     assert service.stop(number) == 0
     assert not any(map(alive, pids))
     assert not service.port_file.exists()
@@ -220,13 +191,12 @@ def test_a_signal_ends_all_and_the_sum_is_right(
 
 def test_they_stop_at_once(start: Start) -> None:
     """Which on a busy computer may be seen at the second or third attempt only."""
-    assert any(duration(start().stop) < 0.3 for _ in range(10))
+    def duration(service: Any) -> float:
+        began = time.monotonic()
+        service.stop()
+        return time.monotonic() - began
 
-
-def duration(function: Callable[[], object]) -> float:
-    began = time.monotonic()
-    function()
-    return time.monotonic() - began
+    assert any(duration(start()) < 0.3 for _ in range(10))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -262,21 +232,20 @@ def test_ctrl_c_while_they_start_is_no_traceback(at_terminal: Any) -> None:
 
 
 @needs_linux
-def test_a_signal_for_a_worker_alone_is_not_heard(start: Start, on_each: Any, echo: Place) -> None:
+def test_a_signal_for_a_worker_alone_is_not_heard(start: Start, tunnels: Any) -> None:
     service = start()
     pids = workers_of(service)
     for pid in pids:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(pid, number)
-    tunnels(on_each(service), echo)
+    tunnels(service)
     assert workers_of(service) == pids
 
 
 @needs_linux
 def test_a_worker_that_has_hardly_started_stops_as_fast(start: Start) -> None:
     service = start()
-    os.kill(min(workers_of(service)), signal.SIGKILL)
-    service.wait_for("has died")
+    kill(service, min(workers_of(service)))
     began = time.monotonic()
     assert service.stop() == 0
     assert time.monotonic() - began < within(3)
@@ -309,11 +278,9 @@ def test_the_second_ctrl_c_does_not_wait_for_them(start: Start) -> None:
 
 
 @needs_linux
-def test_when_the_parent_is_killed_the_workers_stop(start: Start, on_each: Any, echo: Place) -> None:
+def test_when_the_parent_is_killed_the_workers_stop(start: Start, tunnels: Any) -> None:
     service = start(workers="3")
-    clients = on_each(service)
-    tunnels(clients, echo)
-    pids = workers_of(service)
+    clients, pids = tunnels(service), workers_of(service)
     service.process.kill()
     eventually(lambda: not any(map(alive, pids)))
     for client in clients.values():

@@ -18,22 +18,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 
 import socks5srv
 from socks5srv.protocol import Address, Command, Datagram, ProtocolError, Reply, ReplyCode
-from tests.conftest import LOCALHOST, TIMEOUT, Client, Echo, eventually, exchange, in_thread, needs_neighbour, within
+from tests.conftest import LOCALHOST, TIMEOUT, Client, Echo, eventually, exchange, in_thread, needs_neighbour, udp, within
 from tests.networks import LinkLocal
 from tests.soak import VISITS
 
-from .processes import (
-    Place, Start, comes_in, first_octets, hash_of, needs_linux, needs_posix, objects, settled, try_to_log_in, tunnels, workers_of,
-)
+from .processes import Place, Start, greet, hash_of, is_welcome, kill, may_come, needs_linux, needs_posix, objects, settled, workers_of
 
 pytestmark = needs_posix
 
+PACKAGE = Path(socks5srv.__file__).parent
 
 # --- they serve ---
 
@@ -44,11 +43,8 @@ def test_without_the_option_there_is_one_process(start: Start) -> None:
 
 @needs_linux
 @pytest.mark.parametrize("number", [2, 3])
-def test_each_worker_has_clients(number: int, start: Start, on_each: Any, echo: Place) -> None:
-    service = start(workers=str(number))
-    clients = on_each(service)
-    assert len(clients) == number
-    tunnels(clients, echo)
+def test_each_worker_has_clients(number: int, start: Start, tunnels: Any) -> None:
+    assert len(tunnels(start(workers=str(number)))) == number
 
 
 @needs_linux
@@ -69,43 +65,32 @@ def test_each_worker_has_a_cpu_of_its_own_if_there_are_enough(start: Start) -> N
 
 
 @needs_linux
-def test_no_password_is_in_the_arguments_or_the_environment_of_a_worker(
-    start: Start, on_each: Any,
-) -> None:
+def test_no_password_is_in_the_arguments_or_the_environment_of_a_worker(start: Start, on_each: Any) -> None:
     service = start("-u", "anna", SOCKS5SRV_PASSWORD="sesame", SOCKS5SRV_OPTIONS="-u ben:4711")
     for pid in workers_of(service):
         for file in ("cmdline", "environ"):
             text = Path(f"/proc/{pid}/{file}").read_bytes()
-            assert b"sesame" not in text
-            assert b"4711" not in text
+            assert not [word for word in (b"sesame", b"4711") if word in text]
     for client in on_each(service).values():
-        assert try_to_log_in(client, "sesame")
+        assert client.log_in("anna", "sesame")
 
 
 @pytest.mark.parametrize("where", ["a folder in another tree", "a zip file"])
-def test_workers_find_the_package_where_it_is(
-    where: str, start: Start, new_client: Callable[..., Client], echo: Place, tmp_path: Path,
-) -> None:
-    package = Path(socks5srv.__file__).parent
-    shutil.copytree(str(package), str(tmp_path / "tree" / "vendor" / "socks5srv"), ignore=shutil.ignore_patterns("__pycache__"))
-    folder = tmp_path / "empty"
+def test_workers_find_the_package_where_it_is(where: str, start: Start, tunnel: Any, tmp_path: Path) -> None:
+    path, folder = str(tmp_path / "tree"), tmp_path / "empty"
+    shutil.copytree(str(PACKAGE), f"{path}/vendor/socks5srv", ignore=shutil.ignore_patterns("__pycache__"))
     folder.mkdir()
-    path = tmp_path / "tree"
     if where == "a zip file":
-        path = Path(shutil.make_archive(str(tmp_path / "archive"), "zip", str(path)))
-        shutil.rmtree(str(tmp_path / "tree"))
-    service = start(
-        command=("sh", "-c", 'cd "$0" && exec "$@"', str(folder), sys.executable, "-m", "vendor.socks5srv"), PYTHONPATH=str(path),
-    )
-    client = new_client(service)
-    client.connect(echo)
-    exchange(client)
+        tree, path = path, shutil.make_archive(str(tmp_path / "archive"), "zip", path)
+        shutil.rmtree(tree)
+    service = start(command=("sh", "-c", 'cd "$0" && exec "$@"', str(folder), sys.executable, "-m", "vendor.socks5srv"), PYTHONPATH=path)
+    tunnel(service)
     assert service.stop() == 0
 
 
-def test_they_serve_without_a_stdin_too(start: Start, new_client: Callable[..., Client], echo: Place) -> None:
+def test_they_serve_without_a_stdin_too(start: Start, tunnel: Any) -> None:
     service = start(command=("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-m", "socks5srv"))
-    new_client(service).connect(echo)
+    tunnel(service)
     assert service.stop() == 0
 
 
@@ -116,7 +101,7 @@ def test_every_kind_of_visit_leaves_nothing_behind(start: Start) -> None:
         serve = in_thread(echo.serve_forever, 0.02)
 
         def visits(number: int) -> None:
-            for visit in (VISITS * number)[:number * len(VISITS)]:
+            for visit in VISITS * number:
                 with Client(service.server_address) as client:
                     visit(client, echo, dice)
 
@@ -137,9 +122,7 @@ def test_every_kind_of_visit_leaves_nothing_behind(start: Start) -> None:
     assert not any("bug" in line.get("message", "") for line in told)
 
 
-def test_session_numbers_are_unique_and_lines_whole_in_one_log_file(
-    start: Start, echo: Place, tmp_path: Path,
-) -> None:
+def test_session_numbers_are_unique_and_lines_whole_in_one_log_file(start: Start, echo: Place, tmp_path: Path) -> None:
     log = tmp_path / "log"
     service = start("--log-file", str(log), "--log-format", "json", "-vv", workers="3")
 
@@ -153,18 +136,15 @@ def test_session_numbers_are_unique_and_lines_whole_in_one_log_file(
     assert service.stop() == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(line["id"] for line in lines if line["event"] == "close") == list(range(1, 161))
-    assert [line["event"] for line in (lines[0], lines[-1])] == ["listening", "stop"]
+    events = [line["event"] for line in lines]
+    assert (events[0], events[-1], events.count("listening")) == ("listening", "stop", 1)
     assert lines[-1]["sessions"] == 160
-    assert [line["event"] for line in lines].count("listening") == 1
     assert service.stderr == ""
 
 
 def test_workers_answer_every_question_about_conformance(start: Start) -> None:
-    host, port = start("--workers", "2").server_address
-    done = subprocess.run(
-        [sys.executable, "-m", "socks5srv.check", f"{host}:{port}"], cwd=Path(socks5srv.__file__).parent.parent, capture_output=True, timeout=50,
-        check=False, encoding="utf-8",
-    )
+    command = [sys.executable, "-m", "socks5srv.check", "{}:{}".format(*start().server_address)]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, timeout=50, check=False, encoding="utf-8")
     assert done.returncode == 0, done.stdout
 
 
@@ -172,18 +152,14 @@ def test_workers_answer_every_question_about_conformance(start: Start) -> None:
 
 @needs_linux
 @pytest.mark.parametrize("option", ["--max-clients", "--max-per-client"])
-def test_a_limit_is_of_all_workers(
-    option: str, start: Start, new_client: Callable[..., Client], echo: Place,
-) -> None:
+def test_a_limit_is_of_all_workers(option: str, start: Start, new_client: Any, tunnel: Any) -> None:
     service = start(option, "4")
-    clients = [new_client(service) for _ in range(4)]
-    for client in clients:
-        client.connect(echo)
+    first, *others = [tunnel(service) for _ in range(4)]
     for _ in range(6):
         assert new_client(service).rest() == b""
-    clients[0].close()
-    eventually(lambda: comes_in(service.server_address))
-    for client in clients[1:]:
+    first.close()
+    eventually(lambda: may_come(service.server_address))
+    for client in others:
         exchange(client)
     assert service.stderr.count("WARNING") in (1, 2), "told once a minute, or twice in the same instant"
 
@@ -194,38 +170,32 @@ def test_not_even_a_burst_exceeds_a_limit(option: str, start: Start) -> None:
 
     def come() -> Client:
         client = Client(service.server_address)
-        try:
-            client.send(b"\5\1\0")
-        except ConnectionError:
-            pass
+        greet(client)
         return client
 
     welcome = []
     for _ in range(5):
         clients = [done() for done in [in_thread(come) for _ in range(40)]]
-        welcome.append(len([client for client in clients if first_octets(client) == b"\5\0"]))
+        welcome.append(sum(map(is_welcome, clients)))
         for client in clients:
             client.close()
-        eventually(lambda: comes_in(service.server_address))
+        eventually(lambda: may_come(service.server_address))
     assert max(welcome) <= 5
     assert sum(welcome) > 0         # not in each round: places of the one before may not be free again yet
 
 
-def test_a_parent_that_does_not_answer_keeps_no_client_out(start: Start, new_client: Callable[..., Client], echo: Place) -> None:
+def test_a_parent_that_does_not_answer_keeps_no_client_out(start: Start, tunnel: Any, new_client: Any, echo: Place) -> None:
     """The limit is then that of the last count: what the worker itself knows."""
-    service = start("--workers", "2", "--max-per-client", "10")
+    service = start("--max-per-client", "10")
     os.kill(service.process.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
-        client = new_client(service)
-        client.connect(echo)
-        exchange(client)
+        client = tunnel(service)
         assert 0.5 < time.monotonic() - began < within(2.0)
         came = [new_client(service) for _ in range(30)]
         for other in came:
-            with contextlib.suppress(ConnectionError):
-                other.send(b"\x05\x01\x00")
-        assert [first_octets(other) for other in came].count(b"\x05\x00") <= 2 * 10 - 1
+            greet(other)
+        assert sum(map(is_welcome, came)) <= 2 * 10 - 1
     finally:
         os.kill(service.process.pid, signal.SIGCONT)
     for other in (client, *came):
@@ -246,7 +216,7 @@ def serves_again(service: Any, echo: Place) -> bool:
 
 
 @needs_neighbour
-def test_another_address_has_places_of_its_own(start: Start, new_client: Callable[..., Client], echo: Place) -> None:
+def test_another_address_has_places_of_its_own(start: Start, new_client: Any, echo: Place) -> None:
     service = start("--max-per-client", "2")
     for source in (LOCALHOST, "127.0.0.2"):
         for _ in range(2):
@@ -255,25 +225,22 @@ def test_another_address_has_places_of_its_own(start: Start, new_client: Callabl
 
 
 @needs_linux
-def test_who_guesses_at_one_worker_waits_at_all_others_and_at_their_successors(
-    start: Start, client_at: Callable[..., Client],
-) -> None:
+def test_who_guesses_at_one_worker_waits_at_all_others_and_at_their_successors(start: Start, client_at: Any) -> None:
     service = start("-u", "anna:sesame")
     first, second = workers_of(service)
+
+    def seconds(pid: int, password: str) -> float:
+        began = time.monotonic()
+        assert client_at(service, pid).log_in("anna", password) == (password == "sesame")
+        return time.monotonic() - began
+
     for _ in range(7):
-        assert not try_to_log_in(client_at(service, first), "guess")
-    began = time.monotonic()
-    assert not try_to_log_in(client_at(service, second), "guess")
-    assert time.monotonic() - began >= 1
-    os.kill(second, signal.SIGKILL)
-    service.wait_for("has died")
+        seconds(first, "guess")
+    assert seconds(second, "guess") >= 1
+    kill(service, second)
     (third,) = eventually(lambda: workers_of(service) - {first, second})
-    began = time.monotonic()
-    assert try_to_log_in(client_at(service, third), "sesame")
-    assert time.monotonic() - began >= 2
-    began = time.monotonic()
-    assert try_to_log_in(client_at(service, first), "sesame")
-    assert time.monotonic() - began < 1, "who has succeeded is not made to wait, anywhere"
+    assert seconds(third, "sesame") >= 2
+    assert seconds(first, "sesame") < 1, "who has succeeded is not made to wait, anywhere"
 
 
 # --- users ---
@@ -288,41 +255,34 @@ def test_sighup_reads_the_users_file_once_for_all_workers(start: Start, logins: 
 
 
 @needs_linux
-def test_a_removed_user_is_cut_off_at_every_worker_and_a_new_one_comes_in(
-    start: Start, on_each: Any, logins: Path, echo: Place,
-) -> None:
+def test_a_removed_user_is_cut_off_at_every_worker_and_a_new_one_comes_in(start: Start, on_each: Any, logins: Path, echo: Place) -> None:
     service = start("--users-file", str(logins))
     clients = on_each(service)
     for client in clients.values():
-        assert try_to_log_in(client, "sesame")
+        assert client.log_in("anna", "sesame")
         assert client.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
     logins.write_text(f"anna:{hash_of('parsley')}\n")
     service.process.send_signal(signal.SIGHUP)
     for client in clients.values():
         assert client.rest() == b""
     for client in on_each(service).values():
-        assert try_to_log_in(client, "parsley")
+        assert client.log_in("anna", "parsley")
 
 
 @needs_linux
-def test_a_successor_knows_the_users_although_their_file_is_damaged_by_now(
-    start: Start, on_each: Any, logins: Path,
-) -> None:
+def test_a_successor_knows_the_users_although_their_file_is_damaged_by_now(start: Start, on_each: Any, logins: Path) -> None:
     service = start("--users-file", str(logins))
     logins.write_text("anna\n")
     service.wait_for("expected NAME:HASH")
-    os.kill(min(workers_of(service)), signal.SIGKILL)
-    service.wait_for("has died")
+    kill(service, min(workers_of(service)))
     for client in eventually(lambda: len(workers_of(service)) == 2 and on_each(service)).values():
-        assert try_to_log_in(client, "sesame")
+        assert client.log_in("anna", "sesame")
 
 
 # --- the other workers' sockets ---
 
 @needs_linux
-def test_the_relay_of_another_workers_client_is_no_target(
-    start: Start, client_at: Callable[..., Client],
-) -> None:
+def test_the_relay_of_another_workers_client_is_no_target(start: Start, client_at: Any) -> None:
     service = start()
     one, other = workers_of(service)
     with udp() as sender, udp() as target:
@@ -351,39 +311,29 @@ def drain(sock: socket.socket) -> None:
     sock.settimeout(TIMEOUT)
 
 
-def udp() -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.bind((LOCALHOST, 0))
-    sock.settimeout(TIMEOUT)
-    return sock
-
-
 @pytest.mark.parametrize("host", [LOCALHOST, "localhost"])
-def test_no_worker_connects_to_the_server_itself(host: str, start: Start, new_client: Callable[..., Client]) -> None:
+def test_no_worker_connects_to_the_server_itself(host: str, start: Start, new_client: Any) -> None:
     service = start()
     for _ in range(4):
         assert new_client(service).ask(Command.CONNECT, (host, service.port)).code is ReplyCode.NOT_ALLOWED
 
 
-def test_they_serve_a_link_together_and_stop(
-    link_local: LinkLocal, start: Start, new_client: Callable[..., Client], echo: Place,
-) -> None:
+def test_they_serve_a_link_together_and_stop(link_local: LinkLocal, start: Start, new_client: Any, tunnel: Any) -> None:
     service = start("-b", link_local.named, "--allow-open-proxy")
+    place = (link_local.named, service.port)
     for _ in range(8):
-        client = new_client((link_local.named, service.port))
-        client.connect(echo)
-        exchange(client)
-    client = new_client((link_local.named, service.port))
+        tunnel(place)
+    client = new_client(place)
     assert client.ask(Command.UDP_ASSOCIATE, Address.numeric("::", 0)).bound.host == link_local.host
     assert service.stop() == 0
 
 
-def test_bind_works_at_any_worker(start: Start, new_client: Callable[..., Client]) -> None:
+def test_bind_works_at_any_worker(start: Start, new_client: Any) -> None:
     service = start()
     for _ in range(6):
         client = new_client(service)
         bound = client.ask(Command.BIND, ("0.0.0.0", 0)).bound
-        with socket.create_connection((bound.host, bound.port), TIMEOUT) as peer:
+        with socket.create_connection(bound[:2], TIMEOUT) as peer:
             assert Reply.read(client).bound == Address.of(peer.getsockname())
             peer.sendall(b"hello")
             assert client.exactly(5) == b"hello"
