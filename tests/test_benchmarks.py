@@ -11,23 +11,23 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
 from socks5srv.protocol import Command
 from socks5srv.handler import Socks5Handler
 
-from .benchmarks import columns, processes, rounds
+from .benchmarks import __main__, columns, processes, rounds
 from .benchmarks.columns import Job
 from .benchmarks.measures import COLUMNS, FAILURES, NOTE
 from .benchmarks.results import BadResults, check, load, save
 from .benchmarks.rounds import DIRECT, OURS, ROOT, summary
 from .benchmarks.tables import digits, tables
-from .benchmarks.traffic import Failures, Tunnels, Way
+from .benchmarks.traffic import Failures, Way
 
 HERE = ROOT / "tests" / "benchmarks"
 README = (HERE / "README.rst").read_text(encoding="utf-8")
@@ -35,26 +35,31 @@ QUICK = ("--quick", "--seconds", "0.03")
 SLOW = 60                   # seconds that a run may take on a computer that has other work to do
 
 on_linux = sys.platform == "linux"
-Run = Tuple[int, str, str]
+linux_tells = pytest.mark.skipif(not on_linux, reason="not on this platform: only Linux tells what a process costs")
 
 
-def benchmarks(*words: object, **environment: str) -> Run:
+def benchmarks(*words: object, **environment: str) -> Tuple[int, str, str]:
     """Run the program as a user does; its exit code, output and errors."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks", *map(str, words)], cwd=str(ROOT), env={**os.environ, "PYTHONWARNINGS": "error", **environment},
-        capture_output=True, timeout=SLOW, check=False,
-    )
+    command = [sys.executable, "-m", "tests.benchmarks", *map(str, words)]
+    environment = {**os.environ, "PYTHONWARNINGS": "error", **environment}
+    done = subprocess.run(command, cwd=str(ROOT), env=environment, capture_output=True, timeout=SLOW, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@contextmanager
+def measuring(job: Job) -> Iterator[columns.Measurement]:
+    measurement = columns.Measurement(job)
+    try:
+        yield measurement
+    finally:
+        measurement.loop.close()
 
 
 def measured(job: Job, *names: str) -> columns.Measurement:
     """Measure these columns in this process."""
-    measurement = columns.Measurement(job)
-    try:
+    with measuring(job) as measurement:
         for name in names:
             columns.FUNCTIONS[name](measurement)
-    finally:
-        measurement.loop.close()
     return measurement
 
 
@@ -95,24 +100,22 @@ def test_every_number_of_every_column_is_measured_and_nothing_fails(run: Dict[st
     numbers = dict(run["results"][server][column])
     assert numbers.pop(FAILURES) == 0, numbers
     assert sorted(numbers) == sorted(expected(column, server))
-    for key, value in numbers.items():
-        if not key.startswith(("loss", "cpu", "kib")):      # which may be too little to be seen in so short a time
-            assert value > 0, key
+    # Some may be too little to be seen in so short a time.
+    assert [key for key, value in numbers.items() if value <= 0 and not key.startswith(("loss", "cpu", "kib"))] == []
 
 
 def test_the_numbers_fit_together(run: Dict[str, Any]) -> None:
     for columns_ in run["results"].values():
         for column in ("connections", "messages", "growth", "idle", "fairness"):
-            for key, value in columns_[column].items():
-                if key.startswith("p50_"):
-                    assert value <= columns_[column]["p99_" + key[4:]]
+            found = columns_[column]
+            assert [key for key in found if key.startswith("p50_") and found[key] > found["p99_" + key[4:]]] == []
         # Little's law: those under way are the rate times the time that each takes; roughly, in so short a time.
         assert 6 < columns_["messages"]["rate_64"] * columns_["messages"]["p50_64"] / 1e6 < 640
         assert columns_["idle"]["opened_200"] == 200
         assert 0 <= columns_["datagrams"]["loss_1"] < 100
 
 
-@pytest.mark.skipif(not on_linux, reason="not on this platform: only Linux tells what a process costs")
+@linux_tells
 def test_a_server_costs_time_and_memory(run: Dict[str, Any]) -> None:
     ours = run["results"][OURS]
     costs = [value for column in ours.values() for name, value in column.items() if name.startswith("cpu_")]
@@ -161,10 +164,8 @@ def test_the_same_results_make_the_same_pictures(tmp_path: Path) -> None:
 def test_a_server_of_somebody_else_is_measured_with_its_login(start_server: Any) -> None:
     server = start_server(users={"anna": "sesame"})
     host, port = server.server_address
-    code, output, errors = benchmarks(
-        "--server", f"other={host}:{port}", "--user", "anna:sesame", "--columns", "datagrams", "--rounds", 2, "--seconds", 0.03,
-        "--reference", "other",
-    )
+    words = f"--server other={host}:{port} --user anna:sesame --columns datagrams --rounds 2 --seconds 0.03 --reference other"
+    code, output, errors = benchmarks(*words.split())
     assert code == 0, errors
     assert [line.rpartition(" ")[2] for line in errors.splitlines()] == [DIRECT, OURS, "other"] * 2      # they take turns
     assert "failed" not in output
@@ -174,10 +175,8 @@ def test_a_server_of_somebody_else_is_measured_with_its_login(start_server: Any)
 
 
 def test_a_login_that_is_missing_is_a_failure_that_is_shown(start_server: Any) -> None:
-    server = start_server(users={"anna": "sesame"})
-    measurement = measured(Job(Way(server.server_address), 0.03), "datagrams")
-    assert measurement.numbers == {}
-    assert measurement.notes[0] == "1 association: 1 wants a login"
+    measurement = measured(Job(Way(start_server(users={"anna": "sesame"}).server_address), 0.03), "datagrams")
+    assert (measurement.numbers, measurement.notes[0]) == ({}, "1 association: 1 wants a login")
     assert measurement.all_failures >= 2
 
 
@@ -219,15 +218,9 @@ def test_a_tunnel_that_nothing_comes_back_through_is_a_failure(start_server: Any
                 while self.connection.recv(1024):
                     pass
 
-    measurement = columns.Measurement(Job(Way(start_server(Deaf).server_address), 0.05))
     failures = Failures()
-    tunnels = Tunnels(measurement.loop, measurement.job.way, failures)
-    try:
-        tunnels.open(2, measurement.target())
+    with measuring(Job(Way(start_server(Deaf).server_address), 0.05)) as measurement, measurement.tunnels(failures, 2, measurement.target()) as tunnels:
         times, _rate = columns.ping_pong(measurement, tunnels.sockets, failures)
-    finally:
-        tunnels.close()
-        measurement.loop.close()
     assert times == []
     assert failures.kinds == {"without an answer": 2}
 
@@ -266,12 +259,11 @@ def test_it_measures_without_what_only_linux_has(start_server: Any) -> None:
 
 def test_where_there_is_no_proc_nothing_is_known_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(processes, "PROC", str(tmp_path))
-    assert processes.cpu(os.getpid()) is None
-    assert processes.memory(os.getpid()) is None
+    assert (processes.cpu(os.getpid()), processes.memory(os.getpid())) == (None, None)
     processes.rest(os.getpid())
 
 
-@pytest.mark.skipif(not on_linux, reason="not on this platform: only Linux tells what a process costs")
+@linux_tells
 def test_the_children_of_a_process_count() -> None:
     program = "import sys; block = b'x' * (40 << 20); print(flush=True); sys.stdin.read()"
     before = processes.memory(os.getpid())
@@ -279,48 +271,36 @@ def test_the_children_of_a_process_count() -> None:
         assert child.stdout
         child.stdout.readline()
         after = processes.memory(os.getpid())
-        assert before is not None
-        assert after is not None
-        assert after - before > 30 << 10
         child.communicate()
+    assert before
+    assert after
+    assert after - before > 30 << 10
 
 
 def test_what_there_are_no_descriptors_for_is_left_out_and_said() -> None:
-    measurement = columns.Measurement(Job(Way(), 0.01))
-    measurement.limit = 1300
-    assert columns.affordable(measurement, [10, 500, 1000]) == [10, 500]
+    with measuring(Job(Way(), 0.01)) as measurement:
+        measurement.limit = 1300
+        assert columns.affordable(measurement, [10, 500, 1000]) == [10, 500]
     assert measurement.notes == ["1,000 tunnels left out: the generator may have 1,300 descriptors only (ulimit -n)"]
-    measurement.loop.close()
 
 
 # --- mistakes ---
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["--server", "name"], "is not NAME=HOST:PORT"),
-    (["--server", "name=127.0.0.1:http"], "is not NAME=HOST:PORT"),
-    (["--server", "name=example.com:1080"], "with an IP address for a host"),
-    (["--server", "a=127.0.0.1:1", "--server", "a=127.0.0.1:2"], "needs a name of its own"),
-    (["--server", "direct=127.0.0.1:1"], "'direct' is taken"),
-    (["--user", "anna"], "expected NAME:PASSWORD"),
-    (["--columns", "bulk,speed"], "there is no column 'speed'"),
-    (["--rounds", "0"], "not a whole number above 0"),
-    (["--seconds", "nan"], "not a number of seconds"),
-    (["--reference", "dante"], "is none of direct, socks5srv"),
-    (["--draw", "results.json"], "with --svg FOLDER, or tables with --rst"),
-    (["--draw", "no-such-file", "--rst"], "cannot read no-such-file"),
-    (["--draw", "README.rst", "--rst"], "is no JSON"),
-    (["--fast"], "unrecognized arguments: --fast"),
+    ("--server name", "is not NAME=HOST:PORT"), ("--server name=127.0.0.1:http", "is not NAME=HOST:PORT"),
+    ("--server name=example.com:1080", "with an IP address for a host"), ("--server direct=127.0.0.1:1", "'direct' is taken"),
+    ("--server a=127.0.0.1:1 --server a=127.0.0.1:2", "needs a name of its own"), ("--user anna", "expected NAME:PASSWORD"),
+    ("--columns bulk,speed", "there is no column 'speed'"), ("--rounds 0", "not a whole number above 0"),
+    ("--seconds nan", "not a number of seconds"), ("--reference dante", "is none of direct, socks5srv"),
+    ("--draw results.json", "with --svg FOLDER, or tables with --rst"), ("--draw no-such-file --rst", "cannot read no-such-file"),
+    ("--draw README.rst --rst", "is no JSON"), ("--fast", "unrecognized arguments: --fast"),
 ])
-def test_a_mistake_is_one_sentence_and_exit_code_2(words: List[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from .benchmarks.__main__ import main
-
+def test_a_mistake_is_one_sentence_and_exit_code_2(words: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(words)
+        __main__.main(words.split())
     output, errors = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert output == ""
+    assert (stopped.value.code, output, len(errors.splitlines())) == (2, "", 1)
     assert sentence in errors
-    assert len(errors.splitlines()) == 1
 
 
 def test_our_own_server_that_does_not_start_is_quoted() -> None:
@@ -330,8 +310,6 @@ def test_our_own_server_that_does_not_start_is_quoted() -> None:
 
 
 def test_without_matplotlib_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from .benchmarks import __main__
-
     monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(SystemExit):
         __main__.main(["--svg", "pictures"])
@@ -339,11 +317,8 @@ def test_without_matplotlib_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("found", "sentence"), [
-    ([], "not of the form"),
-    ({}, "not of the form"),
-    ({"a": 1}, "not of the form"),
-    ({"a": {"speed": {}}}, "has a column 'speed'"),
-    ({"a": {"bulk": {"rate": 1}}}, "there is no key 'rate'"),
+    ([], "not of the form"), ({}, "not of the form"), ({"a": 1}, "not of the form"),
+    ({"a": {"speed": {}}}, "has a column 'speed'"), ({"a": {"bulk": {"rate": 1}}}, "there is no key 'rate'"),
     ({"a": {"bulk": {"rate_download": "fast"}}}, "should be a number"),
     ({"a": {"bulk": {"rate_download": True}}}, "should be a number"),
 ])
@@ -358,10 +333,7 @@ def test_results_from_elsewhere_may_have_other_sizes_and_holes(tmp_path: Path) -
     read = load(str(tmp_path / "in"))
     save(read, str(tmp_path / "out"))
     assert json.loads((tmp_path / "out").read_text(encoding="utf-8"))["b"]["bulk"]["rate_upload"] == 1.235
-    text = tables(read)
-    assert "20,000" in text
-    assert "- a: 2 failed" in text
-    assert "Messages" not in text
+    assert [words in tables(read) for words in ("20,000", "- a: 2 failed", "Messages")] == [True, True, False]
 
 
 # --- the page ---
@@ -381,12 +353,9 @@ def test_the_tables_in_the_readme_are_those_of_the_results_beside_it() -> None:
 def test_the_pictures_in_the_readme_are_there() -> None:
     pictures = re.findall(r"^\.\. image:: (.+)$", README, re.MULTILINE)
     assert "growth.svg" in pictures
-    for picture in pictures:
-        assert (HERE / picture).exists()
+    assert all((HERE / picture).exists() for picture in pictures)
 
 
 def test_every_option_in_the_readme_is_one() -> None:
-    from .benchmarks.__main__ import build_parser
-
-    options = {option for action in build_parser()._actions for option in action.option_strings}
+    options = {option for action in __main__.build_parser()._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z]+", README)) <= options | {"--port-file"}

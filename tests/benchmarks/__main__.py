@@ -131,11 +131,9 @@ def main(words: Optional[Sequence[str]] = None) -> int:
                 print(path, file=sys.stderr)
     except results.BadResults as error:
         parser.error(str(error))
-    except Trouble as error:
-        print(f"tests.benchmarks: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"tests.benchmarks: error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+    except (Trouble, OSError) as error:
+        said = f"cannot write {error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"tests.benchmarks: error: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("tests.benchmarks: stopped", file=sys.stderr)

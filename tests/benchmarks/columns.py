@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import processes
@@ -347,29 +348,31 @@ def beside(load: Load, job: Job, failures: Failures) -> Iterator[bool]:
 
     Whether it runs as it should: a number beside half a load would be too good to be true.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=run_load, args=(load, job, there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        trouble = begin(here)
+    with another_process(run_load, load, job, daemon=True) as (process, pipe):
+        try:        # what has failed in it so far
+            trouble = dict(pipe.recv()) if pipe.poll(STARTING) else {"load that did not come about": 1}
+        except EOFError:
+            trouble = {"load that broke down": 1}
         failures.kinds.update(trouble)
         yield not trouble
         if not process.is_alive():
             failures.kinds["load that ended early"] += 1
+
+
+@contextlib.contextmanager
+def another_process(function: Callable[..., None], *arguments: object, daemon: bool = False) -> Iterator[Tuple[BaseProcess, Connection]]:
+    """Call it in a process that starts from nothing, with a pipe to us as the last argument; at the end it is ended."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=function, args=(*arguments, there), daemon=daemon)
+    process.start()
+    there.close()
+    try:
+        yield process, here
     finally:
         process.terminate()
         process.join()
         here.close()
-
-
-def begin(load: Connection) -> Dict[str, int]:
-    """Wait until a load runs; what has failed in it so far."""
-    try:
-        return dict(load.recv()) if load.poll(STARTING) else {"load that did not come about": 1}
-    except EOFError:
-        return {"load that broke down": 1}
 
 
 def run_load(load: Load, job: Job, ready: Connection) -> None:

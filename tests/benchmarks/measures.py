@@ -46,53 +46,52 @@ class Column(NamedTuple):
 FAILURES = "failures"       # in every column: how often something has failed
 NOTE = "note"               # in every column: words about it
 
-P50, P99 = Quantity("p50", "µs"), Quantity("p99", "µs")
+P50, P99, CPU, KIB = Quantity("p50", "µs"), Quantity("p99", "µs"), Quantity("CPU", "µs each"), Quantity("memory", "KiB/tunnel")
+
+
+def rate(unit: str) -> Quantity:
+    return Quantity("rate", unit, True)
+
 
 COLUMNS: Dict[str, Column] = {
     "bulk": Column(
         "Bulk data",
-        {"rate": Quantity("rate", "GiB/s", True), "cpu": Quantity("CPU", "s/GiB")},
+        {"rate": rate("GiB/s"), "cpu": Quantity("CPU", "s/GiB")},
         {"download": "1 download", "downloads": "8 downloads", "upload": "1 upload"},
         ("rate_download", "rate_downloads", "rate_upload", "cpu_download", "cpu_downloads", "cpu_upload"),
         ("rate_download", "rate_downloads", "rate_upload"),
     ),
     "connections": Column(
         "New connections",
-        {"rate": Quantity("rate", "connections/s", True), "p50": P50, "p99": P99, "cpu": Quantity("CPU", "µs each")},
+        {"rate": rate("connections/s"), "p50": P50, "p99": P99, "cpu": CPU},
         {"1": "1 client", "16": "16 clients", "128": "128 clients"},
         ("rate_1", "rate_16", "rate_128", "p50_16", "p99_16", "p99_128", "cpu_16"),
         ("rate_1", "rate_16", "rate_128"),
     ),
     "messages": Column(
         "Messages",
-        {"rate": Quantity("rate", "messages/s", True), "p50": P50, "p99": P99, "cpu": Quantity("CPU", "µs each")},
+        {"rate": rate("messages/s"), "p50": P50, "p99": P99, "cpu": CPU},
         {"1": "1 tunnel", "64": "64 tunnels", "512": "512 tunnels"},
         ("rate_1", "rate_64", "rate_512", "p50_64", "p99_64", "p99_512", "cpu_64"),
         ("rate_1", "rate_64", "rate_512"),
     ),
     "datagrams": Column(
         "Datagrams",
-        {"rate": Quantity("rate", "datagrams/s", True), "loss": Quantity("lost", "%"), "cpu": Quantity("CPU", "µs each")},
+        {"rate": rate("datagrams/s"), "loss": Quantity("lost", "%"), "cpu": CPU},
         {"1": "1 association", "64": "64 associations"},
         ("rate_1", "rate_64", "loss_1", "loss_64", "cpu_1", "cpu_64"),
         ("rate_1", "rate_64"),
     ),
     "idle": Column(
         "Idle tunnels",
-        {
-            "opened": Quantity("opened", "tunnels", True), "kib": Quantity("memory", "KiB/tunnel"),
-            "p50": Quantity("visit p50", "µs"), "p99": Quantity("visit p99", "µs"),
-        },
+        {"opened": Quantity("opened", "tunnels", True), "kib": KIB, "p50": Quantity("visit p50", "µs"), "p99": Quantity("visit p99", "µs")},
         {str(IDLE): f"{IDLE:,} tunnels"},
         (f"opened_{IDLE}", f"kib_{IDLE}", f"p50_{IDLE}", f"p99_{IDLE}"),
         (f"kib_{IDLE}", f"p50_{IDLE}", f"p99_{IDLE}"),
     ),
     "growth": Column(
         "Growth",
-        {
-            "kib": Quantity("memory", "KiB/tunnel"), "rate": Quantity("rate", "messages/s", True), "p50": P50, "p99": P99,
-            "open": Quantity("to open", "µs each"),
-        },
+        {"kib": KIB, "rate": rate("messages/s"), "p50": P50, "p99": P99, "open": Quantity("to open", "µs each")},
         {str(count): f"{count:,} tunnels" for count in GROWTH},
         (),                 # all of them, a table for each quantity
         (),                 # lines, not bars

@@ -11,7 +11,7 @@ This is the only file that needs matplotlib, and it is imported only to draw.
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import matplotlib
 
@@ -74,7 +74,10 @@ def bars(column: Column, measured: Measured) -> Any:
     figure, row = pyplot.subplots(1, len(keys), figsize=(WIDTH, height), sharey=True, squeeze=False)
     for axes, key in zip(row[0], keys):
         chart(axes, column, key, servers, measured)
-    name_servers(row[0][0], servers)
+    row[0][0].set_yticks(range(len(servers)))
+    row[0][0].set_yticklabels(servers)
+    for label, server in zip(row[0][0].get_yticklabels(), servers):
+        label.set(**writing(server))
     margin = (0.25 + 0.088 * max(map(len, servers))) / WIDTH
     figure.subplots_adjust(left=margin, right=0.985, top=1 - 0.85 / height, bottom=foot / height, wspace=0.12)
     if failed:
@@ -121,17 +124,15 @@ def unit(column: Column, key: str) -> str:
 
 
 def titles(axes: Axes, title: str, subtitle: str, straight: Any) -> None:
-    axes.annotate(title, (0, 1), (0, 30), xycoords="axes fraction", textcoords="offset points", fontweight="bold", fontsize=11)
-    axes.annotate(subtitle, (0, 1), (0, 17), xycoords="axes fraction", textcoords="offset points", color=SOFT, fontsize=9)
+    annotate(axes, title, 1, (0, 30), fontweight="bold", fontsize=11)
+    annotate(axes, subtitle, 1, (0, 17), color=SOFT, fontsize=9)
     if straight is not None:
-        axes.annotate(f"without a proxy {digits(straight)}", (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", color=SOFT, fontsize=9)
+        annotate(axes, f"without a proxy {digits(straight)}", 1, (0, 5), color=SOFT, fontsize=9)
 
 
-def name_servers(axes: Axes, servers: List[str]) -> None:
-    axes.set_yticks(range(len(servers)))
-    axes.set_yticklabels(servers)
-    for label, server in zip(axes.get_yticklabels(), servers):
-        label.set(**writing(server))
+def annotate(axes: Axes, text: str, height: float, offset: Tuple[int, int], x: int = 0, **look: Any) -> None:
+    """A text beside the panel: at this part of its height, so many points away."""
+    axes.annotate(text, (x, height), offset, xycoords="axes fraction", textcoords="offset points", **look)
 
 
 # --- lines ---
@@ -160,7 +161,6 @@ def plot(axes: Axes, column: Column, quantity: str, measured: Measured) -> None:
     others = [server for server in measured if server not in (OURS, DIRECT)]
     keys = sizes(quantity, measured)
     ends: Dict[str, float] = {}
-    names: Dict[str, str] = {}
     for server, numbers in measured.items():
         points = [(int(key.partition("_")[2]), numbers[key]) for key in keys if key in numbers]
         if points:
@@ -168,11 +168,10 @@ def plot(axes: Axes, column: Column, quantity: str, measured: Measured) -> None:
             axes.plot(*zip(*points), **look)
             axes.plot(*points[-1], "o", markersize=4.5, color=look["color"], zorder=4, clip_on=False)
             ends[server] = points[-1][1]
-            names[server] = NO_PROXY if server == DIRECT else server
     scale(axes, [int(key.partition("_")[2]) for key in keys], [numbers[key] for numbers in measured.values() for key in keys if numbers.get(key)])
-    label_ends(axes, ends, names, others)
-    axes.annotate(PANELS[quantity], (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", fontweight="bold", fontsize=11)
-    axes.annotate(unit(column, keys[0]), (0, 1), (72, 10), xycoords="axes fraction", textcoords="offset points", color=SOFT, fontsize=9)
+    label_ends(axes, ends, others)
+    annotate(axes, PANELS[quantity], 1, (0, 10), fontweight="bold", fontsize=11)
+    annotate(axes, unit(column, keys[0]), 1, (72, 10), color=SOFT, fontsize=9)
 
 
 def stroke(server: str, others: List[str]) -> Dict[str, Any]:
@@ -206,15 +205,12 @@ def scale(axes: Axes, counts: List[int], values: List[float]) -> None:
     axes.spines["bottom"].set_color(PALE)
 
 
-def label_ends(axes: Axes, ends: Dict[str, float], names: Dict[str, str], others: List[str]) -> None:
+def label_ends(axes: Axes, ends: Dict[str, float], others: List[str]) -> None:
     """Names at the ends of their lines, moved apart where they would touch."""
     heights = {server: axes.transAxes.inverted().transform(axes.transData.transform((1, value)))[1] for server, value in ends.items()}
     for server, height in moved_apart(heights).items():
         look = writing(server) if server == OURS else {"color": SOFT if server == DIRECT else stroke(server, others)["color"]}
-        axes.annotate(
-            names[server], (1, height), (9, 0), xycoords="axes fraction", textcoords="offset points", va="center", fontsize=9,
-            annotation_clip=False, **look,
-        )
+        annotate(axes, NO_PROXY if server == DIRECT else server, height, (9, 0), x=1, va="center", fontsize=9, annotation_clip=False, **look)
 
 
 def moved_apart(heights: Dict[str, float]) -> Dict[str, float]:

@@ -10,7 +10,6 @@ started anew for each column and round, and of the others the first measurement 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from . import processes
-from .columns import Job, Numbers, measure
+from .columns import Job, Numbers, another_process, measure
 from .measures import FAILURES, GROWTH, IDLE, NOTE
 from .results import Results
 from .traffic import LOCALHOST, Login, Place, Way
@@ -123,25 +122,15 @@ def summary(rounds: List[Tuple[Numbers, int, List[str]]]) -> Dict[str, Any]:
 
 def in_a_process(column: str, job: Job) -> Tuple[Numbers, int, List[str]]:
     """Measure in a process that starts from nothing, and does not outlive its time."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(column, job, there))
-    process.start()
-    there.close()
-    try:
-        patience = 60 + 20 * job.seconds + (60 if column == "growth" else 0)
-        if here.poll(patience):
-            numbers, failures, notes = here.recv()
-            return numbers, failures, notes
-        return {}, 1, [f"nothing came of it in {patience:.0f} s"]
-    except EOFError:
-        return {}, 1, ["the generator broke down"]
-    finally:
-        process.join(0.5)
-        if process.is_alive():
-            process.terminate()
-        process.join()
-        here.close()
+    patience = 60 + 20 * job.seconds + (60 if column == "growth" else 0)
+    with another_process(measure, column, job) as (process, pipe):
+        try:
+            numbers, failures, notes = pipe.recv() if pipe.poll(patience) else ({}, 1, [f"nothing came of it in {patience:.0f} s"])
+        except EOFError:
+            return {}, 1, ["the generator broke down"]
+        finally:
+            process.join(0.5)
+        return numbers, failures, notes
 
 
 # --- our own server ---
@@ -151,7 +140,9 @@ def our_server(plan: Plan) -> Iterator[Tuple[Way, Optional[int]]]:
     """As a user starts it; a new one each time, for memory that has been used says nothing."""
     with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "errors"), "w+", encoding="utf-8") as errors:
         file = os.path.join(folder, "port")
-        command = [sys.executable, "-m", "socks5srv", "-q", "0", "--port-file", file, *our_options(plan)]
+        command = [sys.executable, "-m", "socks5srv", "-q", "0", "--port-file", file]
+        command += ["--workers", str(plan.workers)] if plan.workers is not None else []
+        command += ["--user", plan.login[0]] if plan.login else []
         process = subprocess.Popen(command, cwd=str(ROOT), env=our_environment(plan), stdin=subprocess.DEVNULL, stderr=errors)
         try:
             yield Way((LOCALHOST, port_in(file, process, Path(errors.name))), plan.login), process.pid
@@ -162,11 +153,6 @@ def our_server(plan: Plan) -> Iterator[Tuple[Way, Optional[int]]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def our_options(plan: Plan) -> List[str]:
-    options = ["--workers", str(plan.workers)] if plan.workers is not None else []
-    return options + (["--user", plan.login[0]] if plan.login else [])
 
 
 def our_environment(plan: Plan) -> Dict[str, str]:

@@ -18,7 +18,8 @@ Place = Tuple[Any, ...]
 Start = Callable[..., Any]
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="not on this platform: workers share a socket only on POSIX")
-needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not on this platform: who has which socket is read in /proc")
+ON_LINUX, NOT_HERE = sys.platform.startswith("linux"), "not on this platform: who has which socket is read in /proc"
+needs_linux = pytest.mark.skipif(not ON_LINUX, reason=NOT_HERE)
 
 
 def parent_of(pid: str) -> int:
@@ -28,7 +29,9 @@ def parent_of(pid: str) -> int:
 
 
 def workers_of(service: Any) -> Set[int]:
-    """The process ids of the workers that live: of a program, or of a Supervisor in this process."""
+    """The process ids of the workers that live: of a program, or of a Supervisor in this process.  On Linux only."""
+    if not ON_LINUX:
+        pytest.skip(NOT_HERE)
     parent, found = service.process.pid if hasattr(service, "process") else os.getpid(), set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:

@@ -17,6 +17,7 @@ from .processes import needs_posix
 pytestmark = needs_posix
 
 FAILED = LoginFailed("192.0.2.1")
+MANY = UsersChanged({f"user {number}": 10 * str(number) for number in range(50_000)})       # more than a socket takes at once
 
 
 def receive(channel: Channel) -> List[Any]:
@@ -27,10 +28,10 @@ def receive(channel: Channel) -> List[Any]:
 @pytest.fixture
 def ends() -> Iterator[Tuple[Channel, Channel]]:
     """Both ends of a channel."""
-    ends = [Channel(sock) for sock in socket.socketpair()]
-    yield ends[0], ends[1]
-    for end in ends:
-        end.close()
+    one, other = map(Channel, socket.socketpair())
+    yield one, other
+    one.close()
+    other.close()
 
 
 def test_messages_come_in_their_order(ends: Tuple[Channel, Channel]) -> None:
@@ -51,8 +52,7 @@ def test_a_message_is_a_call_of_the_method_for_it() -> None:
 
 def test_a_long_message_waits_for_the_other_end_and_no_hint_is_added_to_it(ends: Tuple[Channel, Channel]) -> None:
     one, other = ends
-    users = UsersChanged({f"user {number}": 10 * str(number) for number in range(50_000)})
-    one.send(users)                 # does not block
+    one.send(MANY)                  # does not block
     assert one.outgoing
     assert one.congested
     one.hint(FAILED)
@@ -61,18 +61,17 @@ def test_a_long_message_waits_for_the_other_end_and_no_hint_is_added_to_it(ends:
     while len(received) < 2:
         received += receive(other)
         one.flush()
-    assert received == [users, Stop()]
+    assert received == [MANY, Stop()]
 
 
 def test_a_channel_that_is_closed_in_time_sends_first_what_waits(ends: Tuple[Channel, Channel]) -> None:
     one, other = ends
-    users = UsersChanged({f"user {number}": 10 * str(number) for number in range(50_000)})
-    one.send(users)
+    one.send(MANY)
     done = in_thread(one.close, 10)
     received: List[Any] = []
     while not received:
         received += receive(other)
-    assert received == [users]
+    assert received == [MANY]
     done()
     with pytest.raises(EOFError):
         receive(other)
@@ -96,34 +95,30 @@ class Short(socket.socket):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock.family, sock.type, sock.proto, sock.detach())
-        self.lacking = ["send", "recv"]
+        self.lacking = {"send", "recv"}
 
     def send(self, *arguments: Any) -> int:
-        self.lack("send")
-        return super().send(*arguments)
+        return int(self.unless_lacking("send", *arguments))
 
     def recv(self, *arguments: Any) -> bytes:
-        self.lack("recv")
-        return super().recv(*arguments)
+        return bytes(self.unless_lacking("recv", *arguments))
 
-    def lack(self, what: str) -> None:
+    def unless_lacking(self, what: str, *arguments: Any) -> Any:
         if what in self.lacking:
             self.lacking.remove(what)
             raise OSError(errno.ENOBUFS, "No buffer space available")
+        return getattr(super(), what)(*arguments)
 
 
-def test_what_the_system_has_no_memory_for_is_tried_again_and_ends_nothing() -> None:
-    ours, theirs = socket.socketpair()
-    one, other = Channel(Short(ours)), Channel(theirs)
+def test_what_the_system_has_no_memory_for_is_tried_again_and_ends_nothing(ends: Tuple[Channel, Channel]) -> None:
+    one, other = ends
+    one.socket = Short(one.socket)
     one.send(FAILED)                # such as a worker's config, for which it would wait forever
     assert receive(other) == []
     one.flush()
     assert receive(other) == [FAILED]
     other.send(Stop())
-    assert receive(one) == []
-    assert receive(one) == [Stop()]
-    one.close()
-    other.close()
+    assert [receive(one), receive(one)] == [[], [Stop()]]
 
 
 # --- questions ---

@@ -77,13 +77,11 @@ def test_the_relays_of_all_workers_are_known_until_they_are_closed_or_their_work
     one, other = two
     one.relays.add(HERE)
     one.relays.add(THERE)
-    assert HERE in one.relays
-    assert HERE in other.relays
+    assert (HERE in one.relays, HERE in other.relays) == (True, True)
     one.relays.discard(HERE)
     one.relays.discard(HERE)
-    assert HERE not in other.relays
     assert one.told == [RelayOpened(0, HERE), RelayOpened(0, THERE), RelayClosed(0, HERE)]
-    assert THERE in other.relays
+    assert (HERE in other.relays, THERE in other.relays) == (False, True)
     dispatch(other.replica, WorkerGone(0))
     assert THERE not in other.relays
 
@@ -149,9 +147,7 @@ def test_a_worker_that_stops_alone_leaves_the_socket_to_the_others(listener: Cal
     eventually(lambda: not one.waiting and not other.waiting)
 
 
-def test_where_no_shutdown_ends_accept_it_connects_until_its_threads_have_left(
-    listener: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_no_shutdown_ends_accept_it_connects_until_its_threads_have_left(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one = listener()
     monkeypatch.setattr(socket.socket, "shutdown", lambda *_: (_ for _ in ()).throw(OSError("not here")))
     one.stopping_all.set()

@@ -36,7 +36,6 @@ PACKAGE = Path(socks5srv.__file__).parent
 
 # --- they serve ---
 
-@needs_linux
 def test_without_the_option_there_is_one_process(start: Start) -> None:
     assert workers_of(start(workers="1")) == set()
 
