@@ -109,7 +109,11 @@ def chart(axes: Axes, column: Column, key: str, servers: List[str], measured: Me
     axes.tick_params(left=False)
     axes.spines["bottom"].set_visible(False)
     axes.spines["left"].set_color(PALE)
-    titles(axes, situation, unit(column, key), measured.get(DIRECT, {}).get(key))
+    annotate(axes, situation, 1, (0, 30), fontweight="bold", fontsize=11)
+    annotate(axes, unit(column, key), 1, (0, 17), color=SOFT, fontsize=9)
+    straight = measured.get(DIRECT, {}).get(key)
+    if straight is not None:
+        annotate(axes, f"without a proxy {digits(straight)}", 1, (0, 5), color=SOFT, fontsize=9)
 
 
 def writing(server: str) -> Dict[str, Any]:
@@ -121,13 +125,6 @@ def unit(column: Column, key: str) -> str:
     quantity, _situation = column.describe(key)
     what = quantity.unit if quantity.title == "rate" else f"{quantity.title} in {quantity.unit}"
     return f"{what}, {'more' if quantity.more_is_better else 'less'} is better"
-
-
-def titles(axes: Axes, title: str, subtitle: str, straight: Any) -> None:
-    annotate(axes, title, 1, (0, 30), fontweight="bold", fontsize=11)
-    annotate(axes, subtitle, 1, (0, 17), color=SOFT, fontsize=9)
-    if straight is not None:
-        annotate(axes, f"without a proxy {digits(straight)}", 1, (0, 5), color=SOFT, fontsize=9)
 
 
 def annotate(axes: Axes, text: str, height: float, offset: Tuple[int, int], x: int = 0, **look: Any) -> None:

@@ -109,10 +109,8 @@ def copy_memory(results: Results) -> None:
 
 def summary(rounds: List[Tuple[Numbers, int, List[str]]]) -> Dict[str, Any]:
     """One column of one server, from all its rounds: medians, the failures of all, and what was said."""
-    keys = list(dict.fromkeys(key for numbers, _failures, _notes in rounds for key in numbers))
-    found: Dict[str, Any] = {}
-    for key in keys:
-        found[key] = statistics.median(numbers[key] for numbers, _failures, _notes in rounds if key in numbers)
+    keys = dict.fromkeys(key for numbers, _failures, _notes in rounds for key in numbers)
+    found: Dict[str, Any] = {key: statistics.median(numbers[key] for numbers, _failures, _notes in rounds if key in numbers) for key in keys}
     found[FAILURES] = sum(failures for _numbers, failures, _notes in rounds)
     notes = dict.fromkeys(note for _numbers, _failures, notes in rounds for note in notes)
     if notes:

@@ -135,10 +135,10 @@ def test_the_caller_of_bind_is_an_arrow_that_comes_in(page: Watched, new_client:
 
 
 def test_a_target_that_refuses_is_told(page: Watched, new_client: Any, refusing: Any) -> None:
-    host, port = refusing()
-    new_client(page).ask(Command.CONNECT, (host, port))
+    place = refusing()
+    new_client(page).ask(Command.CONNECT, place)
     found = kept(page, 5)
-    assert ("proxy", "target", f"not connected: {host}:{port}: Connection refused") in arrows(found)
+    assert ("proxy", "target", "not connected: {}:{}: Connection refused".format(*place)) in arrows(found)
     assert found["event"] == "failed"
 
 
@@ -147,10 +147,9 @@ def test_of_many_that_come_at_once_some_are_only_counted(page: Watched, new_clie
     page.history.second = time.monotonic() + 1000
     for _ in range(5):
         new_client(page).connect(echo)
-    status = page.status()
+    status = page.when(lambda status: status["counters"]["replies"]["succeeded"] == 5)      # counted once it has been sent
     assert [row["id"] for row in status["recent"]] == [2, 1]
     assert [row["id"] for row in status["sessions"]] == [1, 2, 3, 4, 5]
-    eventually(lambda: page.status()["counters"]["replies"]["succeeded"] == 5)      # counted once it has been sent
 
 
 def test_only_the_last_conversations_are_kept_and_of_each_the_first_steps(page: Watched, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +163,7 @@ def test_only_the_last_conversations_are_kept_and_of_each_the_first_steps(page: 
     timeline = page.history.timelines[most + 3]
     for number in range(2 * STEPS):
         timeline.add("client", "proxy", 1000 * "x" + str(number))
-    assert len(timeline.steps) == STEPS
-    assert timeline.steps[-1]["label"] == "... and more, which is not kept"
+    assert (len(timeline.steps), timeline.steps[-1]["label"]) == (STEPS, "... and more, which is not kept")
     assert max(len(step["label"]) for step in timeline.steps) <= 120
 
 

@@ -71,17 +71,13 @@ def test_nothing_can_be_changed(page: Watched, method: str) -> None:
 
 
 @pytest.mark.parametrize(("request_line", "status"), [
-    (b"BREW / HTTP/1.1", 501), (b"GET / HTTP/9.9", 505), (b"nonsense", 400), (b"GET /" + 20000 * b"x" + b" HTTP/1.1", 431), (b"GET /", 400)
+    (b"BREW / HTTP/1.1", 501), (b"GET / HTTP/9.9", 505), (b"nonsense", 400), (b"GET /" + 20000 * b"x" + b" HTTP/1.1", 431), (b"GET /", 400),
+    pytest.param(b"GET / HTTP/1.1" + 50 * (b"\r\nX: " + 1000 * b"x"), 431, id="too many headers"),
 ])
 def test_nonsense_is_answered_without_its_own_words(page: Watched, request_line: bytes, status: int) -> None:
     answer = page.raw(request_line + b"\r\nX: <b>\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert [word in answer for word in (b"nosniff", b"BREW", b"<")] == [True, False, False]
-
-
-def test_too_many_headers_are_not_read(page: Watched) -> None:
-    answer = page.raw(b"GET / HTTP/1.1\r\n" + 50 * (b"X: " + 1000 * b"x" + b"\r\n") + b"Host: evil.example\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 431 ")
 
 
 def test_an_old_monitor_without_a_host_is_answered(page: Watched) -> None:

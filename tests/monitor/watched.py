@@ -105,8 +105,7 @@ class Events:
         line = self.answer.readline()
         assert line.startswith(b"data: "), line
         assert self.answer.readline() == b"\n"
-        found: Dict[str, Any] = json.loads(line[6:])
-        return found
+        return dict(json.loads(line[6:]))
 
     def until(self, condition: Callable[[Dict[str, Any]], Any]) -> Dict[str, Any]:
         for _ in range(500):

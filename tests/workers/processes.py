@@ -49,18 +49,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-def inodes(client: Client) -> Set[str]:
-    """What the system calls the other end of a connection on loopback, once it has been accepted."""
-    ours, theirs = client.socket.getsockname()[1], client.socket.getpeername()[1]
-    with open("/proc/net/tcp", encoding="ascii") as stream:
-        rows = [line.split() for line in stream][1:]
-    return {row[9] for row in rows if row[1].endswith(f":{theirs:04X}") and row[2].endswith(f":{ours:04X}")} - {"0"}
+def connections() -> List[List[str]]:
+    """All of IPv4, in the fields of proc(5)."""
+    return [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
 
 
 def owner(service: Any, client: Client) -> int:
-    """The process id of the worker that has this client, as soon as one has."""
+    """The process id of the worker that has this client, as soon as one has accepted it."""
+    ours, theirs = client.socket.getsockname()[1], client.socket.getpeername()[1]
+
     def look() -> Optional[int]:
-        names = {f"socket:[{inode}]" for inode in inodes(client)}
+        names = {f"socket:[{row[9]}]" for row in connections() if row[1].endswith(f":{theirs:04X}") and row[2].endswith(f":{ours:04X}")} - {"socket:[0]"}
         for pid in workers_of(service):
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 try:
@@ -89,8 +88,7 @@ def settled(service: Any) -> Optional[List[int]]:
     """The numbers of descriptors of all workers; None while one has a client."""
     if not os.path.isdir("/proc/self/fd"):
         return [0]
-    connections = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    if any(row[1].endswith(f":{service.port:04X}") and row[3] == "01" for row in connections):
+    if any(row[1].endswith(f":{service.port:04X}") and row[3] == "01" for row in connections()):
         return None
     return [len(os.listdir(f"/proc/{pid}/fd")) for pid in sorted(workers_of(service))]
 
