@@ -218,8 +218,8 @@ def test_a_tunnel_that_nothing_comes_back_through_is_a_failure(start_server: Any
                 while self.connection.recv(1024):
                     pass
 
-    failures = Failures()
-    with measuring(Job(Way(start_server(Deaf).server_address), 0.05)) as measurement, measurement.tunnels(failures, 2, measurement.target()) as tunnels:
+    failures, job = Failures(), Job(Way(start_server(Deaf).server_address), 0.05)
+    with measuring(job) as measurement, measurement.tunnels(failures, 2, measurement.target()) as tunnels:
         times, _rate = columns.ping_pong(measurement, tunnels.sockets, failures)
     assert times == []
     assert failures.kinds == {"without an answer": 2}

@@ -207,10 +207,11 @@ def messages(m: Measurement) -> None:
 
 
 def datagrams(m: Measurement) -> None:
-    target = datagram_socket()
+    target, way = datagram_socket(), m.job.way
     m.loop.start(datagram_echo(m.loop, target))
     for count, under_way in ((1, 32), (64, 4)):
-        with m.counting(words("datagrams", count)) as failures, relays_to(m.loop, m.job.way, target, count, failures) as (relays, header):
+        name = words("datagrams", count)
+        with m.counting(name) as failures, relays_to(m.loop, way, target, count, failures) as (relays, header):
             jugglers = [Juggler(relay, header, str(i).encode().rjust(PAYLOAD), under_way) for i, relay in enumerate(relays)]
             juggle(m, count, jugglers, failures)
 
@@ -348,7 +349,7 @@ def beside(load: Load, job: Job, failures: Failures) -> Iterator[bool]:
 
     Whether it runs as it should: a number beside half a load would be too good to be true.
     """
-    with another_process(run_load, load, job, daemon=True) as (process, pipe):
+    with spawned(run_load, load, job, daemon=True) as (process, pipe):
         try:        # what has failed in it so far
             trouble = dict(pipe.recv()) if pipe.poll(STARTING) else {"load that did not come about": 1}
         except EOFError:
@@ -360,7 +361,7 @@ def beside(load: Load, job: Job, failures: Failures) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def another_process(function: Callable[..., None], *arguments: object, daemon: bool = False) -> Iterator[Tuple[BaseProcess, Connection]]:
+def spawned(function: Callable[..., None], *arguments: object, daemon: bool = False) -> Iterator[Tuple[BaseProcess, Connection]]:
     """Call it in a process that starts from nothing, with a pipe to us as the last argument; at the end it is ended."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)

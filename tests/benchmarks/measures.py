@@ -84,7 +84,10 @@ COLUMNS: Dict[str, Column] = {
     ),
     "idle": Column(
         "Idle tunnels",
-        {"opened": Quantity("opened", "tunnels", True), "kib": KIB, "p50": Quantity("visit p50", "µs"), "p99": Quantity("visit p99", "µs")},
+        {
+            "opened": Quantity("opened", "tunnels", True), "kib": KIB,
+            "p50": Quantity("visit p50", "µs"), "p99": Quantity("visit p99", "µs"),
+        },
         {str(IDLE): f"{IDLE:,} tunnels"},
         (f"opened_{IDLE}", f"kib_{IDLE}", f"p50_{IDLE}", f"p99_{IDLE}"),
         (f"kib_{IDLE}", f"p50_{IDLE}", f"p99_{IDLE}"),

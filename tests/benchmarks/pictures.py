@@ -207,7 +207,8 @@ def label_ends(axes: Axes, ends: Dict[str, float], others: List[str]) -> None:
     heights = {server: axes.transAxes.inverted().transform(axes.transData.transform((1, value)))[1] for server, value in ends.items()}
     for server, height in moved_apart(heights).items():
         look = writing(server) if server == OURS else {"color": SOFT if server == DIRECT else stroke(server, others)["color"]}
-        annotate(axes, NO_PROXY if server == DIRECT else server, height, (9, 0), x=1, va="center", fontsize=9, annotation_clip=False, **look)
+        name = NO_PROXY if server == DIRECT else server
+        annotate(axes, name, height, (9, 0), x=1, va="center", fontsize=9, annotation_clip=False, **look)
 
 
 def moved_apart(heights: Dict[str, float]) -> Dict[str, float]:

@@ -30,10 +30,11 @@ def load(path: str) -> Results:
     except ValueError as error:
         raise BadResults(f"{path} is no JSON: {error}") from None
     check(found, path)
-    return {
-        server: {column: {key: value for key, value in numbers.items() if value is not None} for column, numbers in columns.items()}
-        for server, columns in found.items()
-    }
+    return {server: {column: known(numbers) for column, numbers in columns.items()} for server, columns in found.items()}
+
+
+def known(numbers: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in numbers.items() if value is not None}
 
 
 def check(found: Any, path: str) -> None:

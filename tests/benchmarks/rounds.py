@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from . import processes
-from .columns import Job, Numbers, another_process, measure
+from .columns import Job, Numbers, measure, spawned
 from .measures import FAILURES, GROWTH, IDLE, NOTE
 from .results import Results
 from .traffic import LOCALHOST, Login, Place, Way
@@ -110,7 +110,9 @@ def copy_memory(results: Results) -> None:
 def summary(rounds: List[Tuple[Numbers, int, List[str]]]) -> Dict[str, Any]:
     """One column of one server, from all its rounds: medians, the failures of all, and what was said."""
     keys = dict.fromkeys(key for numbers, _failures, _notes in rounds for key in numbers)
-    found: Dict[str, Any] = {key: statistics.median(numbers[key] for numbers, _failures, _notes in rounds if key in numbers) for key in keys}
+    found: Dict[str, Any] = {}
+    for key in keys:
+        found[key] = statistics.median(numbers[key] for numbers, _failures, _notes in rounds if key in numbers)
     found[FAILURES] = sum(failures for _numbers, failures, _notes in rounds)
     notes = dict.fromkeys(note for _numbers, _failures, notes in rounds for note in notes)
     if notes:
@@ -121,9 +123,10 @@ def summary(rounds: List[Tuple[Numbers, int, List[str]]]) -> Dict[str, Any]:
 def in_a_process(column: str, job: Job) -> Tuple[Numbers, int, List[str]]:
     """Measure in a process that starts from nothing, and does not outlive its time."""
     patience = 60 + 20 * job.seconds + (60 if column == "growth" else 0)
-    with another_process(measure, column, job) as (process, pipe):
+    with spawned(measure, column, job) as (process, pipe):
         try:
-            numbers, failures, notes = pipe.recv() if pipe.poll(patience) else ({}, 1, [f"nothing came of it in {patience:.0f} s"])
+            nothing = {}, 1, [f"nothing came of it in {patience:.0f} s"]
+            numbers, failures, notes = pipe.recv() if pipe.poll(patience) else nothing
         except EOFError:
             return {}, 1, ["the generator broke down"]
         finally:

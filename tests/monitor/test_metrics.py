@@ -186,8 +186,9 @@ def test_what_goes_wrong_is_counted(watch: Start, new_client: Any, refusing: Any
         client.end()
         client.rest()
     counters = page.when(lambda status: sum(status["counters"]["sessions"].values()) == 10)["counters"]
-    assert (counters["failed_logins"], counters["replies"]["connection_refused"], counters["sessions"]["no_acceptable_method"]) == (1, 1, 2)
-    assert counters["handshake_failures"] == {"closed": 1, "http": 1, "no_acceptable_method": 2, "not_socks": 2, "socks4": 1, "tls": 1}
+    assert (counters["failed_logins"], counters["replies"]["connection_refused"]) == (1, 1)
+    failures = {"closed": 1, "http": 1, "no_acceptable_method": 2, "not_socks": 2, "socks4": 1, "tls": 1}
+    assert (counters["handshake_failures"], counters["sessions"]["no_acceptable_method"]) == (failures, 2)
 
 
 def test_the_pac_file_is_no_failure_unless_it_is_refused(page: Watched, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

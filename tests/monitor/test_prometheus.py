@@ -19,7 +19,9 @@ REASONS = {"closed", "timeout", "crowded_out", "stopped", "no_acceptable_method"
 
 # After "socks5srv_", by their types.
 KINDS = {
-    "counter": {"connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes"},
+    "counter": {
+        "connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes",
+    },
     "gauge": {"build_info", "sessions", "threads", "workers", "ready", "limit_clients"},
     "histogram": {"connect_duration_seconds", "dns_duration_seconds"},
 }

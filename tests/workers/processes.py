@@ -56,10 +56,11 @@ def connections() -> List[List[str]]:
 
 def owner(service: Any, client: Client) -> int:
     """The process id of the worker that has this client, as soon as one has accepted it."""
-    ours, theirs = client.socket.getsockname()[1], client.socket.getpeername()[1]
+    ours, theirs = (f":{place[1]:04X}" for place in (client.socket.getsockname(), client.socket.getpeername()))
 
     def look() -> Optional[int]:
-        names = {f"socket:[{row[9]}]" for row in connections() if row[1].endswith(f":{theirs:04X}") and row[2].endswith(f":{ours:04X}")} - {"socket:[0]"}
+        inodes = {row[9] for row in connections() if row[1].endswith(theirs) and row[2].endswith(ours)} - {"0"}
+        names = {f"socket:[{inode}]" for inode in inodes}
         for pid in workers_of(service):
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 try:

@@ -147,7 +147,9 @@ def test_a_worker_that_stops_alone_leaves_the_socket_to_the_others(listener: Cal
     eventually(lambda: not one.waiting and not other.waiting)
 
 
-def test_where_no_shutdown_ends_accept_it_connects_until_its_threads_have_left(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_shutdown_ends_accept_it_connects_until_its_threads_have_left(
+    listener: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one = listener()
     monkeypatch.setattr(socket.socket, "shutdown", lambda *_: (_ for _ in ()).throw(OSError("not here")))
     one.stopping_all.set()

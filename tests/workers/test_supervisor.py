@@ -150,7 +150,9 @@ def test_session_numbers_go_on_after_a_worker_has_been_replaced(start: Start, tu
 
 
 @needs_linux
-def test_workers_that_cannot_be_started_again_end_it_when_the_last_one_has_died(start: Start, tunnel: Any, tmp_path: Path) -> None:
+def test_workers_that_cannot_be_started_again_end_it_when_the_last_one_has_died(
+    start: Start, tunnel: Any, tmp_path: Path,
+) -> None:
     """Not before: those that live have clients."""
     service = start(**in_each_worker(tmp_path, f"if os.path.exists({str(tmp_path / 'broken')!r}): os._exit(3)"))
     (tmp_path / "broken").touch()

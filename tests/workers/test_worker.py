@@ -28,7 +28,9 @@ from tests.conftest import LOCALHOST, TIMEOUT, Client, Echo, eventually, exchang
 from tests.networks import LinkLocal
 from tests.soak import VISITS
 
-from .processes import Place, Start, greet, hash_of, is_welcome, kill, may_come, needs_linux, needs_posix, objects, settled, workers_of
+from .processes import (
+    Place, Start, greet, hash_of, is_welcome, kill, may_come, needs_linux, needs_posix, objects, settled, workers_of,
+)
 
 pytestmark = needs_posix
 
@@ -82,7 +84,8 @@ def test_workers_find_the_package_where_it_is(where: str, start: Start, tunnel: 
     if where == "a zip file":
         tree, path = path, shutil.make_archive(str(tmp_path / "archive"), "zip", path)
         shutil.rmtree(tree)
-    service = start(command=("sh", "-c", 'cd "$0" && exec "$@"', str(folder), sys.executable, "-m", "vendor.socks5srv"), PYTHONPATH=path)
+    command = ("sh", "-c", 'cd "$0" && exec "$@"', str(folder), sys.executable, "-m", "vendor.socks5srv")
+    service = start(command=command, PYTHONPATH=path)
     tunnel(service)
     assert service.stop() == 0
 
@@ -254,7 +257,9 @@ def test_sighup_reads_the_users_file_once_for_all_workers(start: Start, logins: 
 
 
 @needs_linux
-def test_a_removed_user_is_cut_off_at_every_worker_and_a_new_one_comes_in(start: Start, on_each: Any, logins: Path, echo: Place) -> None:
+def test_a_removed_user_is_cut_off_at_every_worker_and_a_new_one_comes_in(
+    start: Start, on_each: Any, logins: Path, echo: Place,
+) -> None:
     service = start("--users-file", str(logins))
     clients = on_each(service)
     for client in clients.values():
