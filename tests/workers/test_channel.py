@@ -95,6 +95,7 @@ class Short(socket.socket):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self.setblocking(False)
         self.lacking = {"send", "recv"}
 
     def send(self, *arguments: Any) -> int:
