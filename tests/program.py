@@ -104,8 +104,8 @@ def run_command() -> Callable[..., Outcome]:
     """Run it to its end, without a terminal: ``run_command("-V")``; keywords are environment variables."""
     def run(*words: str, **variables: str) -> Outcome:
         done = subprocess.run(
-            [*COMMAND, *words], env=environment(**variables), stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT, check=False,
-            encoding="utf-8",
+            [*COMMAND, *words], env=environment(**variables), stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+            timeout=TIMEOUT, check=False,
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -138,7 +138,8 @@ def look(pids: List[int]) -> Dict[str, int]:
     """Threads, descriptors, and memory in KiB, of these processes together."""
     sums = {"threads": 0, "descriptors": 0, "memory": 0}
     for pid in pids:
-        facts = dict(re.findall(r"^(\w+):\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace"), re.MULTILINE))
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+        facts = dict(re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE))
         sums["threads"] += int(facts["Threads"])
         sums["memory"] += int(facts["VmRSS"])
         sums["descriptors"] += len(os.listdir(f"/proc/{pid}/fd"))

@@ -104,7 +104,7 @@ BOUNDED = {
     "one message, and what one recv() brings": "workers/channel.py:Channel.incoming",
     "what LoginThrottle.failures and Replica.relays have": "workers/channel.py:WorkerConfig.state",
     "Replica.relays": "workers/shared.py:RelayAddresses.others",
-    "as many as clients have; should a RelayClosed be dropped, as many as there are UDP ports": "workers/shared.py:Replica.relays",
+    "as many as clients have; if a RelayClosed is dropped, as many as there are UDP ports": "workers/shared.py:Replica.relays",
 }
 NOT_A_SERVER = ("testing/", "check.py", "client.py")        # what tests and clients use
 
@@ -124,7 +124,7 @@ def compare(source: Iterable[str], entered: Iterable[str], question: str) -> Non
 
 def test_whatever_can_hold_more_than_one_thing_is_known_to_be_bounded() -> None:
     filled = [*ONE_BY_ONE, *(place for places in FILLS.values() for place in places)]
-    compare(containers(), [*places_of(BOUNDED), *filled], "what bounds it? Enter that above, or fill it in a test if a client can")
+    compare(containers(), [*places_of(BOUNDED), *filled], "what bounds it? Enter that above, or fill it in a test")
 
 
 Sizes = List[Tuple[int, int]]       # how full each of the places has become, and its bound
@@ -360,7 +360,7 @@ ONE_BY_ONE: Dict[str, Tuple[Callable[[], Any], Callable[[Any, int], Any], Callab
     "users.py:LoginThrottle.failures":
         (LoginThrottle, lambda it, n: it.failed(f"host {n}"), lambda it: len(it.failures), REMEMBERED),
     "cli/child.py:Destinations.destinations":
-        (Destinations, lambda it, n: it.ended(session_of(n)), lambda it: len(it.destinations), Destinations.max_destinations + 20),
+        (Destinations, lambda it, n: it.ended(session_of(n)), lambda it: len(it.destinations), 20 + Destinations.max_destinations),
     "protocol.py:code_field":
         (lambda: code_field, lambda it, n: it(["METHOD", "CMD", "REP", "ATYP"][n % 4], n // 4 % 256), remembered, 4 * 256),
     "policy.py:is_loopback": (lambda: is_loopback, lambda it, n: it(f"127.1.{n >> 8}.{n & 255}"), remembered, 1024),
@@ -501,8 +501,8 @@ HOLDS = [hold_tunnel, hold_bind, hold_association, hold_look_up, hold_race]
 
 @pytest.fixture
 def crowded(new_socket: Any, echo: Any, silent: Any) -> Iterator[Crowded]:
-    command = [sys.executable, "-c", SERVER, str(LIMIT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=PACKAGE.parent) as process:
+    command, pipe = [sys.executable, "-c", SERVER, str(LIMIT)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", cwd=PACKAGE.parent) as process:
         try:
             assert process.stdout is not None
             port, most_clients = map(int, process.stdout.readline().split())

@@ -103,7 +103,8 @@ def test_the_terminal_session_shows_what_is_really_printed() -> None:
     summary.peak = 1
     summary.ended(session)
     summary.since -= 41
-    assert [re.sub(r"^(\^C)?\d\d:\d\d:\d\d ", "", line) for line in third.splitlines()] == [str(session), *summary.text().splitlines()]
+    lines = [re.sub(r"^(\^C)?\d\d:\d\d:\d\d ", "", line) for line in third.splitlines()]
+    assert lines == [str(session), *summary.text().splitlines()]
 
 
 def test_the_table_of_a_message_is_the_one_that_is_printed() -> None:
@@ -218,7 +219,7 @@ def test_the_table_of_fixtures_has_those_of_the_plugin() -> None:
 
 
 def test_the_table_of_keywords_has_those_of_start() -> None:
-    assert first_column("Keyword", "In your tests") == [name for name in signature(testing.start).parameters if name != "settings"]
+    assert [*first_column("Keyword", "In your tests"), "settings"] == list(signature(testing.start).parameters)
 
 
 def test_the_table_of_the_proxy_has_what_it_has() -> None:

@@ -159,8 +159,9 @@ def test_a_server_survives_the_failure_of_all_that_it_calls(calls: FailingCalls,
     survives(Turns(server, server.server_address, calls, users), log, *DUTIES)
 
 
-@pytest.mark.parametrize("watched", [False, True])
-def test_so_do_the_program_and_its_page(watched: bool, calls: FailingCalls, users: UsersFile, log: List[str], closing: ExitStack) -> None:
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "watched"])
+def test_so_does_the_program(watched: bool, calls: FailingCalls, users: UsersFile, log: List[str], closing: ExitStack) -> None:
+    """And so does its page, if it has one."""
     node = Single(Settings(users_file=users.path, status=(LOCALHOST, 0) if watched else None), listening_sockets([LOCALHOST], 0))
     pages = [closing.enter_context(StatusPage(node.stats, {}, Address.numeric(LOCALHOST, 0)))] if watched else []
     turns = Turns(node.server, node.addresses[0], calls, users)
