@@ -1,6 +1,4 @@
-"""
-The promises of SECURITY.rst, one test for each, under the same name.
-"""
+"""The promises of SECURITY.rst, one test for each, under the same name."""
 
 from __future__ import annotations
 
@@ -9,13 +7,12 @@ import os
 import random
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Iterator, List, Optional
 
 import pytest
 
@@ -25,7 +22,7 @@ from socks5srv.handler import Socks5Handler
 from socks5srv.locality import is_own_address
 from socks5srv.observer import Observer
 from socks5srv.protocol import (
-    UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name,
+    UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, ProtocolError, ReplyCode, Request, RequestFailed, read_name,
 )
 from socks5srv.ratelimit import RateLimit
 from socks5srv.rules import Rules
@@ -33,15 +30,20 @@ from socks5srv.server import Socks5Server
 from socks5srv.session import Session
 from socks5srv.workers.shared import ReplicatedUsers
 
-from .conftest import LOCALHOST, address_of, eventually, exchange, name, needs_neighbour, within
+from .conftest import LOCALHOST, Client, address_of, eventually, exchange, handler_with, name, needs_neighbour, udp_socket, within
 from .networks import LO, add_address, be_a_router, let_any_address_be_bound
+from .program import Run, Start
 
 ROOT = Path(__file__).parent.parent
 
 
+def security(heading: str, next_heading: str) -> str:
+    """What stands there between the two."""
+    return (ROOT / "SECURITY.rst").read_text(encoding="utf-8").partition(f"{heading}\n")[2].partition(f"\n{next_heading}\n")[0]
+
+
 def promises() -> List[str]:
-    text = (ROOT / "SECURITY.rst").read_text(encoding="utf-8")
-    listed = text.partition("What is promised\n")[2].partition("\nWhere it holds\n")[0]
+    listed = security("What is promised", "Where it holds")
     return [" ".join(item.split()) for item in re.findall(r"^- (.*?)\.$", listed, re.M | re.S)]
 
 
@@ -63,8 +65,7 @@ def users_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_for_every_promise_it_is_said_where_it_holds() -> None:
-    table = (ROOT / "SECURITY.rst").read_text(encoding="utf-8").partition("Where it holds\n")[2].partition("\nWhat is not\n")[0]
-    assert re.findall(r"^   \* - (.*)$", table, re.M) == ["Promise", *promises()]
+    assert re.findall(r"^   \* - (.*)$", security("Where it holds", "What is not"), re.M) == ["Promise", *promises()]
 
 
 def test_as_started_it_serves_this_computer_only() -> None:
@@ -75,13 +76,9 @@ def test_as_started_it_serves_this_computer_only() -> None:
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1"])
-def test_it_refuses_to_start_as_an_open_proxy(address: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "socks5srv", "-b", address, "-p", "0"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
-    )
-    assert done.returncode == 2
-    assert all(way in done.stderr for way in ("-u NAME", "--allow-from", "--allow-open-proxy", "this computer only"))
-    assert "Traceback" not in done.stderr
+def test_it_refuses_to_start_as_an_open_proxy(address: str, run_command: Run) -> None:
+    complaint = run_command("-b", address, "-p", "0").error()
+    assert all(way in complaint for way in ("-u NAME", "--allow-from", "--allow-open-proxy", "this computer only"))
 
 
 @pytest.mark.parametrize("host", [
@@ -91,6 +88,16 @@ def test_it_refuses_to_start_as_an_open_proxy(address: str) -> None:
 def test_other_computers_do_not_reach_this_computers_own_addresses(host: str, start_server: Any, new_client: Any) -> None:
     server = start_server(elsewhere=True)
     assert new_client(server).ask(Command.CONNECT, name(host, 80)).code is ReplyCode.NOT_ALLOWED
+
+
+@contextmanager
+def sent_by_udp(client: Client, *hosts: str) -> Iterator[None]:
+    """A datagram to each of these, by an association of this client."""
+    relay = client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
+    with udp_socket() as sock:
+        for host in hosts:
+            sock.sendto(bytes(Datagram(Address.numeric(host, 9), b"x")), relay[:2])
+        yield
 
 
 @pytest.mark.usefixtures("own_network")
@@ -109,10 +116,7 @@ def test_nor_do_they_by_multicast_broadcast_or_anycast(start_server: Any, new_cl
     for host in hosts:
         for command in (Command.CONNECT, Command.BIND):
             assert new_client(server).ask(command, (host, 9)).code is ReplyCode.NOT_ALLOWED
-    relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for host in hosts:
-            sock.sendto(bytes(Datagram(Address.numeric(host, 9), b"x")), relay[:2])
+    with sent_by_udp(new_client(server), *hosts):
         eventually(lambda: len(refused) == 3 * len(hosts))
     assert refused[2 * len(hosts):] == [(Command.UDP_ASSOCIATE, host, True) for host in hosts]
 
@@ -132,7 +136,9 @@ def test_a_client_on_another_computer_is_known_as_one_whatever_addresses_can_be_
     assert server.next_ended().reason.endswith("is for this computer only")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", "127.1", "64:ff9b::127.0.0.1", "64:ff9b:1::127.0.0.1", "2002:7f00:1::"])
+@pytest.mark.parametrize("host", [
+    "127.0.0.1", "0.0.0.0", "localhost", "127.1", "64:ff9b::127.0.0.1", "64:ff9b:1::127.0.0.1", "2002:7f00:1::",
+])
 def test_it_never_connects_to_itself(host: str, start_server: Any, new_client: Any) -> None:
     server = start_server()
     code = new_client(server).ask(Command.CONNECT, name(host, server.server_address[1])).code
@@ -157,35 +163,38 @@ def test_nothing_is_dialled_without_a_login_where_one_is_required(start_server: 
 def test_right_and_wrong_logins_take_the_same_work(monkeypatch: pytest.MonkeyPatch, users_file: Path) -> None:
     costs: List[Any] = []
     verify = users.verify
-    monkeypatch.setattr(users, "verify", lambda password, hash: costs.append(users.Hash.parse(hash).cost) or verify(password, hash))
+
+    def watched(password: str, text: str) -> bool:
+        costs.append((users.Hash.parse(text).cost, len(users.Hash.parse(text).digest)))
+        return verify(password, text)
+
+    monkeypatch.setattr(users, "verify", watched)
     file = users.UsersFile(str(users_file))
     assert [file.check("anna", "wrong"), file.check("nobody", "wrong"), file.check("anna", "sesame")] == [False, False, True]
-    assert costs == [(2, 1, 1)] * 3
+    assert costs == [((2, 1, 1), 32)] * 3
     monkeypatch.setattr(users, "SCRYPT", (4, 1, 1))
     with open(users_file, "a", encoding="utf-8") as stream:
         stream.write(f"ben:{users.hash_password('dearer')}\n")
     for kind in (users.UsersFile(str(users_file)), ReplicatedUsers(users.read_users(str(users_file)), 2)):
         costs.clear()
         assert [kind.check("nobody", "wrong"), kind.check("ben", "dearer")] == [False, True]
-        assert costs == [(4, 1, 1)] * 2
+        assert costs == [((4, 1, 1), 32)] * 2
 
 
-def test_guessing_gets_slower_but_never_locks_out_the_right_login(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
-    monkeypatch.setattr(users, "LONGEST_WAIT", 0.02)
+def test_guessing_gets_slower_but_never_locks_out_the_right_login(monkeypatch: Any, start_server: Any, new_client: Any) -> None:
+    monkeypatch.setattr(users, "LONGEST_WAIT", 0.05)
     server = start_server(users={"anna": "sesame"})
-    for password in ["wrong"] * 10 + ["sesame"]:
-        with new_client(server) as client:
-            client.greet(Method.USERNAME_PASSWORD)
-            status = client.login("anna", password).status
-    assert status == 0
-    assert users.LoginThrottle().delay(LOCALHOST) == 0
+    for _ in range(max(10, users.FREE_TRIES + 3)):
+        assert not new_client(server).log_in("anna", "guess")
+    assert server.policy.throttle.delay(LOCALHOST) == 0.05
+    assert new_client(server).log_in("anna", "sesame")
+    assert server.policy.throttle.delay(LOCALHOST) == 0
 
 
 def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
     """At first as many at a time as one after the other, too, would be judged without a wait."""
-    monkeypatch.setattr(users, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(users, "LONGEST_WAIT", 0.001)
     lock, judged, running = threading.Lock(), [], []
     release = threading.Event()
 
@@ -200,16 +209,15 @@ def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
             return False
 
     server = start_server(Slow)
-    clients = [new_client(server) for _ in range(20)]
-    for client in clients:
-        client.greet(Method.USERNAME_PASSWORD)
-        client.send(Credentials(b"anna", b"guess"))
-    eventually(lambda: len(judged) == users.FREE_TRIES)
-    eventually(lambda: all(handler.session.user for handler in server.registry.serving()))
+    clients = [guesser(new_client(server)) for _ in range(30)]
+    throttle, late = server.policy.throttle, 30 - users.FREE_TRIES
+    eventually(lambda: len(throttle.waiting.get(LOCALHOST, [])) == late)
+    assert judged == [*range(1, users.FREE_TRIES + 1)]
     release.set()
-    for client in clients:
-        assert client.rest()[:2] == b"\1\1"
-    assert judged == [*range(1, users.FREE_TRIES + 1), *[1] * (20 - users.FREE_TRIES)]
+    assert [client.exactly(2) for client in clients] == [b"\1\1"] * 30
+    # Those of the beginning may end one by one, but the first of them has failed then, and the next begins when all have ended.
+    assert judged[users.FREE_TRIES:] == [1] * late
+    eventually(lambda: not throttle.trying and not throttle.waiting)
 
 
 def test_passwords_are_in_no_log(start_server: Any, new_client: Any, echo: Any, caplog: Any) -> None:
@@ -217,8 +225,7 @@ def test_passwords_are_in_no_log(start_server: Any, new_client: Any, echo: Any, 
     server = start_server(users={"anna": "sesame"})
     for password in ("sesame", "guess-4711"):
         with new_client(server) as client:
-            client.greet(Method.USERNAME_PASSWORD)
-            if client.login("anna", password).status == 0:
+            if client.log_in("anna", password):
                 client.request(Command.CONNECT, echo)
         server.next_ended()
     assert "UNAME=anna" in caplog.text
@@ -228,18 +235,11 @@ def test_passwords_are_in_no_log(start_server: Any, new_client: Any, echo: Any, 
 
 def test_what_is_judged_is_what_is_dialled(start_server: Any, new_client: Any, echo: Any) -> None:
     """A name that has another address each time it is asked for."""
-    class Rebinding(Socks5Handler):
-        answers = ["192.0.2.1", LOCALHOST]      # noqa: RUF012
-
-        def resolve(self, host: str) -> List[str]:
-            return [self.answers.pop()]
-
-        def allow(self, command: Command, address: Address) -> bool:
-            judged.append(address.host)
-            return True
-
     judged: List[str] = []
-    server = start_server(handler=Rebinding)
+    answers = ["192.0.2.1", LOCALHOST]
+    server = start_server(handler_with(
+        resolve=lambda _self, _host: [answers.pop()], allow=lambda _self, _command, address: judged.append(address.host) or True,
+    ))
     client = new_client(server)
     client.connect(name("rebinding.invalid", echo[1]))
     exchange(client)
@@ -247,13 +247,11 @@ def test_what_is_judged_is_what_is_dialled(start_server: Any, new_client: Any, e
     assert server.sessions[0].peer.host == judged[-1]
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST.", "127.0.0.1", "127.1", "0.0.0.0", "::1", "::ffff:127.0.0.1", "other.invalid"])
+@pytest.mark.parametrize("host", [
+    "localhost", "LOCALHOST.", "127.0.0.1", "127.1", "0.0.0.0", "::1", "::ffff:127.0.0.1", "other.invalid",
+])
 def test_a_rule_that_denies_localhost_denies_its_addresses(host: str, start_server: Any, new_client: Any, echo: Any) -> None:
-    class Another(Socks5Handler):
-        def resolve(self, host: str) -> List[str]:
-            return [LOCALHOST]
-
-    server = start_server(handler=Another)
+    server = start_server(handler_with(resolve=lambda _self, _host: [LOCALHOST]))
     server.rules = Rules.parse(["deny localhost"])
     assert new_client(server).ask(Command.CONNECT, name(host, echo[1])).code is ReplyCode.NOT_ALLOWED
     assert server.next_ended().reason == "rule: deny localhost"
@@ -263,12 +261,14 @@ def test_a_rule_that_denies_localhost_denies_its_addresses(host: str, start_serv
 def test_a_name_that_rules_judge_is_not_completed_by_the_system(start_server: Any, new_client: Any, echo: Any) -> None:
     """With ``search corp.example`` in resolv.conf."""
     server = start_server()
-    codes = []
-    for rules in ([], ["deny 192.0.2.0/24"], ["deny *.corp.example"], ["allow *.example", "deny *"]):
-        server.rules = Rules.parse(rules)
-        codes.append([new_client(server).ask(Command.CONNECT, name(host, echo[1])).code for host in ("secret", "secret.corp.example", "web.example")])
     good, denied, unknown = ReplyCode.SUCCEEDED, ReplyCode.NOT_ALLOWED, ReplyCode.HOST_UNREACHABLE
-    assert codes == [[good] * 3, [good] * 3, [unknown, denied, good], [denied, good, good]]
+    hosts = [name(host, echo[1]) for host in ("secret", "secret.corp.example", "web.example")]
+    for rules, codes in [
+        ([], [good] * 3), (["deny 192.0.2.0/24"], [good] * 3),
+        (["deny *.corp.example"], [unknown, denied, good]), (["allow *.example", "deny *"], [denied, good, good]),
+    ]:
+        server.rules = Rules.parse(rules)
+        assert [new_client(server).ask(Command.CONNECT, host).code for host in hosts] == codes, rules
 
 
 @needs_neighbour
@@ -284,10 +284,7 @@ def test_every_datagram_and_every_caller_of_bind_is_judged(start_server: Any, ne
     bound = new_client(server).ask(Command.BIND, UNSPECIFIED).bound
     with socket.create_connection(bound[:2], 10, ("127.0.0.2", 0)) as caller:
         assert caller.recv(1) == b""
-    relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for host in ("127.0.0.2", "127.0.0.3"):
-            sock.sendto(bytes(Datagram(Address.numeric(host, 9), b"x")), relay[:2])
+    with sent_by_udp(new_client(server), "127.0.0.2", "127.0.0.3"):
         eventually(lambda: (Command.UDP_ASSOCIATE, "127.0.0.3") in judged)
     assert (Command.BIND, "127.0.0.2") in judged
     assert (Command.UDP_ASSOCIATE, "127.0.0.2") in judged
@@ -296,12 +293,7 @@ def test_every_datagram_and_every_caller_of_bind_is_judged(start_server: Any, ne
 @needs_neighbour
 def test_a_stranger_cannot_use_or_answer_a_clients_udp_association(start_server: Any, new_client: Any) -> None:
     relay = new_client(start_server()).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
-    made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
-    client, target, stranger = made
-    try:
-        for sock, host in zip(made, (LOCALHOST, LOCALHOST, "127.0.0.2")):
-            sock.bind((host, 0))
-            sock.settimeout(10)
+    with udp_socket() as client, udp_socket() as target, udp_socket("127.0.0.2") as stranger:
         datagram = Datagram(Address.of(target.getsockname()), b"hello")
         stranger.sendto(bytes(datagram), relay[:2])
         client.sendto(bytes(datagram), relay[:2])
@@ -312,23 +304,13 @@ def test_a_stranger_cannot_use_or_answer_a_clients_udp_association(start_server:
         stranger.sendto(b"forged", proxy)
         target.sendto(b"answer", proxy)
         assert client.recv(100).endswith(b"answer")
-    finally:
-        for sock in made:
-            sock.close()
 
 
 def test_an_association_belongs_to_the_port_that_its_client_has_named(start_server: Any, new_client: Any) -> None:
     """With a login, another program of the same computer is a stranger as well."""
-    server = start_server(users={"anna": "sesame"})
-    made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
-    client, target, stranger = made
-    try:
-        for sock in made:
-            sock.bind((LOCALHOST, 0))
-            sock.settimeout(10)
-        control = new_client(server)
-        control.greet(Method.USERNAME_PASSWORD)
-        control.login("anna", "sesame")
+    control = new_client(start_server(users={"anna": "sesame"}))
+    assert control.log_in("anna", "sesame")
+    with udp_socket() as client, udp_socket() as target, udp_socket() as stranger:
         relay = control.request(Command.UDP_ASSOCIATE, client.getsockname()).bound
         stranger.sendto(bytes(Datagram(Address.of(target.getsockname()), b"stolen")), relay[:2])
         client.sendto(bytes(Datagram(Address.of(target.getsockname()), b"mine")), relay[:2])
@@ -336,19 +318,18 @@ def test_an_association_belongs_to_the_port_that_its_client_has_named(start_serv
         assert octets == b"mine"
         target.sendto(b"answer", proxy)
         assert client.recv(100).endswith(b"answer")
-    finally:
-        for sock in made:
-            sock.close()
 
 
 def test_no_input_makes_a_thread_raise(start_server: Any, new_client: Any) -> None:
     """A storm of garbage; the fixture fails on anything that handle_error() has been called for."""
     dice = random.Random(1928)
     server = start_server()
-    pieces = [b"\5\1\0", b"\5\2\0\2", b"\5\1\0\1\x7f\0\0\1\0\1", b"\5\3\0\1\0\0\0\0\0\0", b"\5\2\0\3\1a\0\0", b"GET / HTTP/1.1\r\n", b"\4\1"]
+    requests = [b"\5\1\0\1\x7f\0\0\1\0\1", b"\5\3\0\1\0\0\0\0\0\0", b"\5\2\0\3\1a\0\0"]
+    pieces = [b"\5\1\0", b"\5\2\0\2", *requests, b"GET / HTTP/1.1\r\n", b"\4\1"]
     for _ in range(2000):
         with new_client(server) as client:
-            octets = b"".join(dice.choice([*pieces, bytes(dice.randrange(256) for _ in range(dice.randrange(30)))]) for _ in range(4))
+            garbage = [bytes(dice.randrange(256) for _ in range(dice.randrange(30))) for _ in range(4)]
+            octets = b"".join(dice.choice([*pieces, noise]) for noise in garbage)
             try:
                 client.send(octets)
                 if dice.random() < 0.5:
@@ -361,13 +342,11 @@ def test_no_input_makes_a_thread_raise(start_server: Any, new_client: Any) -> No
         server.next_ended()
 
 
-def test_half_open_handshakes_do_not_keep_out_a_client_that_speaks(start_server: Any, new_client: Any, echo: Any) -> None:
+def test_half_open_handshakes_do_not_keep_out_a_client_that_speaks(start_server: Any, new_client: Any, new_tunnel: Any) -> None:
     server = start_server(max_handshakes=20)
     for _ in range(60):
         new_client(server).send(b"\5")
-    client = new_client(server)
-    client.connect(echo)
-    exchange(client)
+    new_tunnel(server)
 
 
 @needs_neighbour
@@ -383,6 +362,13 @@ def test_nor_do_those_of_one_address_a_slow_one_from_another(start_server: Any, 
     assert slow.exactly(2) == b"\5\0"
     assert slow.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
     exchange(slow)
+
+
+def guesser(client: Client, username: str = "anna") -> Client:
+    """It has sent a wrong password, which is not answered yet."""
+    client.send(Greeting(b"\2"), Credentials(username.encode(), b"wrong"))
+    assert client.exactly(2) == b"\5\2"
+    return client
 
 
 class Checked(users.Users):
@@ -410,9 +396,7 @@ def test_wrong_logins_do_not_keep_out_a_right_one(start_server: Any, new_client:
     guessers = []
     for number in range(2, 42):
         server.policy.throttle.failed(f"127.0.0.{number}")
-        guessers.append(new_client(server, source=f"127.0.0.{number}"))
-        guessers[-1].send(Greeting(b"\2"), Credentials(b"mallory", b"wrong"))
-        assert guessers[-1].exactly(2) == b"\5\2"
+        guessers.append(guesser(new_client(server, source=f"127.0.0.{number}"), "mallory"))
     eventually(lambda: known.checking == 41)
     assert server.registry.logins.total == 8
     known.right.set()
@@ -420,20 +404,18 @@ def test_wrong_logins_do_not_keep_out_a_right_one(start_server: Any, new_client:
     assert slow.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
     exchange(slow)
     known.wrong.set()
-    assert [guesser.rest() for guesser in guessers].count(b"\1\1") == 7       # the others have been hung up on
+    assert [client.rest() for client in guessers].count(b"\1\1") == 7       # the others have been hung up on
 
 
-def test_no_client_uses_up_the_descriptors_of_the_server(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+def test_no_client_uses_up_the_descriptors_of_the_server(monkeypatch: Any, start_server: Any, new_client: Any, new_tunnel: Any) -> None:
     """With associations, which hold most; test_bounds.py has all there is to hold."""
     monkeypatch.setattr(descriptors, "descriptor_limit", lambda: 100)
     server = start_server()
-    first = new_client(server)
-    first.connect(echo)
-    replies = []
+    first = new_tunnel(server)
+    replies: List[Optional[ReplyCode]] = []
     for _ in range(40):
-        client = new_client(server)
         try:
-            replies.append(client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code)
+            replies.append(new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code)
         except (ProtocolError, ConnectionError):
             replies.append(None)            # turned away
     assert ReplyCode.SUCCEEDED in replies
@@ -448,15 +430,12 @@ def test_names_that_the_resolver_does_not_answer_leave_other_clients_theirs(
     monkeypatch.setattr(resolver.look_ups, "most", 8)
     monkeypatch.setattr(resolver.look_ups, "share", 2)
     release = threading.Event()
-
-    class Silent(Socks5Handler):
-        def resolve(self, host: str) -> List[str]:
-            return [LOCALHOST] if host == "known.invalid" else list(map(str, [release.wait(30)][1:]))
-
-    server = start_server(handler=Silent)
+    server = start_server(handler_with(
+        resolve=lambda _self, host: [LOCALHOST] if host == "known.invalid" else [release.wait(30)][1:],
+    ))
     for number in range(20):
-        client = new_client(server, source="127.0.0.2")
-        client.send(Greeting(b"\0"), Request(Command.CONNECT, name(f"{number}.dead.invalid", 80)))
+        request = Request(Command.CONNECT, name(f"{number}.dead.invalid", 80))
+        new_client(server, source="127.0.0.2").send(Greeting(b"\0"), request)
     eventually(lambda: len(resolver.look_ups.queue) == 18)
     client = new_client(server)
     client.connect(name("known.invalid", echo[1]))
@@ -510,9 +489,7 @@ def test_a_pipe_in_place_of_a_file_stops_nothing(users_file: Path, start_server:
     bugs.clear()
     assert new_client(server).rest() == b""         # the deadline is kept
     assert "took too long" in server.next_ended().reason
-    client = new_client(server)
-    client.greet(Method.USERNAME_PASSWORD)
-    assert client.login("anna", "sesame").status == 0
+    assert new_client(server).log_in("anna", "sesame")
 
 
 def test_a_users_file_in_the_middle_of_a_write_ends_no_tunnel(
@@ -521,8 +498,7 @@ def test_a_users_file_in_the_middle_of_a_write_ends_no_tunnel(
     line = users_file.read_text()
     server = start_server(users=users.UsersFile(str(users_file)))
     client = new_client(server)
-    client.greet(Method.USERNAME_PASSWORD)
-    client.login("anna", "sesame")
+    assert client.log_in("anna", "sesame")
     client.request(Command.CONNECT, echo)
     looked = threading.Event()
     with users_file.open("w") as stream:
@@ -543,64 +519,52 @@ def test_no_hash_is_computed_once_the_server_stops(
     release = threading.Event()
     monkeypatch.setattr(users, "verify", lambda password, _hash: computed.append(password) or release.wait(10))
     server = start_server(users=users.UsersFile(str(users_file)))
-    clients = [new_client(server, source=f"127.0.{number}.1" if sys.platform != "darwin" else None) for number in range(20)]
-    for client in clients:
-        client.send(Greeting(b"\2"), Credentials(b"anna", b"wrong"))
-        assert client.exactly(2) == b"\5\2"
+    for number in range(20):
+        guesser(new_client(server, source=f"127.0.{number}.1" if sys.platform != "darwin" else None))
     eventually(lambda: len(computed) == users.AT_ONCE)
     join = server.listeners[0].join
     server.listeners[0].join = lambda timeout: (release.set(), join(timeout))       # all have been hung up on
     began = time.monotonic()
     server.server_close()
     assert time.monotonic() - began < within(0.5)
-    for _ in clients:
-        assert server.next_ended().reason == "server stopped"
+    assert [server.next_ended().reason for _ in range(20)] == ["server stopped"] * 20
     assert len(computed) == users.AT_ONCE
 
 
-def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer() -> None:
-    words = [sys.executable, "-m", "socks5srv", "--status"]
-    done = subprocess.run([*words, "0.0.0.0:0", "0"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, "Traceback" in done.stderr, "--status-open" in done.stderr) == (2, False, True)
-    with subprocess.Popen([*words, "0", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as service:
-        try:
-            url = re.search(r"status=http://([^ /]+)/", service.stderr.readline())[1]       # type: ignore[union-attr,index]
-            for method, host, status in [
-                ("GET", url, 200), ("POST", url, 405), ("DELETE", url, 405), ("GET", "rebound.example", 421),
-            ]:
-                page = http.client.HTTPConnection(url, timeout=10)
-                page.request(method, "/status.json", headers={"Host": host})
-                with page.getresponse() as answer:
-                    assert answer.status == status, (method, host)
-                page.close()
-        finally:
-            service.terminate()
+@pytest.fixture
+def status_page(start: Start) -> str:
+    """The host and port of a running command's."""
+    return re.findall(r"status=http://([^ /]+)/", start("--status", "0").wait_for("status="))[0]
 
 
-def test_to_connect_to_the_status_page_and_say_nothing_keeps_out_nobody() -> None:
-    with subprocess.Popen([sys.executable, "-m", "socks5srv", "--status", "0", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as service:
-        try:
-            url = re.search(r"status=http://([^ /]+)/", service.stderr.readline())[1]       # type: ignore[union-attr,index]
-            host, _, port = url.rpartition(":")
-            with ExitStack() as stack:
-                for _ in range(60):
-                    stack.enter_context(socket.create_connection((host, int(port)), 10))
-                for path in ("/healthz", "/", "/readyz", "/status.json"):
-                    page = http.client.HTTPConnection(url, timeout=10)
-                    page.request("GET", path)
-                    assert page.getresponse().status == 200
-                    page.close()
-        finally:
-            service.terminate()
+def answered(url: str, path: str, method: str = "GET", host: Optional[str] = None) -> int:
+    """The status of its answer."""
+    with closing(http.client.HTTPConnection(url, timeout=10)) as page:
+        page.request(method, path, headers={"Host": host or url})
+        with page.getresponse() as answer:
+            return answer.status
 
 
-def test_a_program_that_is_run_gets_no_option_of_the_proxys() -> None:
+def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer(run_command: Run, status_page: str) -> None:
+    assert "--status-open" in run_command("--status", "0.0.0.0:0", "0").error()
+    for method, host, status in [("GET", None, 200), ("POST", None, 405), ("DELETE", None, 405), ("GET", "rebound.example", 421)]:
+        assert answered(status_page, "/status.json", method, host) == status, (method, host)
+
+
+def test_to_connect_to_the_status_page_and_say_nothing_keeps_out_nobody(status_page: str) -> None:
+    host, _, port = status_page.rpartition(":")
+    with ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(socket.create_connection((host, int(port)), 10))
+        for path in ("/healthz", "/", "/readyz", "/status.json"):
+            assert answered(status_page, path) == 200
+
+
+def test_a_program_that_is_run_gets_no_option_of_the_proxys(run_command: Run) -> None:
     """In which there may be the password of an upstream."""
     print_environment = "import os; print(*sorted(os.environ), sep=chr(10))"
-    done = subprocess.run(
-        [sys.executable, "-m", "socks5srv", "--run", sys.executable, "-c", print_environment], cwd=ROOT, capture_output=True, text=True, timeout=30,
-        check=False, env={**os.environ, "SOCKS5SRV_OPTIONS": "--upstream socks5h://anna:sesame@127.0.0.1:9", "SOCKS5SRV_PASSWORD": "sesame"},
-    )
-    assert done.returncode == 0
+    options = {"SOCKS5SRV_OPTIONS": "--upstream socks5h://anna:sesame@127.0.0.1:9", "SOCKS5SRV_PASSWORD": "sesame"}
+    done = run_command("--run", sys.executable, "-c", print_environment, **options)
+    assert done.code == 0
     assert "ALL_PROXY" in done.stdout.splitlines()
     assert "SOCKS5SRV_" not in done.stdout

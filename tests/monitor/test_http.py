@@ -260,8 +260,8 @@ def test_the_password_is_nowhere(watch: Start, new_client: Any) -> None:
 
 
 def test_the_readme_has_every_path(page: Watched) -> None:
-    from tests.test_readme import literals, section, table
+    from tests.test_readme import literals, table
 
-    paths = [literals(path)[0] for path, _what in table("Path", section("Status page"))]
+    paths = [literals(path)[0] for path, _what in table("Path", "Status page")]
     assert len(paths) == 7
     assert {page.ask(path).status for path in set(paths) - {"/events", "/conversations/ID.json"}} == {200}

@@ -164,9 +164,9 @@ def test_without_the_extra_it_says_what_to_install(page: Watched, monkeypatch: p
 
 
 def test_the_readme_has_every_metric_and_every_label(page: Watched) -> None:
-    from tests.test_readme import literals, section, table
+    from tests.test_readme import literals, table
 
-    rows = table("Metric", section("Status page"))
+    rows = table("Metric", "Status page")
     documented = {name[:-len("_total")] if name.endswith("_total") else name for names, _labels in rows for name in literals(names)}
     assert documented == {name for name in families(page) if name.startswith("socks5srv_")}
     labels = {label for _names, cell in rows for label in literals(cell)}
