@@ -269,7 +269,7 @@ class Served:
 @pytest.fixture
 def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     """
-    Start a server in a thread: ``start_server(handler, address, more, users=, **attributes)``.
+    Start a server in a thread: ``start_server(handler, address, more, users=, rules=, **attributes)``.
     With `more` addresses it has more listeners; `addresses` are those of all of them.  With `elsewhere` each client is taken
     for one on another computer.  At the end it is closed, and none of its threads may be left, nor a bug have been logged.
     """
@@ -278,8 +278,8 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
 
     def start(
         handler: Type[Socks5Handler] = Socks5Handler, address: Tuple[Any, ...] = (LOCALHOST, 0),
-        *more: Tuple[Any, ...], server_class: Type[Socks5Server] = Socks5Server, users: Any = None, poll_interval: float = 0.05,
-        elsewhere: bool = False, **attributes: Any,
+        *more: Tuple[Any, ...], server_class: Type[Socks5Server] = Socks5Server, users: Any = None, rules: Any = (),
+        poll_interval: float = 0.05, elsewhere: bool = False, **attributes: Any,
     ) -> Any:
         class Telling(handler):         # type: ignore[misc, valid-type]
             def session_ended(self) -> None:
@@ -288,7 +288,7 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
                 finally:
                     self.server.told.put(self.session)
 
-        server: Any = type("Serving", (Served, server_class), {})(address, Telling, users=users)
+        server: Any = type("Serving", (Served, server_class), {})(address, Telling, users=users, rules=rules)
         server.told = queue.SimpleQueue()
         servers.append(server)
         if elsewhere:

@@ -88,7 +88,8 @@ def test_socks4_gets_its_own_refusal(say: Callable[..., Answered]) -> None:
 
 
 @pytest.mark.parametrize("octets", [
-    b"P\x00", b"P\xff" * 3000, b"GE\n", b"GET/", b"GETS ", b"get ", b"POSTER ", b"CONNECTED ", b"Dear proxy", b"GET\t/ HTTP/1.1\r\n\r\n",
+    b"P\x00", b"P\xff" * 3000, b"GE\n", b"GET/", b"GETS ", b"get ", b"POSTER ", b"CONNECTED ", b"Dear proxy",
+    b"GET\t/ HTTP/1.1\r\n\r\n",
 ])
 def test_a_letter_does_not_make_http_of_noise(octets: bytes, say: Callable[..., Answered]) -> None:
     """It is hung up on at once: nothing that might come could make a method of it."""

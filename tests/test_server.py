@@ -276,7 +276,8 @@ def test_a_crowd_is_served_at_the_same_time_and_few_threads_stay(start_server, n
     eventually(lambda: len(server_threads()) <= Listener.spare + 1)     # and the relay thread
 
 
-def test_threads_that_cannot_be_had_cost_clients_a_wait_and_nothing_else(start_server, new_client, new_tunnel, echo, monkeypatch, caplog):
+def test_threads_that_cannot_be_had_cost_clients_a_wait_and_nothing_else(
+        start_server, new_client, new_tunnel, echo, monkeypatch, caplog):
     """They are served in turn."""
     server = start_server()
 
@@ -481,12 +482,13 @@ def begin_full_tunnel(client, places):
 
 
 BEGINNINGS = {
-    "handshake": begin_handshake, "login": begin_login, "request": begin_request, "tunnel": begin_tunnel, "full tunnel": begin_full_tunnel,
+    "handshake": begin_handshake, "login": begin_login, "request": begin_request,
+    "tunnel": begin_tunnel, "full tunnel": begin_full_tunnel,
     "connect": asking(Command.CONNECT, "silent", None), "look-up": asking(Command.CONNECT, "slow", None),
     "bind": asking(Command.BIND, "any"), "udp": asking(Command.UDP_ASSOCIATE, "any"),
-    "refusal": asking(Command.CONNECT, "refusing", ReplyCode.CONNECTION_REFUSED),       # the server waits for the client to hang up
+    "refusal": asking(Command.CONNECT, "refusing", ReplyCode.CONNECTION_REFUSED),   # the server waits for the client to hang up
 }
-UNANSWERED = {"connect", "look-up"}
+UNANSWERED = {"connect", "look-up"}     # nor are they told when the client ends
 
 
 @pytest.fixture
@@ -605,7 +607,7 @@ def test_what_cannot_be_watched_is_given_up_in_the_relay_thread(slow_server, new
 @needs_proc
 def test_no_descriptor_is_left_by_clients_that_are_gone(slow_server):
     server, places = slow_server
-    patient = [begin for what, begin in BEGINNINGS.items() if what not in UNANSWERED]       # those are not told of the client's end
+    patient = [begin for what, begin in BEGINNINGS.items() if what not in UNANSWERED]
 
     def visit(begin):
         with Client(server.server_address) as client:
@@ -746,7 +748,8 @@ def test_a_flood_of_datagrams_leaves_room_for_a_tunnel(start_server: Any, new_cl
         flooded()
 
 
-def test_a_target_that_does_not_answer_holds_up_nobody_else(start_server: Any, new_client: Any, new_tunnel: Any, silent: Any) -> None:
+def test_a_target_that_does_not_answer_holds_up_nobody_else(
+        start_server: Any, new_client: Any, new_tunnel: Any, silent: Any) -> None:
     server = start_server(connect_timeout=0.5)
     waiting = [new_client(server) for _ in range(30)]
     for client in waiting:
@@ -763,11 +766,13 @@ def test_look_ups_that_hang_are_bounded_and_cost_other_names_only(
     release = threading.Event()
     server = start_server(handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and []), connect_timeout=0.5)
     clients = [new_client(server) for _ in range(8)]
+    began = time.monotonic()
     for client in clients:
         client.send(HELLO, to(name("slow.invalid", 80)))
         client.exactly(2)
     new_tunnel(server)
     assert sorted(Reply.read(client).code for client in clients) == [1] * 5 + [4] * 3
+    assert time.monotonic() - began < within(1)
     release.set()
 
 

@@ -16,6 +16,7 @@ from .conftest import name
 CLIENT = Address("127.0.0.1", 50123, AddressType.IPV4)
 PEER = Address("192.0.2.1", 443, AddressType.IPV4)
 CONNECTED = {"command": Command.CONNECT, "destination": name("example.com", 443), "peer": PEER}
+OK, UNSUPPORTED = ReplyCode.SUCCEEDED, ReplyCode.COMMAND_NOT_SUPPORTED
 
 
 def session(reason: str = "", seconds: Any = 2.5, **known: Any) -> Session:
@@ -30,47 +31,36 @@ def session(reason: str = "", seconds: Any = 2.5, **known: Any) -> Session:
 
 
 @pytest.mark.parametrize(("known", "event"), [
-    ({"seconds": None}, "open"),
-    ({"seconds": None, "command": Command.CONNECT}, "open"),
-    ({"seconds": None, "reply": ReplyCode.SUCCEEDED}, "open"),
-    ({"seconds": None, "reply": ReplyCode.TTL_EXPIRED}, "open"),
-    ({"reply": ReplyCode.SUCCEEDED}, "close"),
-    ({"reply": ReplyCode.NOT_ALLOWED}, "denied"),
+    ({"seconds": None}, "open"), ({"seconds": None, "command": Command.CONNECT}, "open"),
+    ({"seconds": None, "reply": ReplyCode.SUCCEEDED}, "open"), ({"seconds": None, "reply": ReplyCode.TTL_EXPIRED}, "open"),
+    ({"reply": ReplyCode.SUCCEEDED}, "close"), ({"reply": ReplyCode.NOT_ALLOWED}, "denied"),
     *[({"reply": code}, "failed") for code in ReplyCode if code not in (ReplyCode.SUCCEEDED, ReplyCode.NOT_ALLOWED)],
     ({"command": Command.CONNECT}, "failed"),       # the client left before there was a reply
-    ({"login_failed": True}, "login_failed"),
-    ({"no_acceptable_method": True}, "no_acceptable_method"),
-    ({}, "bad_protocol"),
+    ({"login_failed": True}, "login_failed"), ({"no_acceptable_method": True}, "no_acceptable_method"), ({}, "bad_protocol"),
 ])
 def test_the_event_says_how_far_the_client_got(known, event):
     assert session(**known).event == event
 
 
 @pytest.mark.parametrize(("known", "line"), [
-    ({"seconds": None}, "#7 127.0.0.1:50123 - - - open"),
-    ({"seconds": None, "user": "alice", "reply": ReplyCode.SUCCEEDED, **CONNECTED},
-     "#7 127.0.0.1:50123 alice connect example.com:443 -> 192.0.2.1:443 open"),
-    ({"reply": ReplyCode.SUCCEEDED, "up": 79, "down": 1234, "reason": "client closed", **CONNECTED},
-     "#7 127.0.0.1:50123 - connect example.com:443 -> 192.0.2.1:443 ok 79 up 1.2k down 2.5s client closed"),
-    ({"reply": ReplyCode.SUCCEEDED, **CONNECTED, "destination": PEER},
-     "#7 127.0.0.1:50123 - connect 192.0.2.1:443 ok 0 up 0 down 2.5s"),
-    ({"reply": ReplyCode.NOT_ALLOWED, **CONNECTED, "peer": None, "command": Command.BIND},
-     "#7 127.0.0.1:50123 - bind example.com:443 denied(02)"),
-    ({"reply": ReplyCode.COMMAND_NOT_SUPPORTED, "reason": "unknown CMD 99"}, "#7 127.0.0.1:50123 - - - failed(07) unknown CMD 99"),
-    ({"reply": ReplyCode.COMMAND_NOT_SUPPORTED, "reason": "unknown CMD 09", "unknown_command": 9, "destination": name("example.com", 443)},
-     "#7 127.0.0.1:50123 - 0x09 example.com:443 failed(07) unknown CMD 09"),
-    ({"reply": ReplyCode.COMMAND_NOT_SUPPORTED, "unknown_command": 0, "destination": PEER}, "#7 127.0.0.1:50123 - 0x00 192.0.2.1:443 failed(07)"),
-    ({"command": Command.CONNECT, "destination": PEER, "reason": "the client has gone"},
-     "#7 127.0.0.1:50123 - connect 192.0.2.1:443 failed the client has gone"),
-    ({"login_failed": True, "user": "alice", "reason": "wrong name or password"},
-     "#7 127.0.0.1:50123 alice - - login-failed wrong name or password"),
-    ({"no_acceptable_method": True, "reason": "start with -u NAME"}, "#7 127.0.0.1:50123 - - - no-acceptable-method start with -u NAME"),
-    ({"reason": "this is HTTP"}, "#7 127.0.0.1:50123 - - - bad-protocol this is HTTP"),
-    ({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name("::1", 0)}, "#7 127.0.0.1:50123 - udp [::1]:0 open"),
-    ({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name("[::1]", 0)}, "#7 127.0.0.1:50123 - udp [::1]:0 open"),
+    ({"seconds": None}, "- - - open"),
+    ({"seconds": None, "user": "alice", "reply": OK, **CONNECTED}, "alice connect example.com:443 -> 192.0.2.1:443 open"),
+    ({"reply": OK, "up": 79, "down": 1234, "reason": "client closed", **CONNECTED},
+     "- connect example.com:443 -> 192.0.2.1:443 ok 79 up 1.2k down 2.5s client closed"),
+    ({"reply": OK, **CONNECTED, "destination": PEER}, "- connect 192.0.2.1:443 ok 0 up 0 down 2.5s"),
+    ({"reply": ReplyCode.NOT_ALLOWED, **CONNECTED, "peer": None, "command": Command.BIND}, "- bind example.com:443 denied(02)"),
+    ({"reply": UNSUPPORTED, "reason": "unknown CMD 99"}, "- - - failed(07) unknown CMD 99"),
+    ({"reply": UNSUPPORTED, "reason": "unknown CMD 09", "unknown_command": 9, "destination": name("example.com", 443)},
+     "- 0x09 example.com:443 failed(07) unknown CMD 09"),
+    ({"reply": UNSUPPORTED, "unknown_command": 0, "destination": PEER}, "- 0x00 192.0.2.1:443 failed(07)"),
+    ({"command": Command.CONNECT, "destination": PEER, "reason": "the client has gone"}, "- connect 192.0.2.1:443 failed the client has gone"),
+    ({"login_failed": True, "user": "alice", "reason": "wrong name or password"}, "alice - - login-failed wrong name or password"),
+    ({"no_acceptable_method": True, "reason": "start with -u NAME"}, "- - - no-acceptable-method start with -u NAME"),
+    ({"reason": "this is HTTP"}, "- - - bad-protocol this is HTTP"),
+    *(({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name(host, 0)}, "- udp [::1]:0 open") for host in ("::1", "[::1]")),
 ])
 def test_the_line_for_people_has_its_columns_in_order(known, line):
-    assert str(session(**known)) == line
+    assert str(session(**known)) == f"#7 127.0.0.1:50123 {line}"
 
 
 def test_nothing_that_a_client_sends_can_forge_a_line_or_a_column():

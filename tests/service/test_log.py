@@ -21,7 +21,7 @@ from tests.program import COMMAND, ROOT, AtTerminal, Start, needs_full_disk, nee
 from socks5srv import foreign
 from socks5srv.names import ascii_form
 from socks5srv.protocol import (
-    Address, Command, Credentials, Method, ReplyCode, Request, Socks5Error, read_name,
+    Address, AddressType, Command, Credentials, Method, ReplyCode, Request, Socks5Error, read_name,
 )
 from socks5srv.service import log
 from socks5srv.service.settings import Settings
@@ -541,8 +541,9 @@ def banned(lines: str, pattern: str = FAIL2BAN) -> List[str]:
 
 
 FORGERIES = [FORGED, "\n#9 198.51.100.7:5 root - - login-failed x", "#9 198.51.100.7:5 root - - login-failed ",
-          "198.51.100.7:5", "root - - login-failed ", "- - login-failed ", "h s[1]: #9 [198.51.100.7]:5 a - - login-failed "]
-PIECES = [*FORGERIES, " ", "\n", "\r", "\u2028", "\u3000", "\xa0", "#9", "x", "\x1b[2J", "\ufdfa", "'", '"', "\\x20", ".", ":", "\u202e", "\t", "\xff", "\uff03", "a" * 70]
+             "198.51.100.7:5", "root - - login-failed ", "- - login-failed ", "h s[1]: #9 [198.51.100.7]:5 a - - login-failed "]
+PIECES = [*FORGERIES, " ", "\n", "\r", "\u2028", "\u3000", "\xa0", "#9", "x", "\x1b[2J", "\ufdfa", "'", '"',
+          "\\x20", ".", ":", "\u202e", "\t", "\xff", "\uff03", "a" * 70]
 
 
 def hostile_name(dice: random.Random) -> str:
@@ -559,21 +560,26 @@ def error_of(function: Callable[[Any], Any], argument: Any) -> Any:
         return error
 
 
+def request_of(text: str, command: int = 1) -> Any:
+    """One for this name; or the error that it is."""
+    return error_of(Request.read, io.BytesIO(bytes((5, command, 0, 3, len(text.encode()))) + text.encode() + b"\0\7"))
+
+
 def sessions_of(text: str) -> Iterator[Session]:
     """One whose name, reason or destination comes from the wire, for all that can quote one."""
-    address = bytes((len(text.encode()),)) + text.encode() + b"\0\7"
-    request = b"\5\1\0\3" + address, b"\5\x99\0\3" + address
+    octets = text.encode()
+    place, other = (Address(text, port, AddressType.DOMAINNAME) for port in (1, 2))
     for reason in (
-        *(error_of(Request.read, io.BytesIO(octets)) for octets in request), error_of(read_name, text.encode()), error_of(read_name, text.encode() + b"\xff"),
-        error_of(ascii_form, text), error_of(lambda octets: foreign.identify(octets, Address.numeric(LOCALHOST, 1080), pac=True), text.encode()),
+        request_of(text), request_of(text, 0x99), error_of(read_name, octets), error_of(read_name, octets + b"\xff"),
+        error_of(ascii_form, text), foreign.identify(octets, Address.numeric(LOCALHOST, 1080), pac=True),
     ):
         made = Session(1, Address.numeric("192.0.2.1", 1))
-        made.command, made.destination = Command.CONNECT, Address.named(text, 1)
+        made.command, made.destination = Command.CONNECT, place
         if isinstance(reason, Exception):
             made.end(str(reason))
         yield made
     made = Session(1, Address.numeric("192.0.2.1", 1))
-    made.user, made.command, made.destination, made.peer = text, Command.BIND, Address.named(text, 1), Address.named(text, 2)
+    made.user, made.command, made.destination, made.peer = text, Command.BIND, place, other
     made.end()
     yield made
 
@@ -581,8 +587,7 @@ def sessions_of(text: str) -> Iterator[Session]:
 def lines_of(text: str) -> Iterator[str]:
     """All that the log can have of a client that sends this instead of a name, but for a failed login."""
     formatter = log.TextFormatter(color=False)
-    request = error_of(Request.read, io.BytesIO(b"\5\1\0\3" + bytes((len(text.encode()),)) + text.encode() + b"\0\7"))
-    for message in (*sessions_of(text), f"#1 < {Credentials(text.encode(), b'')}", f"#1 < {request}"):
+    for message in (*sessions_of(text), f"#1 < {Credentials(text.encode(), b'')}", f"#1 < {request_of(text)}"):
         yield formatter.format(logging.LogRecord("socks5srv", logging.INFO, "", 0, "%s", (message,), None))
     try:
         raise ValueError(f"no user {text}")             # of an overridden method
