@@ -697,7 +697,7 @@ def test_all_zeros_are_judged_as_the_loopback_that_they_lead_to(start_server, ne
         return address.literal is None or not ip_address(address.host).is_loopback
 
     target = listen("::1" if asked.host == "::" else LOCALHOST)
-    server = start_server(handler_with(allow=allow, resolve=lambda _self, _host: ["0.0.0.0"]))
+    server = start_server(handler_with(allow=allow, resolve=lambda *_: ["0.0.0.0"]))
     assert_refused(new_client(server), ReplyCode.NOT_ALLOWED, to(asked._replace(port=target.getsockname()[1])))
     assert nobody_called(target)
 

@@ -1,6 +1,6 @@
 """
-The life of a server, over real connections: what it tells of its clients, its threads, how it stops, and
-what it makes of garbage.  (The conversation with one client is in test_handler.py.)
+The life of a server, over real connections: what it tells of its clients, its threads, how it stops, what it makes of
+garbage, and that no client costs another.  (The conversation with one client is in test_handler.py.)
 """
 
 from __future__ import annotations
@@ -647,26 +647,20 @@ def garbage(dice):
 @pytest.mark.parametrize("users", [None, USERS], ids=["open", "with users"])
 def test_no_garbage_upsets_the_server(start_server, new_client, echo, users):
     """E68: a bug would be logged, and start_server looks for that in the end."""
-    class Safe(Socks5Handler):
+    def connect(self, request):
         """It goes nowhere but to the echo, whatever it is asked for."""
+        self.addresses(request, time.monotonic() + 1)
+        return socket.create_connection(echo, TIMEOUT)
 
-        def resolve(self, host):
-            return [LOCALHOST]
-
-        def connect(self, request):
-            self.addresses(request, time.monotonic() + 1)
-            return socket.create_connection(echo, TIMEOUT)
-
-    server = start_server(Safe, users=users, bind_timeout=0.2, handshake_timeout=5)
+    safe = handler_with(connect=connect, resolve=lambda _self, _host: [LOCALHOST])
+    server = start_server(safe, users=users, bind_timeout=0.2, handshake_timeout=5)
     dice = random.Random(20240229)
     for _ in range(6):
         clients = [new_client(server) for _ in range(50)]
         for client in clients:
-            try:
+            with contextlib.suppress(OSError):      # it has been hung up on already
                 client.send(garbage(dice))
                 client.end()
-            except OSError:             # it has been hung up on already
-                pass
         for client in clients:
             client.rest()
             client.close()
@@ -707,15 +701,13 @@ def test_a_setup_that_fails_costs_its_client_and_no_place(early, start_server, n
     bugs.clear()
 
 
-def test_a_handler_that_fails_when_its_tunnel_is_handed_over_does_not_take_it_along(start_server, new_client, echo, bugs):
-    class Careless(Socks5Handler):
-        def relay(self, target):
-            super().relay(target)
-            raise ZeroDivisionError("a bug")
+def test_a_handler_that_fails_when_its_tunnel_is_handed_over_does_not_take_it_along(start_server, new_tunnel, bugs):
+    def relay(self, target):
+        Socks5Handler.relay(self, target)
+        raise ZeroDivisionError("a bug")
 
-    server = start_server(handler=Careless)
-    client = new_client(server)
-    client.connect(echo)
+    server = start_server(handler_with(relay=relay))
+    client = new_tunnel(server)
     eventually(lambda: bugs)
     bugs.clear()
     exchange(client)
