@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from tests.clients.harness import need, run
 from tests.conftest import LOCALHOST
@@ -118,27 +118,27 @@ class Recorded:
         self.path = path
         self.place: Place = (LOCALHOST, service.port)
 
-    def packets(self) -> List[Packet]:
-        """All, once it has stopped."""
+    def packets(self, after: str = "") -> List[Packet]:
+        """All of them.  It is stopped for that, as soon as a line of its log has this in it."""
+        if after:
+            self.service.wait_for(after)
         if not self.service.ended_within(0):
             assert self.service.stop() == 0
         return packets_in(self.path.read_bytes())
 
-    def await_line(self, text: str) -> str:
-        return str(self.service.wait_for(text))
+    def tshark(self, wanted: str, *fields: str) -> List[List[str]]:
+        """These fields of each packet that matches, of a server that has stopped."""
+        return tshark(self.path, wanted, *fields, "-d", f"tcp.port=={self.service.port},socks")
 
-    def tshark(self, wanted: str, *fields: str, socks: bool = True) -> List[List[str]]:
-        """These fields of each packet that matches."""
-        self.packets()
-        return tshark(self.path, wanted, *fields, *(("-d", f"tcp.port=={self.service.port},socks") if socks else ()))
+
+Record = Callable[..., Recorded]        # the fixture
 
 
 def tshark(path: Path, wanted: str, *words: str) -> List[List[str]]:
     fields = [word for word in words if "." in word and "=" not in word]
     options = [word for word in words if word not in fields]
-    output = run(
-        need("tshark"), "-n", "-r", path, *CHECKS, *options, "-Y", wanted, "-T", "fields", *(part for field in fields for part in ("-e", field)),
-    )
+    asked = [part for field in fields for part in ("-e", field)]
+    output = run(need("tshark"), "-n", "-r", path, *CHECKS, *options, "-Y", wanted, "-T", "fields", *asked)
     return [line.split("\t") for line in output.decode().splitlines()]
 
 

@@ -76,7 +76,7 @@ def test_a_server_that_cannot_listen_leaves_the_recording_of_another_alone(run_c
     with Client(server.place) as client:
         client.connect(echo)
         exchange(client)
-    server.await_line("ok")
+    server.service.wait_for("ok")
     assert run_command(str(server.place[1]), "--pcap", str(server.path)).code == 1
     assert said(server.packets()) != {}
 
@@ -329,7 +329,7 @@ def test_tshark_would_see_a_fault(recorded: Callable[..., Recorded], echo: Place
     with Client(server.place) as client:
         client.connect(echo)
         exchange(client, b"hello")
-    server.await_line("ok")
+    server.service.wait_for("ok")
     server.packets()
     octets = server.path.read_bytes()
     damaged, cut = tmp_path / "damaged", tmp_path / "cut"
