@@ -5,11 +5,11 @@ from typing import Any, Callable
 
 import pytest
 
-from .recorded import Recorded
+from .recorded import Record, Recorded
 
 
 @pytest.fixture
-def recorded(start: Callable[..., Any], tmp_path: Path) -> Callable[..., Recorded]:
+def recorded(start: Callable[..., Any], tmp_path: Path) -> Record:
     """Start a server with ``--pcap`` and these words."""
     def started(*words: str, **keywords: Any) -> Recorded:
         path = tmp_path / "recording.pcap"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from tests.clients.harness import need, run
-from tests.conftest import LOCALHOST
+from tests.conftest import LOCALHOST, Client, exchange
 
 COMMAND = (sys.executable, "-m", "socks5srv")
 Place = Tuple[str, int]
@@ -132,6 +132,13 @@ class Recorded:
 
 
 Record = Callable[..., Recorded]        # the fixture
+
+
+def visit(port: int, echo: Place, octets: bytes = b"hello") -> None:
+    """One client goes to this echo, by the server at this port."""
+    with Client((LOCALHOST, port)) as client:
+        client.connect(echo)
+        exchange(client, octets)
 
 
 def tshark(path: Path, wanted: str, *words: str) -> List[List[str]]:

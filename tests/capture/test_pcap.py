@@ -1,9 +1,8 @@
-"""
-Packets, the file, and the thread that writes it.
-"""
+"""Packets, the file, and the thread that writes it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
 from hypothesis import given
@@ -25,11 +24,29 @@ from tests.clients.harness import environment, need, run
 from tests.conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange
 from tests.networks import LinkLocal
 
-from .recorded import COMMAND, Place, Recorded, assert_sound, packets_in, parse, said, sum_of_words
+from .recorded import COMMAND, Packet, Place, Record, assert_sound, packets_in, parse, said, sum_of_words, visit
+
+
+@contextlib.contextmanager
+def piped(*words: str) -> Iterator[Any]:
+    """A server whose output we have, and do not have to read."""
+    command = [*COMMAND, "0", *words]
+    with subprocess.Popen(
+        command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def port_in(file: Path) -> int:
+    return int(eventually(lambda: file.exists() and file.read_text()))
+
 
 # --- the file ---
 
-def test_it_can_be_read_while_the_server_serves(recorded: Callable[..., Recorded], echo: Place) -> None:
+def test_it_can_be_read_while_the_server_serves(recorded: Record, echo: Place) -> None:
     server = recorded()
     with Client(server.place) as client:
         ours = client.socket.getsockname()
@@ -41,7 +58,7 @@ def test_it_can_be_read_while_the_server_serves(recorded: Callable[..., Recorded
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_at_the_end_it_is_complete(recorded: Callable[..., Recorded], echo: Place, number: int) -> None:
+def test_at_the_end_it_is_complete(recorded: Record, echo: Place, number: int) -> None:
     server = recorded()
     with Client(server.place) as client:
         client.connect(echo)
@@ -54,7 +71,7 @@ def test_at_the_end_it_is_complete(recorded: Callable[..., Recorded], echo: Plac
 
 @pytest.mark.skipif(os.name == "nt", reason="not on this platform: modes of files")
 @pytest.mark.parametrize("there_already", [False, True])
-def test_only_its_owner_may_read_it(recorded: Callable[..., Recorded], tmp_path: Path, there_already: bool) -> None:
+def test_only_its_owner_may_read_it(recorded: Record, tmp_path: Path, there_already: bool) -> None:
     path = tmp_path / "recording.pcap"
     if there_already:
         path.write_bytes(b"of an earlier run" * 100)
@@ -67,15 +84,13 @@ def test_only_its_owner_may_read_it(recorded: Callable[..., Recorded], tmp_path:
 def test_a_file_that_cannot_be_written_is_told_in_one_sentence(run_command: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "recording.pcap"
     outcome = run_command("0", "--workers", "1", "--pcap", str(path))
-    assert outcome.code == 1
-    assert outcome.stderr == f"socks5srv: error: cannot write the recording {path}: No such file or directory\n  choose another file with --pcap\n"
+    message = f"cannot write the recording {path}: No such file or directory\n  choose another file with --pcap"
+    assert (outcome.code, outcome.stderr) == (1, f"socks5srv: error: {message}\n")
 
 
-def test_a_server_that_cannot_listen_leaves_the_recording_of_another_alone(run_command: Callable[..., Any], recorded: Callable[..., Recorded], echo: Place) -> None:
+def test_who_cannot_listen_leaves_anothers_recording_alone(run_command: Callable[..., Any], recorded: Record, echo: Place) -> None:
     server = recorded()
-    with Client(server.place) as client:
-        client.connect(echo)
-        exchange(client)
+    visit(server.service.port, echo)
     server.service.wait_for("ok")
     assert run_command(str(server.place[1]), "--pcap", str(server.path)).code == 1
     assert said(server.packets()) != {}
@@ -98,25 +113,16 @@ def test_a_terminal_is_spared(at_terminal: Callable[..., Any]) -> None:
 
 
 def test_to_standard_output_it_goes_packet_by_packet(echo: Place, tmp_path: Path) -> None:
-    port_file = tmp_path / "port"
-    process = subprocess.Popen(
-        [*COMMAND, "0", "-q", "--pcap", "-", "--port-file", str(port_file)], env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-    )
-    with process:
-        try:
-            eventually(port_file.exists)
-            assert process.stdout is not None
-            with Client((LOCALHOST, int(port_file.read_text()))) as client:
-                client.connect(echo)
-                exchange(client, b"seen")
-                octets = b""
-                while octets.count(b"seen") < 4:            # in and out, there and back
-                    octets += os.read(process.stdout.fileno(), 65536)
-            process.terminate()
-            octets += process.stdout.read()
-            assert process.wait(TIMEOUT) == 0
-        finally:
-            process.kill()
+    with piped("-q", "--pcap", "-", "--port-file", str(tmp_path / "port")) as process:
+        with Client((LOCALHOST, port_in(tmp_path / "port"))) as client:
+            client.connect(echo)
+            exchange(client, b"seen")
+            octets = b""
+            while octets.count(b"seen") < 4:            # in and out, there and back
+                octets += os.read(process.stdout.fileno(), 65536)
+        process.terminate()
+        octets += process.stdout.read()
+        assert process.wait(TIMEOUT) == 0
     assert sum(packet.payload == b"seen" for packet in packets_in(octets)) == 4
 
 
@@ -127,9 +133,7 @@ def test_a_named_pipe_is_read_by_tshark_as_it_comes(start: Callable[..., Any], e
     with subprocess.Popen([program, "-n", "-l", "-r", str(fifo)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as reader:
         try:
             service = start("--pcap", str(fifo), "--workers", "1")
-            with Client((LOCALHOST, service.port)) as client:
-                client.connect(echo)
-                exchange(client)
+            visit(service.port, echo)
             service.stop()
             assert reader.stdout is not None
             assert b"[SYN]" in reader.stdout.read()
@@ -141,52 +145,33 @@ def test_a_named_pipe_is_read_by_tshark_as_it_comes(start: Callable[..., Any], e
 def test_a_named_pipe_without_a_reader_can_be_given_up(tmp_path: Path) -> None:
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
-    with subprocess.Popen([*COMMAND, "0", "--pcap", str(fifo)], env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8") as process:
-        try:
-            assert process.stderr is not None
-            assert f"waiting for a program that reads {fifo}" in process.stderr.readline()
-            process.send_signal(signal.SIGINT)
-            assert process.stderr.read() == f"socks5srv: error: no program reads {fifo}\n"
-            assert process.wait(TIMEOUT) == 130
-        finally:
-            process.kill()
+    with piped("--pcap", str(fifo)) as process:
+        assert f"waiting for a program that reads {fifo}" in process.stderr.readline().decode()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().decode() == f"socks5srv: error: no program reads {fifo}\n"
+        assert process.wait(TIMEOUT) == 130
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not on this platform: /dev/full")
 def test_when_the_disk_is_full_it_is_told_once_and_serving_goes_on(start: Callable[..., Any], echo: Place) -> None:
     service = start("--pcap", "/dev/full", "--workers", "1")
     for _ in range(3):
-        with Client((LOCALHOST, service.port)) as client:
-            client.connect(echo)
-            exchange(client, b"x" * 1000)
+        visit(service.port, echo, b"x" * 1000)
     assert service.stop() == 0
     assert service.stderr.count(f"recording stopped: {os.strerror(errno.ENOSPC)}; serving goes on") == 1
     assert "Traceback" not in service.stderr
 
 
 def test_a_reader_that_goes_is_no_reason_to_stop(echo: Place, tmp_path: Path) -> None:
-    port_file = tmp_path / "port"
-    process = subprocess.Popen(
-        [*COMMAND, "0", "-q", "--pcap", "-", "--port-file", str(port_file)], env=environment(), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-    )
-    with process:
-        try:
-            eventually(port_file.exists)
-            assert process.stdout is not None
-            process.stdout.close()
-            for _ in range(2):
-                with Client((LOCALHOST, int(port_file.read_text()))) as client:
-                    client.connect(echo)
-                    exchange(client)
-            process.terminate()
-            assert process.wait(TIMEOUT) == 0
-            assert process.stderr is not None
-            lines = process.stderr.read().splitlines()
-            assert len(lines) == 1
-            assert "recording stopped: " in lines[0]
-        finally:
-            process.kill()
+    with piped("-q", "--pcap", "-", "--port-file", str(tmp_path / "port")) as process:
+        port = port_in(tmp_path / "port")
+        process.stdout.close()
+        for _ in range(2):
+            visit(port, echo)
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+        (line,) = process.stderr.read().decode().splitlines()
+        assert "recording stopped: " in line
 
 
 def test_a_program_can_be_recorded(run_command: Callable[..., Any], tmp_path: Path, echo: Place) -> None:
@@ -201,13 +186,13 @@ def test_a_program_can_be_recorded(run_command: Callable[..., Any], tmp_path: Pa
 
 
 def test_without_the_option_nothing_of_it_is_imported() -> None:
-    code = "import sys; from socks5srv.cli import main as run; print(*[name for name in sys.modules if 'pcap' in name or 'capture' in name])"
+    code = "import sys; import socks5srv.cli.main; print(*[name for name in sys.modules if 'pcap' in name or 'capture' in name])"
     assert run(sys.executable, "-c", code).split() == []
 
 
 # --- the writer by itself ---
 
-def test_a_reader_that_does_not_read_delays_serving_only_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reader_that_is_stuck_delays_serving_only_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(CaptureWriter, "max_buffered", 100_000)
     monkeypatch.setattr(CaptureWriter, "timeout", 0.1)
     reader, pipe = os.pipe()
@@ -215,7 +200,7 @@ def test_a_reader_that_does_not_read_delays_serving_only_once(monkeypatch: pytes
     with caplog.at_level(logging.ERROR, "socks5srv"):
         for _ in range(1000):
             writer.add(lambda octets: [octets], bytes(10_000))
-    assert [record.getMessage() for record in caplog.records] == ["recording stopped: it cannot be written as fast as it comes; serving goes on"]
+    assert caplog.messages == ["recording stopped: it cannot be written as fast as it comes; serving goes on"]
     writer.close()               # and does not wait
     os.close(reader)
     writer.thread.join(TIMEOUT)
@@ -247,9 +232,8 @@ def test_a_bug_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCapture
     writer.add(lambda: [bytes(1 // 0)])
     writer.thread.join(TIMEOUT)
     assert writer.over
-    assert [record.getMessage() for record in caplog.records] == [
-        "a bug, met while recording", "recording stopped: integer division or modulo by zero; serving goes on",
-    ]
+    stopped = "recording stopped: integer division or modulo by zero; serving goes on"
+    assert caplog.messages == ["a bug, met while recording", stopped]
     writer.close()
 
 
@@ -277,23 +261,21 @@ def test_the_checksum_of_much_is_that_of_the_rfc(length: int) -> None:
     assert sum_of_words(pcap.checksum(octets) + octets) == 0xFFFF
 
 
-ENDS = Address.numeric("192.0.2.1", 40000), Address.numeric("192.0.2.2", 1080)
-
 @pytest.mark.parametrize("zone", [True, False])
 def test_a_packet_has_no_zone_but_the_address_on_that_link(link_local: LinkLocal, zone: bool) -> None:
     """And where there is no way, the zeros stay."""
     there = Address.numeric(link_local.zoned if zone else link_local.host, 9)
     (packet,) = pcap.udp(Address.numeric("::", 7), there, b"data")
-    own, other = ip_address(link_local.host).packed, ip_address(link_local.host).packed
-    assert packet[8:40] == (own if zone else bytes(16)) + other
+    address = ip_address(link_local.host).packed
+    assert packet[8:40] == (address if zone else bytes(16)) + address
 
 
+ENDS = Address.numeric("192.0.2.1", 40000), Address.numeric("192.0.2.2", 1080)
+OPEN = ("syn",), ("establish",)
 
-def of_stream(*steps: Tuple[Any, ...]) -> List[str]:
-    stream = TcpStream(*ENDS)
-    packets = [parse(0, packet) for name, *details in (("syn",), ("establish",), *steps) for packet in getattr(stream, name)(*details)]
-    said(packets)                       # which checks the numbers
-    return [(">" if packet.source == ENDS[0][:2] else "<") + packet.flags + str(len(packet.payload) or "") for packet in packets][3:]
+
+def packets_of(stream: TcpStream, *steps: Tuple[Any, ...]) -> List[Packet]:
+    return [parse(0, packet) for name, *details in steps for packet in getattr(stream, name)(*details)]
 
 
 @pytest.mark.parametrize(("steps", "packets"), [
@@ -307,45 +289,35 @@ def of_stream(*steps: Tuple[Any, ...]) -> List[str]:
     ([("data", CLIENT, b"x")] * 17, [">PA1"] * 16 + ["<A", ">PA1"]),
 ])
 def test_the_rules_of_tcp_are_kept(steps: List[Tuple[Any, ...]], packets: List[str]) -> None:
-    assert of_stream(*steps) == packets
+    found = packets_of(TcpStream(*ENDS), *OPEN, *steps)
+    said(found)                         # which checks the numbers
+    signs = [">" if packet.source == ENDS[0][:2] else "<" for packet in found]
+    assert [sign + packet.flags + str(len(packet.payload) or "") for sign, packet in zip(signs, found)][3:] == packets
 
 
 def test_a_refused_call_is_refused_once_and_carries_nothing() -> None:
-    stream = TcpStream(*ENDS)
-    steps = [*stream.syn(), *stream.syn(), *stream.data(CLIENT, b"x"), *stream.fin(CLIENT), *stream.reset(SERVER), *stream.reset(SERVER), *stream.establish()]
-    assert [parse(0, packet).flags for packet in steps] == ["S", "RA"]
+    refused = ("reset", SERVER)
+    steps = [("syn",), ("syn",), ("data", CLIENT, b"x"), ("fin", CLIENT), refused, refused, ("establish",)]
+    assert [packet.flags for packet in packets_of(TcpStream(*ENDS), *steps)] == ["S", "RA"]
 
 
 def test_sequence_numbers_begin_again_behind_the_largest() -> None:
     stream = TcpStream(*ENDS)
     stream.ends[CLIENT].next = 2 ** 32 - 3
-    packets = [*stream.syn(), *stream.establish(), *stream.data(CLIENT, b"hello"), *stream.data(CLIENT, b"again"), *stream.fin(CLIENT)]
-    assert said([parse(0, packet) for packet in packets])[ENDS[0][:2], ENDS[1][:2]] == b"helloagain"
+    packets = packets_of(stream, *OPEN, ("data", CLIENT, b"hello"), ("data", CLIENT, b"again"), ("fin", CLIENT))
+    assert said(packets)[ENDS[0][:2], ENDS[1][:2]] == b"helloagain"
 
 
-def test_tshark_would_see_a_fault(recorded: Callable[..., Recorded], echo: Place, tmp_path: Path) -> None:
+def test_tshark_would_see_a_fault(recorded: Record, echo: Place, tmp_path: Path) -> None:
     """Of the tests: what they ask for can be missed."""
     server = recorded()
-    with Client(server.place) as client:
-        client.connect(echo)
-        exchange(client, b"hello")
-    server.service.wait_for("ok")
-    server.packets()
-    octets = server.path.read_bytes()
+    visit(server.service.port, echo)
+    packets, octets = server.packets("ok"), server.path.read_bytes()
+    first = octets.index(b"hello") - 16 - 20 - 20           # headers of the record, IP and TCP
     damaged, cut = tmp_path / "damaged", tmp_path / "cut"
     damaged.write_bytes(octets.replace(b"hello", b"hullo", 1))
-    cut.write_bytes(without_first(octets, b"hello"))
+    cut.write_bytes(octets[:first] + octets[first + 16 + 20 + 20 + len(b"hello"):])
+    assert len(packets_in(cut.read_bytes())) == len(packets) - 1
     for path in (damaged, cut):
         with pytest.raises(AssertionError):
             assert_sound(path)
-
-
-def without_first(octets: bytes, payload: bytes) -> bytes:
-    """The file without the first packet that ends so."""
-    place: Optional[int] = 24
-    while place is not None:
-        length = int.from_bytes(octets[place + 8:place + 12], "little")
-        if octets[place + 16:place + 16 + length].endswith(payload):
-            return octets[:place] + octets[place + 16 + length:]
-        place += 16 + length
-    raise AssertionError("there is none")
