@@ -88,7 +88,7 @@ def test_a_file_that_cannot_be_written_is_told_in_one_sentence(run_command: Call
     assert (outcome.code, outcome.stderr) == (1, f"socks5srv: error: {message}\n")
 
 
-def test_who_cannot_listen_leaves_anothers_recording_alone(run_command: Callable[..., Any], recorded: Record, echo: Place) -> None:
+def test_who_cannot_listen_leaves_other_recordings_alone(run_command: Callable[..., Any], recorded: Record, echo: Place) -> None:
     server = recorded()
     visit(server.service.port, echo)
     server.service.wait_for("ok")
@@ -192,7 +192,7 @@ def test_without_the_option_nothing_of_it_is_imported() -> None:
 
 # --- the writer by itself ---
 
-def test_a_reader_that_is_stuck_delays_serving_only_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reader_that_is_stuck_delays_serving_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(CaptureWriter, "max_buffered", 100_000)
     monkeypatch.setattr(CaptureWriter, "timeout", 0.1)
     reader, pipe = os.pipe()

@@ -46,7 +46,8 @@ def test_notes_are_shown_in_another_thread_and_in_their_order() -> None:
     trace.datagram(False, b"\0\0", "Dropped.")
     trace.end()
     assert [(each.number, each.sender) for each in printed] == [("u1", "client"), ("u2", "proxy"), ("u3", "client")]
-    assert [each.remarks[-2] for each in printed[:2]] == ['"Send 1 octet to 192.0.2.1:53."', '"This is 1 octet from 192.0.2.1:53."']
+    in_words = ['"Send 1 octet to 192.0.2.1:53."', '"This is 1 octet from 192.0.2.1:53."']
+    assert [each.remarks[-2] for each in printed[:2]] == in_words
     assert [each.remarks[-1] for each in printed] == ["What became of it.", "What became of it.", "Dropped."]
     assert threading.current_thread() not in printed.threads
     assert not printed.threads[0].is_alive()
