@@ -73,7 +73,7 @@ def test_with_v_the_log_lines_are_there_as_ever(run_command: Run, echo: Place) -
 
 
 PROXIES = "import os; print(sorted(name for name in os.environ if name.lower().endswith('_proxy')))"
-SECRETS = "import os; print(sorted(name for name in os.environ if name.startswith('SOCKS5SRV_')), 'hush' in str(os.environ.values()))"
+SECRETS = "import os; print(sorted(n for n in os.environ if n.startswith('SOCKS5SRV_')), 'hush' in str(os.environ.values()))"
 WORDS = "import sys; print(sys.argv[1:])"
 OURS = {"SOCKS5SRV_OPTIONS": "--upstream socks5h://ben:hush@127.0.0.1:9", "SOCKS5SRV_PASSWORD": "sesame"}
 
@@ -172,7 +172,9 @@ def test_places_are_told_one_by_one_up_to_a_number() -> None:
     assert destinations.contacted_by("it").splitlines()[-1] == "  - elsewhere ok  10 x  10 up  0 down"
 
 
-@pytest.mark.parametrize(("users", "login"), [(None, ""), ({"anna": "sesame"}, "anna:sesame@"), ({"a@b": "c:d/é"}, "a%40b:c%3Ad%2F%C3%A9@")])
+@pytest.mark.parametrize(("users", "login"), [
+    (None, ""), ({"anna": "sesame"}, "anna:sesame@"), ({"a@b": "c:d/é"}, "a%40b:c%3Ad%2F%C3%A9@"),
+])
 @pytest.mark.parametrize(("address", "place"), [
     (Address("127.0.0.1", 9, AddressType.IPV4), "127.0.0.1:9"),
     (Address("fe80::1", 9, AddressType.IPV6, 1), f"[fe80::1%25{socket.if_indextoname(1)}]:9"),

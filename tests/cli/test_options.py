@@ -48,9 +48,9 @@ def test_without_options_it_is_this_computer_only_on_port_1080_and_nobody_logs_i
 
 @pytest.mark.parametrize(("words", "bind", "port"), [
     ("8080", ["127.0.0.1"], 8080), ("0", ["127.0.0.1"], 0), ("-p 0", ["127.0.0.1"], 0), ("--port 65535", ["127.0.0.1"], 65535),
-    ("-b 192.168.1.20", ["192.168.1.20"], 1080), ("192.168.1.20:8080", ["192.168.1.20"], 8080), ("localhost:8080", ["localhost"], 8080),
-    ("[::1]:0", ["::1"], 0), ("-b ::1 8080", ["::1"], 8080), ("-b 127.0.0.1 -b ::1 -p 8080", ["127.0.0.1", "::1"], 8080),
-    ("127.0.0.1:8080 --bind ::1", ["127.0.0.1", "::1"], 8080),
+    ("-b 192.168.1.20", ["192.168.1.20"], 1080), ("192.168.1.20:8080", ["192.168.1.20"], 8080),
+    ("localhost:8080", ["localhost"], 8080), ("[::1]:0", ["::1"], 0), ("-b ::1 8080", ["::1"], 8080),
+    ("-b 127.0.0.1 -b ::1 -p 8080", ["127.0.0.1", "::1"], 8080), ("127.0.0.1:8080 --bind ::1", ["127.0.0.1", "::1"], 8080),
 ])
 def test_it_listens_where_it_is_told_to(words: str, bind: Any, port: int) -> None:
     assert listens(*words.split()) == (bind, port)
@@ -139,16 +139,16 @@ MISTAKES: List[Tuple[Any, ...]] = [     # what it is, command lines that make it
         "is no port: a number from 0 to 65535 is",
     ),
     ("a port alone that is negative", ["--port=-1"], "{!r} is no port"),
-    ("a colon and a port: programs differ in what they mean", [":1080"], "127.0.0.1:1080 for this computer only", "0.0.0.0:1080 for all"),
+    ("a colon and a port, which is unclear", [":1080"], "127.0.0.1:1080 for this computer only", "0.0.0.0:1080 for all"),
     ("an address without a port, which can be given in two ways", ["localhost", "192.168.1.20"], "-b {},", "{}:1080"),
-    ("an IPv6 address without brackets", ["::1", "::1:1080", "2001:db8::1:1080"], "needs brackets around its IPv6 address, as in [::1]:1080"),
+    ("no brackets", ["::1", "::1:1080", "2001:db8::1:1080"], "needs brackets around its IPv6 address, as in [::1]:1080"),
     ("a port given twice", ["8080 -p 8080", "127.0.0.1:8080 -p 0"], "the port is given twice"),
     (
-        "a name that SOCKS5 cannot carry", [f"-u '{name}:sesame'" for name in ("", "a" * 256, "\u00e4" * 128, "an\x1bna", "an\nna")],
+        "a name SOCKS5 cannot carry", [f"-u '{name}:sesame'" for name in ("", "a" * 256, "\u00e4" * 128, "an\x1bna", "an\nna")],
         "SOCKS5 takes 1 to 255 octets of text",
     ),
     (
-        "an unknown command", ["--commands listen", "--commands connect,", "--commands=", "--commands CONNECT", "--commands 'connect bind'"],
+        "an unknown command", [f"--commands='{text}'" for text in ("listen", "connect,", "", "CONNECT", "connect bind")],
         "is no command; choose from connect,bind,udp",
     ),
     ("both families", ["-4 -6"], "-4"),
@@ -156,14 +156,14 @@ MISTAKES: List[Tuple[Any, ...]] = [     # what it is, command lines that make it
         "no number of seconds", [f"--idle-timeout={text}" for text in ("0", "-1", "soon", "", "nan", "inf", "1e10")],
         "must be a positive number of seconds, not {!r}",
     ),
-    ("a network with a zone", ["--allow-from fe80::/10%eth0", "--allow-from fe80::1%2"], "{!r} has a zone, and networks are known without"),
+    ("a zone", ["--allow-from fe80::/10%eth0", "--allow-from fe80::1%2"], "{!r} has a zone, and networks are known without"),
     (
         "a source with a zone", [f"--source {text}" for text in ("fe80::1%eth0", "fe80::1%1", "fe80::1", "2001:db8::7%eth0")],
         "{!r} reaches only one link: give an address without a zone",
     ),
-    ("a source that is no address", [f"--source '{text}'" for text in ("localhost", "", "300.0.0.1", "192.0.2.7:80")], "{!r} is no IP address"),
+    ("no source", [f"--source '{text}'" for text in ("localhost", "", "300.0.0.1", "192.0.2.7:80")], "{!r} is no IP address"),
     (
-        "no number of processes", [f"--workers={text}" for text in ("0", "-1", "257", "1000000000000", "two", "", "1.5", "\u00b2")],
+        "no number of workers", [f"--workers={text}" for text in ("0", "-1", "257", "1000000000000", "two", "", "1.5", "\u00b2")],
         "argument --workers: {!r} is no number of processes: 1 to 256, or auto, is",
     ),
     ("no network, but near one", ["--deny 10.0.0.1/8"], "{!r} is no network: 10.0.0.0/8 would be one"),

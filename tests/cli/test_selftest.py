@@ -23,7 +23,7 @@ def test_there_is_a_test_for_every_command() -> None:
     assert {name.replace(" ", "_") for name in selftest.TESTS} == {command.name for command in Command}
 
 
-def test_what_does_not_work_is_told_with_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_work_is_told_and_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(Socks5Handler):
         do_BIND = None
 

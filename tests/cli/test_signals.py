@@ -14,7 +14,7 @@ from typing import Tuple
 
 import pytest
 from tests.conftest import TIMEOUT, Place, eventually
-from tests.program import AtTerminal, Start, by_shell, needs_hangup, processes_too, started
+from tests.program import AtTerminal, Start, Terminal, by_shell, needs_hangup, processes_too, started
 from tests.cli.test_startup import write_users
 
 pytestmark = needs_hangup
@@ -32,14 +32,15 @@ while True:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Tuple[Path, Path]:
-    """Where the port and the log go."""
-    return tmp_path / "port", tmp_path / "log"
+def serve(at_terminal: AtTerminal, tmp_path: Path) -> AtTerminal:
+    """Start a server at a terminal, with these options and a port file."""
+    def served(*words: str) -> Terminal:
+        terminal = at_terminal("0", *words, "--port-file", str(tmp_path / "port"))
+        eventually((tmp_path / "port").exists)
+        terminal.port = int((tmp_path / "port").read_text())
+        return terminal
 
-
-def port_in(file: Path) -> int:
-    eventually(file.exists)
-    return int(file.read_text())
+    return served
 
 
 # --- a terminal that is closed ---
@@ -47,34 +48,30 @@ def port_in(file: Path) -> int:
 @processes_too
 @pytest.mark.parametrize("logged", [False, True], ids=["on the screen", "in a file"])
 def test_a_terminal_that_is_closed_ends_the_server_as_sigterm_does(
-    words: Tuple[str, ...], logged: bool, at_terminal: AtTerminal, echo: Place, files: Tuple[Path, Path],
+    words: Tuple[str, ...], logged: bool, serve: AtTerminal, echo: Place, tmp_path: Path,
 ) -> None:
-    port_file, log_file = files
-    terminal = at_terminal("0", *words, "--port-file", str(port_file), *["--log-file", str(log_file)] * logged)
-    terminal.port = port_in(port_file)
+    terminal = serve(*words, *["--log-file", str(tmp_path / "log")] * logged)
     client = terminal.tunnel(echo)
     terminal.hang_up()
     assert terminal.process.wait(TIMEOUT) == 0
     assert client.rest() == b""
-    assert not port_file.exists()
+    assert not (tmp_path / "port").exists()
     with pytest.raises(ConnectionError):        # which a worker that is left would accept
         terminal.client()
     if logged:
-        *_others, session, farewell = log_file.read_text().splitlines()
+        *_others, session, farewell = (tmp_path / "log").read_text().splitlines()
         assert session.endswith(" server stopped")
         assert " stopped after " in farewell
 
 
 @processes_too
 def test_a_server_with_a_users_file_outlives_its_terminal(
-    words: Tuple[str, ...], at_terminal: AtTerminal, echo: Place, tmp_path: Path, files: Tuple[Path, Path],
+    words: Tuple[str, ...], serve: AtTerminal, echo: Place, tmp_path: Path,
 ) -> None:
-    users = write_users(tmp_path / "users", anna="sesame")
-    port_file, log_file = files
-    terminal = at_terminal("0", *words, "--users-file", str(users), "--port-file", str(port_file), "--log-file", str(log_file))
-    terminal.port = port_in(port_file)
+    users, log = write_users(tmp_path / "users", anna="sesame"), tmp_path / "log"
+    terminal = serve(*words, "--users-file", str(users), "--log-file", str(log))
     terminal.hang_up()
-    eventually(lambda: "1 users read" in log_file.read_text())
+    eventually(lambda: "1 users read" in log.read_text())
     terminal.tunnel(echo, "anna", "sesame")
     terminal.process.terminate()
     assert terminal.process.wait(TIMEOUT) == 0

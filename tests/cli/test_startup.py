@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import pytest
-from tests.conftest import LOCALHOST, TIMEOUT, Client, Place, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, within
+from tests.conftest import (
+    LOCALHOST, TIMEOUT, Client, Place, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, within,
+)
 from tests.program import AtTerminal, Run, Service, Start, by_shell, needs_full_disk, needs_hangup, needs_posix, processes_too
 
 from socks5srv.protocol import Command, Credentials, Method, ReplyCode
@@ -78,7 +80,8 @@ def assert_unharmed(service: Service) -> None:
 @pytest.fixture
 def ways_out(run_command: Run) -> List[List[str]]:
     """The options of the command lines that the refusal prints."""
-    return [found.split() for found in re.findall(r"^ +socks5srv((?: \S+)*)  ", run_command("-b", "0.0.0.0").error(), re.MULTILINE)]
+    error = run_command("-b", "0.0.0.0").error()
+    return [found.split() for found in re.findall(r"^ +socks5srv((?: \S+)*)  ", error, re.MULTILINE)]
 
 
 def test_the_refusal_names_four_ways_out(ways_out: List[List[str]]) -> None:
@@ -153,20 +156,20 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize(("line", "expected"), BAD_LINES.items(), ids=[str(number) for number, _ in enumerate(BAD_LINES)])
-def test_a_bad_line_is_told_with_its_number_and_what_was_expected(line: str, expected: str, tmp_path: Path, run_command: Run) -> None:
+@pytest.mark.parametrize(("line", "says"), BAD_LINES.items(), ids=[str(number) for number, _ in enumerate(BAD_LINES)])
+def test_a_bad_line_is_told_with_its_number_and_what_was_expected(line: str, says: str, tmp_path: Path, run_command: Run) -> None:
     path = write_users(tmp_path / "users", "# comment", f"ben:{cheap_hash('4711')}", line)
     first = run_command("--users-file", str(path), "0").error().splitlines()[0]
     assert first.startswith(f"{path}:3: ")
-    assert expected in first
+    assert says in first
 
 
 @pytest.mark.parametrize(("octets", "mode", "says"), [
-    pytest.param(b"# nobody yet\n", 0o644, " {0} is readable by everyone: chmod o-rw {0}\n", id="readable by everyone", marks=needs_posix),
+    pytest.param(b"# nobody yet\n", 0o644, " {0} is readable by everyone: chmod o-rw {0}\n", id="readable", marks=needs_posix),
     pytest.param(None, 0o600, " {}: No such file", id="missing"),
     pytest.param(b"anna:\xff\n", 0o600, " {}: not UTF-8\n", id="no text"),
 ])
-def test_a_file_that_does_not_do_is_told_with_the_remedy(octets: Any, mode: int, says: str, tmp_path: Path, run_command: Run) -> None:
+def test_a_bad_file_is_told_with_the_remedy(octets: Any, mode: int, says: str, tmp_path: Path, run_command: Run) -> None:
     path = tmp_path / "users"
     if octets is not None:
         path.write_bytes(octets)
@@ -241,7 +244,7 @@ def test_a_file_that_vanishes_changes_nothing_and_is_told_once(users_file: Path,
 
 
 @needs_posix
-def test_the_remedy_for_a_file_that_everybody_can_read_helps_while_it_serves(users_file: Path, service: Service, echo: Place) -> None:
+def test_the_remedy_for_a_file_that_all_can_read_helps_while_it_serves(users_file: Path, service: Service, echo: Place) -> None:
     write_users(users_file, mode=0o644, carl="open")
     assert f"chmod o-rw {users_file}" in service.wait_for("keeping the previous users")
     users_file.chmod(0o600)
@@ -264,7 +267,7 @@ def test_sighup_tells_of_a_file_that_is_still_missing(users_file: Path, service:
 
 
 @needs_hangup
-def test_a_login_that_was_being_computed_when_its_user_was_removed_is_refused(users_file: Path, start: Start, echo: Place) -> None:
+def test_a_login_that_is_being_computed_when_its_user_is_removed_is_refused(users_file: Path, start: Start, echo: Place) -> None:
     write_users(users_file, f"anna:{cheap_hash('sesame', 3_000_000)}")      # a second or so
     service = start("--users-file", str(users_file))
     client = service.client()
@@ -329,14 +332,14 @@ def test_a_hash_that_is_printed_works_in_a_file(tmp_path: Path, at_terminal: AtT
     assert not service.admits("anna", "pass word")
 
 
-@pytest.mark.parametrize(("first", "second", "expected"), [
+@pytest.mark.parametrize(("first", "second", "says"), [
     ("sesame\n", "sesame2\n", "the two are not the same"), ("\n", "\n", "a password has 1 to 255 octets"),
     ("sesame\n", "\x04", "no password was given"), ("sesame\n", "\x03", "no password was given"),
 ])
-def test_no_hash_is_printed_for_a_password_that_does_not_do(first: str, second: str, expected: str, at_terminal: AtTerminal) -> None:
+def test_no_hash_is_printed_for_a_password_that_does_not_do(first: str, second: str, says: str, at_terminal: AtTerminal) -> None:
     code, text = at_terminal("--hash-password").talk("Password: ", first, "The same again: ", second)
     assert code == 2
-    assert f"socks5srv: error: {expected}" in text
+    assert f"socks5srv: error: {says}" in text
     assert "$" not in text
 
 

@@ -31,7 +31,7 @@ def test_what_is_no_url_is_told_without_the_password(url: str, expect_error: Cal
     assert "sesa/me" not in message
 
 
-def test_a_file_and_the_environment_keep_the_password_out_of_the_list_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_and_the_environment_keep_the_password_to_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "proxy.conf").write_text(f"--upstream={URL}  # secret\n")
     assert parse([f"@{tmp_path / 'proxy.conf'}"]).upstream == Proxy.parse(URL)
     monkeypatch.setenv("SOCKS5SRV_OPTIONS", f"--upstream {URL}")

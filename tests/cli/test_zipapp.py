@@ -8,12 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
 
 import pytest
 
 from tests.conftest import TIMEOUT
-
 from tests.program import ROOT, environment
 
 
@@ -38,10 +36,8 @@ def pyz(tmp_path: Path) -> Path:
 def run(pyz: Path, *words: str) -> str:
     variables = environment()
     del variables["PYTHONPATH"]         # or it would find the package elsewhere
-    command: List[str] = [sys.executable, str(pyz), *words]
-    return subprocess.run(
-        command, cwd=pyz.parent.parent, env=variables, check=True, timeout=TIMEOUT, stdout=subprocess.PIPE, encoding="utf-8",
-    ).stdout
+    command, folder = [sys.executable, str(pyz), *words], pyz.parent.parent
+    return subprocess.check_output(command, cwd=folder, env=variables, timeout=TIMEOUT, encoding="utf-8")
 
 
 def test_one_file_is_the_whole_program(pyz: Path) -> None:

@@ -120,7 +120,7 @@ def test_when_clients_have_stopped_coming_the_threads_are_free_soon() -> None:
 
 
 @linux
-def test_without_a_descriptor_to_look_with_none_is_tied_till_there_is_one(clock: List[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_descriptor_none_is_tied_until_there_is_one(clock: List[float], monkeypatch: pytest.MonkeyPatch) -> None:
     core = CoreAffinity(never)
     with monkeypatch.context() as patch:
         patch.setattr(module, "current_core", Mock(side_effect=OSError("too many open files")))
