@@ -429,8 +429,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Any:
     modules = os.environ.get("SOCKS5SRV_NODE_MODULES")
     if not modules:
         folder = tmp_path_factory.mktemp("node")
-        argv = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000", "socks@2"]
-        done = subprocess.run(argv, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=50, check=False)
+        words = ["--no-audit", "--no-fund", "--fetch-retries=0", "--fetch-timeout=20000", "socks@2"]
+        done = subprocess.run([npm, "install", "--prefix", str(folder), *words], env=environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=50, check=False)
         if done.returncode != 0:
             lack(f"npm cannot install socks: {(done.stdout + done.stderr).decode().strip()}")
         modules = str(folder / "node_modules")

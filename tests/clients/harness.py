@@ -382,7 +382,7 @@ class Ftp(socketserver.StreamRequestHandler):
 
     server: Any
 
-    answers: ClassVar = {"USER": "230 logged in", "PWD": '257 "/"', "TYPE": "200 so be it", "EPRT": "200 so be it", "RETR": "150 coming"}
+    answers: ClassVar = {"USER": "230 logged in", "PWD": '257 "/"', "TYPE": "200 yes", "EPRT": "200 yes", "RETR": "150 coming"}
 
     def handle(self) -> None:
         self.say("220 hello")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import platform
+import importlib.metadata
 import re
 import shutil
 import socket
@@ -20,8 +20,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from urllib.parse import urlsplit
 
 from socks5srv.protocol import Method
 from socks5srv.testing.faults import (
@@ -53,31 +55,26 @@ class Waited(Exception):
 
 # --- the clients: each returns the page, or raises ---
 
-def pysocks(proxy: Proxy, url: str) -> str:
-    from http.client import HTTPConnection
-
-    socks = importlib.import_module("socks")
-    host, port = place(url)
-    connection = HTTPConnection(host, port)
-    with contextlib.closing(connection):
-        connection.sock = socks.create_connection((host, port), PATIENCE, None, socks.SOCKS5, *proxy.address, True, proxy.user, proxy.password)
-        connection.request("GET", "/")
-        with connection.getresponse() as answer:
-            return answer.read().decode()
-
-
-def python_socks(proxy: Proxy, url: str) -> str:
-    from http.client import HTTPConnection
-
-    sync = importlib.import_module("python_socks.sync")
-    host, port = place(url)
-    connection = HTTPConnection(host, port)
-    with contextlib.closing(connection):
-        connection.sock = sync.Proxy.from_url(proxy.url.replace("socks5h", "socks5"), rdns=True).connect(host, port, timeout=PATIENCE)
+def fetch(url: str, connect: Callable[[str, int], Any]) -> str:
+    """The page, over the socket that the function makes."""
+    host, port = str(urlsplit(url).hostname), int(urlsplit(url).port or 80)
+    with contextlib.closing(HTTPConnection(host, port)) as connection:
+        connection.sock = connect(host, port)
         connection.sock.settimeout(PATIENCE)
         connection.request("GET", "/")
         with connection.getresponse() as answer:
             return answer.read().decode()
+
+
+def pysocks(proxy: Proxy, url: str) -> str:
+    socks = importlib.import_module("socks")
+    there = (socks.SOCKS5, *proxy.address, True, proxy.user, proxy.password)
+    return fetch(url, lambda host, port: socks.create_connection((host, port), PATIENCE, None, *there))
+
+
+def python_socks(proxy: Proxy, url: str) -> str:
+    client = importlib.import_module("python_socks.sync").Proxy.from_url(proxy.url.replace("socks5h", "socks5"), rdns=True)
+    return fetch(url, lambda host, port: client.connect(host, port, timeout=PATIENCE))
 
 
 def httpx(proxy: Proxy, url: str) -> str:
@@ -98,8 +95,8 @@ def aiohttp_socks(proxy: Proxy, url: str) -> str:
 
 
 def curl(proxy: Proxy, url: str) -> str:
-    done = subprocess.run(["curl", "-sS", "--max-time", str(PATIENCE), "-x", proxy.url, url], env={**proxy.env, "ALL_PROXY": ""},
-                          capture_output=True, timeout=30, check=False)
+    argv = ["curl", "-sS", "--max-time", str(PATIENCE), "-x", proxy.url, url]
+    done = subprocess.run(argv, env={**proxy.env, "ALL_PROXY": ""}, capture_output=True, timeout=30, check=False)
     if done.returncode == 28:
         raise Waited
     if done.returncode:
@@ -126,11 +123,6 @@ def until_timeout(receive: Callable[[], str]) -> Iterator[str]:
             return
 
 
-def place(url: str) -> Tuple[str, int]:
-    host, _, port = url.partition("//")[2].partition(":")
-    return host, int(port.rstrip("/"))
-
-
 class Client(NamedTuple):
     name: str
     module: Optional[str]       # None: a program
@@ -144,10 +136,8 @@ class Client(NamedTuple):
             path = shutil.which(self.name)
             return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split()[1] if path else None
         try:
-            from importlib.metadata import version
-
             importlib.import_module(self.module)
-            return version(self.name)
+            return importlib.metadata.version(self.name)
         except ImportError:
             return None
 
@@ -221,14 +211,17 @@ def complaint(error: BaseException) -> str:
     """In its words, but for what is another each time."""
     words = re.sub(r"\b\d{4,5}\b", "PORT", " ".join(str(error).split()))
     words = re.sub(r"<[^>]* at 0x[^>]*>", "<...>", words).replace("127.0.0.1:PORT", "PROXY")
-    if isinstance(error, Failed):
-        return words
-    return f"{type(error).__name__}: {words}".rstrip(": ")
+    return words if isinstance(error, Failed) else f"{type(error).__name__}: {words}".rstrip(": ")
+
+
+def is_ours(text: str) -> bool:
+    """None of the client's words."""
+    return text in (WORKS, WAITS, FOR_EVER, CANNOT) or text.startswith("sends")
 
 
 def kind(text: str) -> str:
     """What is the same in all versions of a client."""
-    return text if text in (WORKS, WAITS, FOR_EVER, CANNOT) or text.startswith("sends") else "complains"
+    return text if is_ours(text) else "complains"
 
 
 def outcomes(client: Client) -> Dict[str, str]:
@@ -266,7 +259,7 @@ def table(found: Dict[str, Dict[str, str]], python: str) -> str:
 
 
 def cell(text: str) -> str:
-    return text if text in (WORKS, WAITS, FOR_EVER, CANNOT) or text.startswith("sends") else f"``{text}``"
+    return text if is_ours(text) else f"``{text}``"
 
 
 def read_table() -> Dict[str, Dict[str, str]]:
@@ -284,7 +277,7 @@ def table_s_python() -> str:
 
 
 def python_version() -> str:
-    return ".".join(platform.python_version_tuple()[:2])
+    return "{}.{}".format(*sys.version_info)
 
 
 def main() -> None:

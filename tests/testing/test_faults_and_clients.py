@@ -11,6 +11,8 @@ from typing import Dict, Tuple
 
 import pytest
 
+from socks5srv.testing import faults
+
 from ..clients.harness import lack
 from . import clients
 from .clients import CLIENTS, FAULTS, Client, kind, outcome, python_version, read_table, table_s_python
@@ -48,9 +50,8 @@ def test_the_table_has_a_row_for_every_fault() -> None:
 
 
 def test_every_kind_of_fault_is_in_the_table() -> None:
-    from socks5srv.testing import faults
-
-    kinds = {name for name in faults.__all__ if isinstance(getattr(faults, name), type) and issubclass(getattr(faults, name), faults.Fault)}
+    known = [getattr(faults, name) for name in faults.__all__]
+    kinds = {each.__name__ for each in known if isinstance(each, type) and issubclass(each, faults.Fault)}
     assert kinds - {"Fault"} == {type(fault).__name__ for fault in FAULTS}
 
 

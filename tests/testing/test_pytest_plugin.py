@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Any, Callable
 
 import pytest
 
@@ -39,36 +39,37 @@ def ask(proxy, host, port, login=None):
 """
 
 
-def run(tmp_path: Path, test: str, *options: str) -> Tuple[Dict[str, int], str]:
-    """Run pytest on this module; how many tests ended how, and all that it printed."""
-    (tmp_path / "ask.py").write_text(ASK, encoding="utf-8")
-    (tmp_path / "test_mine.py").write_text("from ask import ask\n" + test, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"         # they take their time, and are not what is tested
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", "--strict-markers", "--rootdir", str(tmp_path), *options, str(tmp_path)],
-        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=50, check=False,
+def python(*words: str, cwd: Path = ROOT, **variables: str) -> Any:
+    """Run Python to its end."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**ours, "PYTHONPATH": os.pathsep.join([str(ROOT), str(cwd)]), **variables}
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=50, check=False,
     )
-    printed = done.stdout + done.stderr
-    counts = re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout.strip().splitlines()[-1])
-    assert counts, printed
-    return {how: int(count) for count, how in counts}, printed
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., str]:
+    """Run pytest on a module in which so many tests end so; all that it prints: ``run(MODULE, "-v", passed=2, failed=1)``."""
+    def run_pytest(test: str, *options: str, **expected: int) -> str:
+        (tmp_path / "ask.py").write_text(ASK, encoding="utf-8")
+        (tmp_path / "test_mine.py").write_text("from ask import ask\n" + test, encoding="utf-8")
+        words = ["-p", PLUGIN, "-p", "no:cacheprovider", "--strict-markers", "--rootdir", str(tmp_path), *options, str(tmp_path)]
+        # Other plugins take their time, and are not what is tested.
+        done = python("-m", "pytest", *words, cwd=tmp_path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+        printed = str(done.stdout + done.stderr)
+        counts = re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout.strip().splitlines()[-1])
+        assert {how: int(count) for count, how in counts} == expected, printed
+        return printed
+
+    return run_pytest
 
 
 # --- fixtures ---
 
-def test_a_proxy_without_a_login(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
-def test_mine(socks5_proxy, socks5_targets):
-    assert ask(socks5_proxy, "localhost", socks5_targets.echo.port) == 0
-    socks5_proxy.assert_used(host="localhost", times=1)
-""")
-    assert counts == {"passed": 1}, printed
-
-
-def test_a_proxy_with_a_login_which_is_another_each_time(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_a_proxy_with_a_login_which_is_another_each_time(run: Any) -> None:
+    run("""
 import pytest
 seen = set()
 
@@ -81,12 +82,11 @@ def test_mine(socks5_proxy_auth, socks5_targets, number):
     assert ask(proxy, "localhost", echo.port) == "no acceptable method"
     seen.update([proxy.user, proxy.password])
     assert len(seen) == 2 * number + 2
-""")
-    assert counts == {"passed": 3}, printed
+""", passed=3)
 
 
-def test_any_number_of_proxies_of_any_kind(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_any_number_of_proxies_of_any_kind(run: Any) -> None:
+    run("""
 import socket
 import pytest
 stopped = []
@@ -102,42 +102,36 @@ def test_they_have_been_stopped():
     for each in stopped:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(each.address)
-""")
-    assert counts == {"passed": 2}, printed
+""", passed=2)
 
 
-def test_every_test_has_its_own(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_every_test_has_its_own(run: Any) -> None:
+    run("""
 def test_one(socks5_proxy):
     ask(socks5_proxy, "localhost", 1)
 
 def test_other(socks5_proxy):
     socks5_proxy.assert_not_used()
-""")
-    assert counts == {"passed": 2}, printed
+""", passed=2)
 
 
-def test_targets_are_started_when_they_are_asked_for(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_targets_are_started_when_they_are_asked_for(run: Any) -> None:
+    run("""
 import threading
-import pytest
 
 def test_mine(socks5_targets):
     before = threading.active_count()
     kinds = [type(getattr(socks5_targets, name)).__name__ for name in ("echo", "web", "ftp", "dns", "web")]
     assert kinds == ["EchoServer", "WebServer", "FtpServer", "DnsServer", "WebServer"]
     assert threading.active_count() == before + 5       # the echo has two: TCP and UDP
-    with pytest.raises(AttributeError, match="only echo, web, ftp, dns"):
-        socks5_targets.smtp
 
 def test_they_have_ended():
     assert threading.active_count() == 1
-""")
-    assert counts == {"passed": 2}, printed
+""", passed=2)
 
 
-def test_a_fixture_of_the_project_s_own_wins(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_a_fixture_of_the_project_s_own_wins(run: Any) -> None:
+    run("""
 import pytest
 
 @pytest.fixture
@@ -146,14 +140,13 @@ def socks5_proxy():
 
 def test_mine(socks5_proxy):
     assert socks5_proxy == "mine"
-""")
-    assert counts == {"passed": 1}, printed
+""", passed=1)
 
 
 # --- the mark ---
 
-def test_nothing_leaves_this_computer_without_the_mark(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_nothing_leaves_this_computer_without_the_mark(run: Any) -> None:
+    run("""
 import pytest
 
 def test_mine(socks5_proxy, socks5_proxy_auth, make_socks5_proxy):
@@ -167,12 +160,11 @@ def test_mine(socks5_proxy, socks5_proxy_auth, make_socks5_proxy):
 def test_marked(socks5_proxy, socks5_proxy_auth, make_socks5_proxy):
     assert socks5_proxy.internet and socks5_proxy_auth.internet and make_socks5_proxy().internet
     assert not make_socks5_proxy(internet=False).internet
-""")
-    assert counts == {"passed": 2}, printed
+""", passed=2)
 
 
-def test_the_mark_has_any_keyword_of_start_and_the_nearest_counts(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_the_mark_has_any_keyword_of_start_and_the_nearest_counts(run: Any) -> None:
+    run("""
 import pytest
 
 @pytest.mark.socks5(hosts={"a.example": "127.0.0.1"}, connect_timeout=3)
@@ -185,35 +177,31 @@ class TestMine:
         assert ask(socks5_proxy, "a.example", socks5_targets.echo.port) == 4
         assert ask(socks5_proxy, "b.example", socks5_targets.echo.port) == 0
         assert socks5_proxy.server.connect_timeout == 3
-""")
-    assert counts == {"passed": 2}, printed
+""", passed=2)
 
 
 def test_the_mark_is_registered(tmp_path: Path) -> None:
-    _counts, printed = run(tmp_path, "def test_mine(): pass\n")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", PLUGIN, "--markers"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=30, check=False)
-    assert "@pytest.mark.socks5(**keywords)" in done.stdout, printed
+    done = python("-m", "pytest", "-p", PLUGIN, "--markers", cwd=tmp_path)
+    assert "@pytest.mark.socks5(**keywords)" in done.stdout, done.stderr
 
 
 # --- when a test fails ---
 
-def test_the_report_of_a_test_that_fails_has_the_sessions(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_the_report_of_a_test_that_fails_has_the_sessions(run: Any) -> None:
+    printed = run("""
 def test_bad(socks5_proxy, make_socks5_proxy):
     ask(socks5_proxy, "www.example.com", 80)
     assert 0
 
 def test_good(socks5_proxy):
     ask(socks5_proxy, "www.example.org", 80)
-""")
-    assert counts == {"failed": 1, "passed": 1}, printed
+""", failed=1, passed=1)
     assert re.search(r"-- socks5 --+\n<Proxy 127.0.0.1:\d+> has had 1 session\n  #1 .* connect www.example.com:80 failed\(04\)", printed), printed
     assert "www.example.org" not in printed
 
 
-def test_what_a_method_of_the_test_s_raises_is_an_error_of_the_test(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, """
+def test_what_a_method_of_the_test_s_raises_is_an_error_of_the_test(run: Any) -> None:
+    printed = run("""
 from socks5srv import Socks5Handler
 
 class Checked(Socks5Handler):
@@ -223,32 +211,30 @@ class Checked(Socks5Handler):
 
 def test_mine(make_socks5_proxy):
     assert ask(make_socks5_proxy(Checked), "localhost", 80) == 1
-""")
-    assert counts == {"passed": 1, "error": 1}, printed
+""", passed=1, error=1)
     assert 'assert address.port != 80, "no HTTP"' in printed
 
 
 # --- with others ---
 
-def test_it_works_side_by_side(tmp_path: Path) -> None:
+def test_it_works_side_by_side(run: Any) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    counts, printed = run(tmp_path, """
+    run("""
 import pytest
 
 @pytest.mark.parametrize("number", range(20))
 def test_mine(socks5_proxy, socks5_targets, number):
     assert ask(socks5_proxy, "localhost", socks5_targets.echo.port) == 0
     socks5_proxy.assert_used(times=1)
-""", "-p", "xdist.plugin", "-n", "3")
-    assert counts == {"passed": 20}, printed
+""", "-p", "xdist.plugin", "-n", "3", passed=20)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_it_works_with_async_tests(tmp_path: Path, backend: str) -> None:
+def test_it_works_with_async_tests(run: Any, backend: str) -> None:
     """Those of anyio's own plugin, which runs them with either."""
     pytest.importorskip("anyio", reason="anyio is not installed")
     pytest.importorskip(backend, reason=f"{backend} is not installed")
-    counts, printed = run(tmp_path, f"""
+    run(f"""
 import anyio
 import pytest
 
@@ -263,8 +249,7 @@ async def test_mine(socks5_proxy):
         assert await stream.receive(2) == b"\\5\\0"
     (session,) = await anyio.to_thread.run_sync(lambda: socks5_proxy.wait_for(closed=True))
     assert session.command is None
-""", "-p", "anyio.pytest_plugin")
-    assert counts == {"passed": 1}, printed
+""", "-p", "anyio.pytest_plugin", passed=1)
 
 
 UNITTEST = """
@@ -287,20 +272,17 @@ class TestMine(unittest.TestCase):
 """
 
 
-def test_it_works_with_unittest(tmp_path: Path) -> None:
-    counts, printed = run(tmp_path, UNITTEST)
-    assert counts == ({"passed": 2} if sys.version_info >= (3, 11) else {"passed": 1, "skipped": 1}), printed
-    done = subprocess.run([sys.executable, "-W", "error", "-m", "unittest", "-v", "test_mine"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=30, check=False)
+def test_it_works_with_unittest(run: Any, tmp_path: Path) -> None:
+    run(UNITTEST, **{"passed": 2} if sys.version_info >= (3, 11) else {"passed": 1, "skipped": 1})
+    done = python("-W", "error", "-m", "unittest", "-v", "test_mine", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ResourceWarning" not in done.stderr
 
 
-def test_a_project_may_name_the_plugin_itself(tmp_path: Path) -> None:
+def test_a_project_may_name_the_plugin_itself(run: Any, tmp_path: Path) -> None:
     """Installed or not: the entry point has the same name as the module, or pytest would complain."""
     (tmp_path / "conftest.py").write_text(f"pytest_plugins = [{PLUGIN!r}]\n")
-    counts, printed = run(tmp_path, "def test_mine(socks5_proxy): pass\n")
-    assert counts == {"passed": 1}, printed
+    run("def test_mine(socks5_proxy): pass\n", passed=1)
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert config["options.entry_points"]["pytest11"].strip() == f"{PLUGIN} = {PLUGIN}"
@@ -315,13 +297,11 @@ def test_to_load_it_costs_next_to_nothing() -> None:
 
 
 def import_time(module: str) -> float:
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import pytest, {module}"], cwd=ROOT, capture_output=True, text=True,
-                          timeout=30, check=True)
+    done = python("-X", "importtime", "-c", f"import pytest, {module}")
     (cumulative,) = re.findall(rf"\| +(\d+) \| {re.escape(module)}$", done.stderr, re.MULTILINE)
     return int(cumulative) / 1000
 
 
 def test_to_load_it_loads_nothing_of_the_server() -> None:
     program = f"import sys, pytest; before = set(sys.modules); import {PLUGIN}; print(*sorted(set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout.split() == ["socks5srv", "socks5srv.testing", PLUGIN]
+    assert python("-c", program).stdout.split() == ["socks5srv", "socks5srv.testing", PLUGIN]
