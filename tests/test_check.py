@@ -100,9 +100,8 @@ def hears(kind: type, change: Callable[[bytes], bytes]) -> Type[Socks5Handler]:
     """A handler that takes what has come for a message of this kind for something else."""
     def receive(self: Any, message: Any) -> Any:
         if message is kind:
-            while not self.stream.buffer:
-                if not self.stream.fill():
-                    break
+            while not self.stream.buffer and self.stream.fill():
+                pass
             self.stream.buffer = change(self.stream.buffer)
         return Socks5Handler.receive(self, message)
 

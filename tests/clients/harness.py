@@ -189,10 +189,9 @@ class Proxy:
             return [line for line in self.ended() if all(line[name] == value for name, value in facts.items())]
 
         with self.news:
-            assert self.news.wait_for(lambda: len(found()) >= count and len(self.ended()) == len(self.begun()), PATIENCE), (
-                f"{len(found())} of {count} sessions with {facts} have ended, "
-                f"and {len(self.ended())} of {len(self.begun())} at all:\n{self.text}"
-            )
+            come = self.news.wait_for(lambda: len(found()) >= count and len(self.ended()) == len(self.begun()), PATIENCE)
+            number, ended, begun = len(found()), len(self.ended()), len(self.begun())
+            assert come, f"{number} of {count} sessions with {facts} have ended, and {ended} of {begun} at all:\n{self.text}"
             return [Logged(line, self.messages(line["id"])) for line in found()]
 
     def ended(self) -> List[Dict[str, Any]]:
@@ -303,7 +302,12 @@ def digest(octets: Any) -> str:
     return sha.hexdigest()
 
 
-class Page(BaseHTTPRequestHandler):
+class Quiet(BaseHTTPRequestHandler):
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+class Page(Quiet):
     """The web site's secret; /big is big; /echo/X is the secret and X; what is sent is answered with its SHA-256."""
 
     server: Any
@@ -330,9 +334,6 @@ class Page(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.writelines(body)
 
-    def log_message(self, *_arguments: object) -> None:
-        pass
-
 
 def website(host: str = "127.0.0.1") -> Any:
     return serving(WebServer(Page, host, secret=secrets.token_hex()))
@@ -340,12 +341,9 @@ def website(host: str = "127.0.0.1") -> Any:
 
 def files(directory: pathlib.Path) -> Any:
     """A web site of the files in a folder."""
-    class Files(SimpleHTTPRequestHandler):
+    class Files(Quiet, SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(directory))
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
 
     return serving(WebServer(Files))
 

@@ -80,11 +80,8 @@ def answers() -> Iterator[List[Answer]]:
 
 
 def curl(url: str, port: int) -> str:
-    text = subprocess.run(
-        [need("curl"), "-sS", "-x", url.replace("socks5:", "socks5h:"), f"http://localhost:{port}/"],
-        capture_output=True, env=environment(), timeout=PATIENCE, check=False, text=True,
-    )
-    return text.stderr.strip()
+    argv = [need("curl"), "-sS", "-x", url.replace("socks5:", "socks5h:"), f"http://localhost:{port}/"]
+    return subprocess.run(argv, capture_output=True, env=environment(), timeout=PATIENCE, check=False, text=True).stderr.strip()
 
 
 def messages() -> Dict[str, Dict[str, str]]:
@@ -94,12 +91,9 @@ def messages() -> Dict[str, Dict[str, str]]:
         return {title: {"curl": curl(url, port), **json.loads(line)} for (title, url, port), line in zip(asked, lines)}
 
 
-def version(client: str) -> str:
-    return run(need("curl"), "--version").split()[1].decode() if client == "curl" else importlib.metadata.version(client)
-
-
 def named(client: str) -> str:
-    return f"{client} {version(client)}"
+    version = run(need("curl"), "--version").split()[1].decode() if client == "curl" else importlib.metadata.version(client)
+    return f"{client} {version}"
 
 
 def section(title: str, texts: Dict[str, str]) -> str:

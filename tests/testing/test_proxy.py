@@ -22,8 +22,6 @@ from ..conftest import (
     LOCALHOST, Client, eventually, exchange, handler_with, in_thread, name, needs_ipv6, server_threads, udp_socket, within,
 )
 
-LOGIN = {"anna": "sesame"}
-
 
 # --- starting and stopping ---
 
@@ -208,18 +206,14 @@ def test_localhost_is_always_there(client: Client, echo: EchoServer) -> None:
 
 
 def test_with_internet_it_leads_anywhere() -> None:
-    asked: List[Any] = []
+    asked: Any = []
 
-    class Far(Socks5Handler):
-        def resolve(self, host: str) -> List[str]:
-            asked.append(host)
-            return ["192.0.2.1"]
+    def connect(handler: Socks5Handler, request: Request) -> socket.socket:
+        asked.append(handler.addresses(request, time.monotonic() + 5))
+        raise RequestFailed(ReplyCode.TTL_EXPIRED)
 
-        def connect(self, request: Request) -> socket.socket:
-            asked.append(self.addresses(request, time.monotonic() + 5))
-            raise RequestFailed(ReplyCode.TTL_EXPIRED)
-
-    with start(Far, internet=True) as proxy, Client(proxy.address) as client:
+    far = handler_with(connect=connect, resolve=lambda _self, host: asked.append(host) or ["192.0.2.1"])
+    with start(far, internet=True) as proxy, Client(proxy.address) as client:
         assert client.ask(Command.CONNECT, ("www.example.com", 80)).code is ReplyCode.TTL_EXPIRED
     assert asked == ["www.example.com", [Address.numeric("192.0.2.1", 80)]]
 
@@ -233,7 +227,7 @@ def test_an_address_that_the_test_gives_may_be_beyond_loopback() -> None:
 # --- through another one ---
 
 def test_two_proxies_in_a_row_and_a_name_that_only_the_second_one_knows(echo: EchoServer) -> None:
-    with start(hosts={"db.internal": LOCALHOST}, users=LOGIN) as inner, start(upstream=inner.url) as outer, Client(outer.address) as client:
+    with start(hosts={"db.internal": LOCALHOST}, users={"anna": "sesame"}) as inner, start(upstream=inner.url) as outer, Client(outer.address) as client:
         client.connect(("db.internal", echo.port))
         exchange(client)
         for proxy in (inner, outer):
@@ -269,21 +263,14 @@ def test_a_fault_of_the_second_one_comes_to_the_client_of_the_first(echo: EchoSe
 
 # --- what it tells ---
 
-def test_a_session_is_there_before_its_answer(proxy: Proxy, echo: EchoServer) -> None:
+@pytest.mark.parametrize(("host", "code"), [(LOCALHOST, ReplyCode.SUCCEEDED), ("nowhere.example", ReplyCode.HOST_UNREACHABLE)])
+def test_a_session_is_there_before_its_answer(proxy: Proxy, echo: EchoServer, host: str, code: ReplyCode) -> None:
     for number in range(1, 30):
         with Client(proxy.address) as client:
-            client.connect(echo.address)
-            proxy.assert_used(port=echo.port, times=number)
-            assert proxy.last().reply is ReplyCode.SUCCEEDED
-            assert proxy.last().peer == Address.numeric(*echo.address)
-
-
-def test_so_is_one_that_is_refused(proxy: Proxy) -> None:
-    for number in range(1, 30):
-        with Client(proxy.address) as client:
-            assert client.ask(Command.CONNECT, ("nowhere.example", 80)).code is ReplyCode.HOST_UNREACHABLE
-            proxy.assert_used("nowhere.example", times=number)
-            assert proxy.last().reply is ReplyCode.HOST_UNREACHABLE
+            assert client.ask(Command.CONNECT, (host, echo.port)).code is code
+            proxy.assert_used(host, echo.port, times=number)
+            assert proxy.last().reply is code
+            assert proxy.last().peer == (Address.numeric(*echo.address) if code is ReplyCode.SUCCEEDED else None)
 
 
 def test_the_octets_are_complete_when_it_is_closed(proxy: Proxy, client: Client, echo: EchoServer) -> None:
@@ -411,13 +398,10 @@ def test_so_is_what_an_assertion_or_pytest_itself_raises(echo: EchoServer) -> No
 
 
 def test_so_is_what_is_raised_for_a_datagram() -> None:
-    class OnlyTcp(Socks5Handler):
-        def allow(self, command: Command, address: Address) -> bool:
-            if command is Command.UDP_ASSOCIATE:
-                raise Mistake
-            return True
+    def allow(_self: Any, command: Command, _address: Address) -> bool:
+        return raising() if command is Command.UDP_ASSOCIATE else True
 
-    proxy = start(OnlyTcp)
+    proxy = start(handler_with(allow=allow))
     with Client(proxy.address) as client, udp_socket() as udp:
         bound = client.ask(Command.UDP_ASSOCIATE, (LOCALHOST, 0)).bound
         udp.sendto(b"\0\0\0\1\x7f\0\0\1\0\x50hello", bound[:2])
