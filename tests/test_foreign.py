@@ -20,14 +20,15 @@ Answered = Tuple[bytes, Session, str]
 
 @pytest.fixture
 def say(start_server: Any, new_client: Any) -> Callable[..., Answered]:
-    """Say this to a server, with `end` as all that there will be: the answer, the session, and the server's address."""
-    def say(octets: bytes, end: bool = False) -> Answered:
-        server = start_server()
-        client = new_client(server)
+    """Say this to a server, with `end` as all that there will be: the answer, the session, and the address it was said to."""
+    def say(octets: bytes, *hosts: str, end: bool = False, **settings: Any) -> Answered:
+        server = start_server(Socks5Handler, *((host, 0) for host in hosts or [LOCALHOST]), **settings)
+        address = LOCALHOST, server.addresses[-1][1]
+        client = new_client(address)
         client.send(octets)
         if end:
             client.end()
-        return client.rest(), server.next_ended(), f"{LOCALHOST}:{server.server_address[1]}"
+        return client.rest(), server.next_ended(), f"{address[0]}:{address[1]}"
 
     return say
 
@@ -70,15 +71,12 @@ def test_a_browser_gets_the_pac_file(path: bytes, say: Callable[..., Answered]) 
     assert f'return "SOCKS5 {address}; SOCKS {address}";'.encode() in answer
 
 
-@pytest.mark.parametrize(("addresses", "status"), [
+@pytest.mark.parametrize(("hosts", "status"), [
     ([LOCALHOST], b"501 "), (["0.0.0.0"], b"200 OK\r\n"), ([LOCALHOST, "0.0.0.0"], b"200 OK\r\n"),
 ], ids=["not from a server for this one", "from a server for them", "from one of whose addresses one is for them"])
 def test_other_computers_get_the_pac_file_from_a_server_for_them(
-        addresses: List[str], status: bytes, start_server: Any, new_client: Any) -> None:
-    server = start_server(Socks5Handler, *((host, 0) for host in addresses), elsewhere=True)
-    client = new_client((LOCALHOST, server.addresses[-1][1]))
-    client.send(b"GET /proxy.pac HTTP/1.1\r\n\r\n")
-    assert client.rest().startswith(b"HTTP/1.1 " + status)
+        hosts: List[str], status: bytes, say: Callable[..., Answered]) -> None:
+    assert say(b"GET /proxy.pac HTTP/1.1\r\n\r\n", *hosts, elsewhere=True)[0].startswith(b"HTTP/1.1 " + status)
 
 
 def test_socks4_gets_its_own_refusal(say: Callable[..., Answered]) -> None:

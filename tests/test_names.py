@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import unicodedata
 from pathlib import Path
-from typing import Any, Callable, Set
+from typing import Any, Callable
 
 import idna
 import pytest
@@ -124,10 +124,7 @@ def test_no_name_is_left_to_pythons_codec_of_2003(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr == "getaddrinfo":
-                assert "ascii_form" in names_in(node.args[0]), f"line {node.lineno}"
+                names = {found.id for found in ast.walk(node.args[0]) if isinstance(found, ast.Name)}
+                assert "ascii_form" in names, f"line {node.lineno}"
             if node.func.attr in ("encode", "decode"):
                 assert [argument.value for argument in node.args if isinstance(argument, ast.Constant)] != ["idna"], f"line {node.lineno}"
-
-
-def names_in(node: Any) -> Set[str]:
-    return {found.id for found in ast.walk(node) if isinstance(found, ast.Name)}

@@ -14,7 +14,7 @@ from socks5srv import locality
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Reply, ReplyCode
 from socks5srv.rules import ALL_PORTS, BadRule, Rule, Rules, is_local
 
-from .conftest import LOCALHOST, Client, address_of, exchange, handler_with, name, needs_ipv6
+from .conftest import LOCALHOST, Client, address_of, exchange, handler_with, name, needs_ipv6, udp_socket
 
 TARGETS = {
     "example.com": ("example.com", None, ALL_PORTS), "Example.COM.": ("example.com", None, ALL_PORTS),
@@ -156,14 +156,16 @@ def test_what_is_decided_by_name_is_the_answer_for_every_address(rules: List[str
 
 
 @pytest.mark.parametrize(("host", "local"), [
-    ("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("0.0.0.0", True), ("::", True), ("169.254.169.254", True),
-    ("fe80::1", True), ("fd00:ec2::254", True), ("::ffff:127.0.0.1", True), ("64:ff9b::127.0.0.1", True), ("2002:7f00:1::", True),
-    ("192.168.1.1", False), ("8.8.8.8", False), ("2001:db8::1", False), ("fd00::1", False),
-    ("224.0.0.1", True), ("239.255.255.250", True), ("255.255.255.255", True), ("ff01::1", True), ("ff02::fb", True), ("ff0e::1", True),
-    ("fd20:ce::254", True), ("100.100.100.200", True), ("168.63.129.16", True), ("192.0.0.192", True), ("fd00:42::42", True),
-    ("fd00:a9fe:a9fe::1", True), ("64:ff9b::168.63.129.16", True), ("64:ff9b:1::169.254.169.254", True), ("64:ff9b:1:7f00:0:100::", True),
-    ("64:ff9b:1::8.8.8.8", False), ("64:ff9b:2::127.0.0.1", False), ("100.100.100.201", False),
-    ("::ffff:224.0.0.1", True), ("64:ff9b::224.0.0.1", True), ("223.255.255.255", False), ("240.0.0.1", False), ("fe00::1", False),
+    *((host, True) for host in (
+        "127.0.0.1", "127.8.9.10", "::1", "0.0.0.0", "::", "169.254.169.254", "fe80::1", "fd00:ec2::254", "::ffff:127.0.0.1",
+        "64:ff9b::127.0.0.1", "2002:7f00:1::", "224.0.0.1", "239.255.255.250", "255.255.255.255", "ff01::1", "ff02::fb", "ff0e::1",
+        "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:42::42", "fd00:a9fe:a9fe::1", "64:ff9b::168.63.129.16",
+        "64:ff9b:1::169.254.169.254", "64:ff9b:1:7f00:0:100::", "::ffff:224.0.0.1", "64:ff9b::224.0.0.1",
+    )),
+    *((host, False) for host in (
+        "192.168.1.1", "8.8.8.8", "2001:db8::1", "fd00::1", "64:ff9b:1::8.8.8.8", "64:ff9b:2::127.0.0.1", "100.100.100.201",
+        "223.255.255.255", "240.0.0.1", "fe00::1",
+    )),
 ])
 def test_what_only_this_computer_should_reach(host: str, local: bool) -> None:
     assert is_local(Address.numeric(host, 80)) is local
@@ -206,9 +208,7 @@ def test_a_name_that_is_allowed_is_allowed_whatever_its_address(start_server: An
 def test_datagrams_are_judged_by_the_same_list(start_server: Any, new_client: Any) -> None:
     server = start_server(HERE, rules=["allow good.example", "deny *"])
     relay = new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).bound
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as target:
-        target.bind((LOCALHOST, 0))
-        target.settimeout(10)
+    with udp_socket() as client, udp_socket() as target:
         port = target.getsockname()[1]
         for place, data in ((Address.numeric(LOCALHOST, port), b"by address"), (name("bad.example", port), b"by a bad name"),
                             (name("good.example", port), b"by a good name")):
