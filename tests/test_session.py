@@ -53,11 +53,14 @@ def test_the_event_says_how_far_the_client_got(known, event):
     ({"reply": UNSUPPORTED, "reason": "unknown CMD 09", "unknown_command": 9, "destination": name("example.com", 443)},
      "- 0x09 example.com:443 failed(07) unknown CMD 09"),
     ({"reply": UNSUPPORTED, "unknown_command": 0, "destination": PEER}, "- 0x00 192.0.2.1:443 failed(07)"),
-    ({"command": Command.CONNECT, "destination": PEER, "reason": "the client has gone"}, "- connect 192.0.2.1:443 failed the client has gone"),
-    ({"login_failed": True, "user": "alice", "reason": "wrong name or password"}, "alice - - login-failed wrong name or password"),
+    ({"command": Command.CONNECT, "destination": PEER, "reason": "the client has gone"},
+     "- connect 192.0.2.1:443 failed the client has gone"),
+    ({"login_failed": True, "user": "alice", "reason": "wrong name or password"},
+     "alice - - login-failed wrong name or password"),
     ({"no_acceptable_method": True, "reason": "start with -u NAME"}, "- - - no-acceptable-method start with -u NAME"),
     ({"reason": "this is HTTP"}, "- - - bad-protocol this is HTTP"),
-    *(({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name(host, 0)}, "- udp [::1]:0 open") for host in ("::1", "[::1]")),
+    *(({"seconds": None, "command": Command.UDP_ASSOCIATE, "destination": name(host, 0)}, "- udp [::1]:0 open")
+      for host in ("::1", "[::1]")),
 ])
 def test_the_line_for_people_has_its_columns_in_order(known, line):
     assert str(session(**known)) == f"#7 127.0.0.1:50123 {line}"
