@@ -1,9 +1,9 @@
 """
-Questions of RFC 1928 and RFC 1929 to any SOCKS5 server: ``python -m socks5srv.check HOST:PORT``.
+Questions of RFC 1928 and RFC 1929 to any SOCKS5 server: ``socks5srv check HOST:PORT``.
 
-Each question is a function of a few lines, or a row in a table of such: it talks to the server as a
-client, plays the target as well, and returns what it has observed (nothing, if that is just what is
-expected), or raises `Wrong` (the RFC says otherwise, or octets are lost), `Odd` (the RFC leaves it open,
+Each question is an assertion, and a function of a few lines or a row in a table of such: it talks to the
+server as a client, plays the target as well, and returns what it has observed (nothing, if that is just what
+is expected), or raises `Wrong` (the RFC says otherwise, or octets are lost), `Odd` (the RFC leaves it open,
 and most servers do it in another way) or `Unasked`.
 
 The one idea: nothing waits for "nothing happens".  Whatever must not come is followed by something
@@ -43,9 +43,11 @@ TIMEOUT = 5.0           # seconds for each step
 CLOSING = 10.0          # seconds from a failure to the end of the connection; RFC 1928 section 6
 PAUSE = 0.01            # seconds between octets that are not to travel together
 MUCH = bytes(range(256)) * 4096     # 1 MiB
-PRIVATE = 0x80          # a method that nobody has heard of
+PRIVATE = 0x80          # a method that no server knows
 NONE, LOGIN, FF = Method.NO_AUTHENTICATION_REQUIRED, Method.USERNAME_PASSWORD, Method.NO_ACCEPTABLE_METHODS
 CLOSED = ProtocolError, ConnectionError     # what a read raises if the server has closed the connection
+SILENCES = 5            # of them in a row, the questions end: each takes seconds
+OTHERS = {"HTTP": [b"HT", b"<!", b"<h"], "SSH": [b"SS"], "TLS": [b"\x15\x03"], "FTP or SMTP": [b"22"]}      # how their answers begin
 
 
 class Wrong(Exception):
@@ -58,6 +60,10 @@ class Odd(Exception):
 
 class Unasked(Exception):
     """Why the question makes no sense here."""
+
+
+class NotSocks5(Exception):
+    """What the server has said to a greeting, which is no answer to one."""
 
 
 class Question(NamedTuple):
@@ -166,11 +172,34 @@ class Examiner:
             self.hosts = {literal.address_type: literal.zoned}
         self.wants_a_login = False
 
-    def examine(self) -> List[Answer]:
-        """Ask all questions.  OSError if there is nobody to ask."""
-        with self.talk() as talk, suppress(Socks5Error, OSError):       # which the questions will find out
-            self.wants_a_login = talk.choose(NONE) != NONE
-        return [self.answer(question) for question in QUESTIONS]
+    def examine(self, most_silences: float = SILENCES) -> List[Answer]:
+        """Ask all questions, or those before the server is silent too often.  OSError if it cannot be reached; NotSocks5."""
+        self.greet()
+        answers: List[Answer] = []
+        for question in QUESTIONS:
+            answers.append(self.answer(question))
+            last = [answer.observed for answer in answers if answer.verdict != "skip"][-int(min(most_silences, len(QUESTIONS))):]
+            if len(last) >= most_silences and set(last) == {self.silence}:
+                break
+        return answers
+
+    def greet(self) -> None:
+        """One greeting, to see whether it is a SOCKS5 server, and whether it asks for a password."""
+        said = f"is silent for {self.timeout:g} s"
+        with self.talk() as talk:
+            talk.send(Greeting(bytes([NONE])))
+            try:
+                read_exactly(talk, 2)
+            except socket.timeout:
+                talk.half_close()           # after which others may answer
+                talk.ends(self.timeout)
+            except CLOSED:
+                said = "closes the connection without an answer"
+        heard = talk.heard[:2]
+        if len(heard) < 2 or heard[0] != VER:
+            guess = "".join(f" ({name}?)" for name, firsts in OTHERS.items() if heard in firsts)
+            raise NotSocks5(f"answers {heard.hex(' ')}{guess}" if heard else said)
+        self.wants_a_login = heard[1] != NONE
 
     def answer(self, question: Question) -> Answer:
         try:
@@ -178,12 +207,16 @@ class Examiner:
         except (Wrong, Odd, Unasked, Socks5Error) as error:
             observed, verdict = str(error), {Odd: "warn", Unasked: "skip"}.get(type(error), "fail")
         except socket.timeout:
-            observed, verdict = f"nothing within {self.timeout:g} s", "fail"
+            observed, verdict = self.silence, "fail"
         except OSError as error:
             observed, verdict = f"the connection breaks: {error.strerror or error}", "fail"
         return Answer(*question[:4], observed, verdict)
 
     # --- what the questions need ---
+
+    @property
+    def silence(self) -> str:
+        return f"nothing within {self.timeout:g} s"
 
     @contextmanager
     def talk(self) -> Iterator[Talk]:
@@ -192,7 +225,7 @@ class Examiner:
 
     def need_a_login(self) -> None:
         if self.wants_a_login and not self.proxy.username:
-            raise Unasked("the server wants a login: --user NAME:PASSWORD")
+            raise Unasked("needs --user NAME:PASSWORD: the server asks for a password")
 
     @contextmanager
     def ready(self) -> Iterator[Talk]:
@@ -285,7 +318,7 @@ class Target(ExitStack):
     def accept(self) -> socket.socket:
         ready = select(self.listeners, [], [], self.timeout)[0]
         if not ready:
-            raise Wrong("nobody connects to the target")
+            raise Wrong("no connection reaches the target")
         accepted = ready[0].accept()[0]
         accepted.settimeout(self.timeout)
         return accepted
@@ -417,46 +450,46 @@ def selected(e: Examiner, methods: Sequence[int], right: Sequence[int]) -> str:
     return f"{method:02x}"
 
 
-@question(NEGOTIATION, "A client offers method 00 alone: what is selected?", "00, or FF for a login")
+@question(NEGOTIATION, "Method 00 alone is selected, or refused for want of a password", "00, or FF")
 def no_login(e: Examiner) -> str:
     method = selected(e, [NONE], [NONE, FF])
     if e.proxy.username and method == "00":
-        raise Odd("00: nobody has to log in")
+        raise Odd("00: no password is asked for")
     return method
 
 
 for name, text, expected, offer, right in (
-    ("both_methods", "It offers 00 and 02?", "one of them", [NONE, LOGIN], [NONE, LOGIN]),
-    ("unknown_methods", "It offers only methods that nobody knows?", "FF", [PRIVATE, PRIVATE + 1], [FF]),
-    ("offer_of_ff", "It offers FF, which is no method?", "FF", [FF], [FF]),
+    ("both_methods", "Of 00 and 02 one is selected", "00 or 02", [NONE, LOGIN], [NONE, LOGIN]),
+    ("unknown_methods", "Unknown methods alone are refused", "FF", [PRIVATE, PRIVATE + 1], [FF]),
+    ("offer_of_ff", "FF, which is no method, is refused as an offer", "FF", [FF], [FF]),
 ):
     QUESTIONS.append(Question(name, NEGOTIATION, text, expected, partial(selected, methods=offer, right=right)))
 
 
-@question(NEGOTIATION, "It offers 255, the last of them a good one?", "the last one")
+@question(NEGOTIATION, "Of 255 methods the last, the only known one, is selected", "the last one")
 def many_methods(e: Examiner) -> str:
     wanted = LOGIN if e.wants_a_login else NONE
     return selected(e, [PRIVATE] * 254 + [wanted], [wanted])
 
 
-@question(NEGOTIATION, "It offers none (NMETHODS 00)?", "FF, or the end")
+@question(NEGOTIATION, "An offer of no methods (NMETHODS 00) is refused", "FF, or closed")
 def no_methods(e: Examiner) -> str:
     try:
         return selected(e, [], [FF])
     except socket.timeout:
-        raise Odd("nothing, and it waits") from None
+        raise Odd("no answer, and it waits") from None
     except CLOSED:
         return "closed"
 
 
-@question(NEGOTIATION, "Is the connection over after FF?", "closed")
+@question(NEGOTIATION, "The server closes the connection after FF", "closed")
 def end_after_ff(e: Examiner) -> str:
     with e.talk() as talk:
         talk.send(Greeting(bytes([PRIVATE])))
         return talk.closes(otherwise=Odd)
 
 
-@question(NEGOTIATION, "Is a method selected if VER is 04?", "no")
+@question(NEGOTIATION, "No method is selected if VER is 04", "closed")
 def other_version(e: Examiner) -> str:
     with e.talk() as talk:
         talk.write(b"\x04" + bytes(Greeting(bytes([NONE])))[1:])
@@ -466,13 +499,13 @@ def other_version(e: Examiner) -> str:
         except CLOSED:
             return "closed"
         except socket.timeout:
-            raise Odd("nothing, and it waits") from None
+            raise Odd("no answer, and it waits") from None
     if talk.heard[0] == VER and talk.heard[1] != FF:
         raise Wrong(talk.heard.hex())
     return talk.heard.hex()
 
 
-@question(NEGOTIATION, "May messages come octet by octet?", "yes")
+@question(NEGOTIATION, "Messages may come octet by octet", "served")
 def octet_by_octet(e: Examiner) -> None:
     e.need_a_login()
     with e.target() as target, e.talk() as talk:
@@ -486,13 +519,13 @@ def octet_by_octet(e: Examiner) -> None:
         target.accept().close()
 
 
-@question(NEGOTIATION, "May greeting and request come in one segment?", "yes")
+@question(NEGOTIATION, "Greeting and request may come in one segment", "served")
 def one_segment(e: Examiner) -> None:
     e.need_a_login()
     login = bytes(Credentials(e.proxy.username, e.proxy.password)) if e.wants_a_login else b""
     with e.target() as target, e.talk() as talk:
         talk.write(bytes(Greeting(bytes([LOGIN if login else NONE]))) + login + bytes(Request(Command.CONNECT, target.address)))
-        with errors_as(Odd, "no: {}", Wrong, Socks5Error, OSError):
+        with errors_as(Odd, "not served: {}", Wrong, Socks5Error, OSError):
             talk.receive(MethodSelection)
             if login:
                 talk.receive(CredentialsReply)
@@ -516,9 +549,9 @@ def refused_login(e: Examiner, wrong: Callable[[bytes, bytes], Tuple[bytes, byte
         except CLOSED as error:
             if talk.heard[2:]:
                 raise Wrong(str(error)) from error
-            raise Odd("closed without an answer") from None
+            raise Odd("closed without a status") from None
     if status == CredentialsReply.SUCCESS:
-        raise Wrong("welcome")
+        raise Wrong("status 00: accepted")
     return f"status {status:02x}"
 
 
@@ -528,11 +561,11 @@ def other(octets: bytes) -> bytes:
 
 def name_and_password(e: Examiner) -> Tuple[bytes, bytes]:
     if not e.proxy.username:
-        raise Unasked("no --user NAME:PASSWORD")
+        raise Unasked("needs --user NAME:PASSWORD")
     return e.proxy.username, e.proxy.password
 
 
-@question(RFC_1929, "Does the right login let in?", "STATUS 00")
+@question(RFC_1929, "The right password is accepted", "status 00")
 def right_login(e: Examiner) -> str:
     with e.talk() as talk:
         status = talk.log_in_as(*name_and_password(e))
@@ -542,29 +575,29 @@ def right_login(e: Examiner) -> str:
 
 
 for name, text, wrong in (
-    ("wrong_password", "Does a wrong password?", lambda user, password: (user, other(password))),
-    ("wrong_name", "Does a wrong name?", lambda user, password: (other(user), password)),
-    ("password_with_nul", "Does the right password with a NUL and more?",
+    ("wrong_password", "A wrong password is rejected", lambda user, password: (user, other(password))),
+    ("wrong_name", "A wrong name is rejected", lambda user, password: (other(user), password)),
+    ("password_with_nul", "The right password with a NUL and more is rejected",
      lambda user, password: (user, password + b"\0more")),
-    ("empty_login", "Does an empty login?", lambda _user, _password: (b"", b"")),
-    ("long_login", "Does a wrong one of 255 octets each?", lambda _user, _password: (b"n" * 255, b"p" * 255)),
+    ("empty_login", "Empty credentials are rejected", lambda _user, _password: (b"", b"")),
+    ("long_login", "Wrong credentials of 255 octets each are rejected", lambda _user, _password: (b"n" * 255, b"p" * 255)),
 ):
-    QUESTIONS.append(Question(name, RFC_1929, text, "no: another STATUS", partial(refused_login, wrong=wrong)))
+    QUESTIONS.append(Question(name, RFC_1929, text, "another status", partial(refused_login, wrong=wrong)))
 
 
-@question(RFC_1929, "Is the connection over after a wrong login?", "closed")
+@question(RFC_1929, "The server closes the connection after a wrong password", "closed")
 def end_after_wrong_login(e: Examiner) -> str:
     name, password = name_and_password(e)
     with e.talk() as talk:
         if talk.log_in_as(name, other(password)) == CredentialsReply.SUCCESS:
-            raise Wrong("welcome")
+            raise Wrong("status 00: accepted")
         return talk.closes()
 
 
 QUESTIONS += [
-    Question("request_after_wrong_login", RFC_1929, "Is a request after a wrong login carried out?", "no",
+    Question("request_after_wrong_login", RFC_1929, "A request after a wrong password is not carried out", "not carried out",
              lambda e: not_let_in(e, lambda name, password: bytes(Credentials(name, other(password))))),
-    Question("request_instead_of_login", RFC_1929, "Is a request instead of the login?", "no",
+    Question("request_instead_of_login", RFC_1929, "A request in place of the credentials is not carried out", "not carried out",
              lambda e: not_let_in(e, lambda _name, _password: b"")),
 ]
 
@@ -582,7 +615,7 @@ def not_carried_out(talk: Talk, target: Target, octets: bytes) -> None:
     talk.half_close()
     talk.ends(talk.timeout)
     if select(target.listeners, [], [], 0)[0]:
-        raise Wrong("yes")
+        raise Wrong("carried out")
 
 
 # --- RFC 1928 sections 4 to 6: CONNECT ---
@@ -598,29 +631,29 @@ def connects(e: Examiner, *hosts: str, name: Optional[str] = None) -> str:
 
 
 QUESTIONS += [
-    Question("connect_ipv4", CONNECT, "CONNECT to an IPv4 address (ATYP 01)", "00, and octets both ways",
+    Question("connect_ipv4", CONNECT, "CONNECT to an IPv4 address (ATYP 01) works", "00, and octets both ways",
              lambda e: connects(e, e.host(AddressType.IPV4))),
-    Question("connect_name", CONNECT, "CONNECT to a name (ATYP 03)", "00, and octets both ways",
+    Question("connect_name", CONNECT, "CONNECT to a name (ATYP 03) works", "00, and octets both ways",
              lambda e: connects(e, *filter(can_bind, e.hosts.values()), name=e.name)),
 ]
 
 
-@question(CONNECT, "CONNECT to an IPv6 address (ATYP 04)", "00, and octets both ways")
+@question(CONNECT, "CONNECT to an IPv6 address (ATYP 04) works", "00, and octets both ways")
 def connect_ipv6(e: Examiner) -> str:
     with errors_as(Odd, "{}", Wrong):       # it may have no IPv6
         return connects(e, e.host(AddressType.IPV6))
 
 
-@question(CONNECT, "CONNECT to an address written as a name, as browsers do", "00, and octets both ways")
+@question(CONNECT, "CONNECT to an address written as a name (browsers) works", "00, and octets both ways")
 def connect_literal_name(e: Examiner) -> str:
     with errors_as(Odd, "{}", Wrong, Socks5Error):
         return connects(e, name=e.any_host().partition("%")[0])
 
 
 QUESTIONS += [
-    Question("unknown_command", CONNECT, "A request with an unknown CMD", "07",
+    Question("unknown_command", CONNECT, "A request with an unknown CMD is refused", "07",
              lambda e: malformed(e, 1, 0x09, ReplyCode.COMMAND_NOT_SUPPORTED)),
-    Question("unknown_address_type", CONNECT, "A request with an unknown ATYP", "08",
+    Question("unknown_address_type", CONNECT, "A request with an unknown ATYP is refused", "08",
              lambda e: malformed(e, 3, 0x02, ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED)),
 ]
 
@@ -635,14 +668,14 @@ def malformed(e: Examiner, place: int, octet: int, *usual: ReplyCode) -> str:
             return failed(talk.receive(Reply), *usual)
 
 
-@question(CONNECT, "Is a request with VER 04 carried out?", "no")
+@question(CONNECT, "A request with VER 04 is not carried out", "not carried out")
 def request_version(e: Examiner) -> str:
     with e.target() as target, e.ready() as talk:
         not_carried_out(talk, target, b"\x04" + bytes(Request(Command.CONNECT, target.address))[1:])
-    return f"no: {talk.heard[2:].hex() or 'closed'}"
+    return f"not carried out: {talk.heard[2:].hex() or 'closed'}"
 
 
-@question(CONNECT, "A request with RSV 01", "a reply")
+@question(CONNECT, "A request with RSV 01 gets a reply", "a reply")
 def request_rsv(e: Examiner) -> str:
     with e.target() as target, e.ready() as talk:
         talk.send(Request(Command.CONNECT, target.address, rsv=1))
@@ -651,8 +684,8 @@ def request_rsv(e: Examiner) -> str:
 
 
 QUESTIONS += [
-    Question("empty_name", CONNECT, "CONNECT to a name of 0 octets", "a failure", lambda e: refused_name(e, "")),
-    Question("name_with_nul", CONNECT, "CONNECT to a name with a NUL in it", "a failure",
+    Question("empty_name", CONNECT, "CONNECT to a name of 0 octets is refused", "a failure", lambda e: refused_name(e, "")),
+    Question("name_with_nul", CONNECT, "CONNECT to a name with a NUL in it is refused", "a failure",
              lambda e: refused_name(e, e.any_host() + "\0.example")),
 ]
 
@@ -666,21 +699,21 @@ def refused_name(e: Examiner, name: str) -> str:
             return "closed"
 
 
-@question(REPLIES, "CONNECT to a target that refuses", "05")
+@question(REPLIES, "A target that refuses is reported as such", "05")
 def refused(e: Examiner) -> str:
     with socket.socket(family_of(e.any_host())) as sock, e.ready() as talk:
         sock.bind(e.free_port())                # and does not listen
         return failed(talk.request(Command.CONNECT, Address.of(sock.getsockname())), ReplyCode.CONNECTION_REFUSED)
 
 
-@question(REPLIES, "CONNECT to a name that does not exist", "04")
+@question(REPLIES, "A name that does not exist is reported as such", "04")
 def unknown_name(e: Examiner) -> str:
     with e.ready() as talk, errors_as(Odd, f"nothing within {e.timeout:g} s", socket.timeout):      # a slow resolver
         reply = talk.request(Command.CONNECT, Address("no-such-host.invalid", 80, AddressType.DOMAINNAME))  # RFC 6761
         return failed(reply, ReplyCode.HOST_UNREACHABLE)
 
 
-@question(REPLIES, "Is the connection over soon after a failure?", f"within {CLOSING:g} s")
+@question(REPLIES, "The server closes the connection soon after a failure", f"within {CLOSING:g} s")
 def end_after_failure(e: Examiner) -> str:
     with socket.socket(family_of(e.any_host())) as sock, e.ready() as talk:
         sock.bind(e.free_port())
@@ -688,7 +721,7 @@ def end_after_failure(e: Examiner) -> str:
         return talk.closes()
 
 
-@question(REPLIES, "Is RSV of a reply 00?", "00")
+@question(REPLIES, "RSV of a reply is 00", "00")
 def reply_rsv(e: Examiner) -> None:
     with e.target() as target, e.ready() as talk:
         before = len(talk.heard)
@@ -698,7 +731,7 @@ def reply_rsv(e: Examiner) -> None:
         raise Wrong(f"{rsv:02x}")
 
 
-@question(REPLIES, "BND.ADDR and BND.PORT of CONNECT", "what the target sees")
+@question(REPLIES, "BND.ADDR and BND.PORT are what the target sees", "the same")
 def bound_address(e: Examiner) -> str:
     with e.target() as target, e.ready() as talk:
         bound = succeeded(talk.request(Command.CONNECT, target.address)).bound
@@ -711,7 +744,7 @@ def bound_address(e: Examiner) -> str:
 
 # --- what is carried ---
 
-@question(REPLIES, "Does the reply come before what the target says?", "yes")
+@question(REPLIES, "The reply comes before what the target sends", "in this order")
 def reply_first(e: Examiner) -> None:
     with e.target() as target, e.ready() as talk:
         talk.send(Request(Command.CONNECT, target.address))
@@ -722,7 +755,7 @@ def reply_first(e: Examiner) -> None:
                 raise Wrong("other octets than were sent")
 
 
-@question(REPLIES, "Are octets right behind the request kept for the target?", "yes")
+@question(REPLIES, "Octets right behind the request reach the target", "all of them")
 def early_data(e: Examiner) -> None:
     with e.target() as target, e.ready() as talk:
         talk.write(bytes(Request(Command.CONNECT, target.address)) + b"early, ")
@@ -735,7 +768,7 @@ def early_data(e: Examiner) -> None:
         raise Wrong(f"{received!r} arrives")
 
 
-@question(REPLIES, "Do a million octets each way arrive, at the same time?", "yes")
+@question(REPLIES, "A million octets each way arrive, at the same time", "all of them")
 def much_both_ways(e: Examiner) -> None:
     with e.tunnel() as (talk, target), ThreadPoolExecutor() as senders:
         for sock in (talk.socket, target):
@@ -745,13 +778,13 @@ def much_both_ways(e: Examiner) -> None:
                 raise Wrong("other octets than were sent")
 
 
-@question(REPLIES, "Can the client end its way and still hear the answer?", "yes")
+@question(REPLIES, "The client can half-close and still receive the answer", "the answer")
 def half_close_up(e: Examiner) -> None:
     with e.tunnel() as (talk, target):
         half_closed(talk.socket, target)
 
 
-@question(REPLIES, "Can the target end its way and still hear the client?", "yes")
+@question(REPLIES, "The target can half-close and still receive from the client", "the answer")
 def half_close_down(e: Examiner) -> None:
     with e.tunnel() as (talk, target):
         half_closed(target, talk.socket)
@@ -761,7 +794,7 @@ def half_closed(one: socket.socket, other: socket.socket) -> None:
     one.sendall(b"question")
     one.shutdown(socket.SHUT_WR)
     if rest(other) != b"question":
-        raise Wrong("octets are lost before the end")
+        raise Wrong("octets before the end are lost")
     try:
         other.sendall(b"answer")
         other.shutdown(socket.SHUT_WR)
@@ -771,18 +804,18 @@ def half_closed(one: socket.socket, other: socket.socket) -> None:
     except OSError:             # both ways have been ended, and not this one alone
         heard = b""
     if heard != b"answer":
-        raise Wrong("no: the answer is lost")
+        raise Wrong("the answer is lost")
 
 
-@question(REPLIES, "Does a reset arrive as one (and not as if all had come)?", "yes")
+@question(REPLIES, "A reset arrives as a reset, not as a clean end", "a reset")
 def reset(e: Examiner) -> None:
     with e.tunnel() as (talk, target):
         arrives(b"half of it", target, talk.socket)
         target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         target.close()
-        with suppress(ConnectionError), errors_as(Odd, "as a clean end", ProtocolError):
+        with suppress(ConnectionError), errors_as(Odd, "a clean end", ProtocolError):
             talk.read(1)
-            raise Wrong("as octets")
+            raise Wrong("octets")
 
 
 # --- BIND ---
@@ -790,36 +823,36 @@ def reset(e: Examiner) -> None:
 BIND = "RFC 1928 section 6, BIND"
 
 
-QUESTIONS.append(Question("bind_there", BIND, "Is there BIND?", "00", lambda e: there_is(e, Command.BIND, Address.numeric(e.any_host(), 0))))
+QUESTIONS.append(Question("bind_there", BIND, "BIND is supported", "00", lambda e: there_is(e, Command.BIND, Address.numeric(e.any_host(), 0))))
 
 
 def there_is(e: Examiner, command: Command, destination: Address) -> str:
-    with e.ready() as talk, errors_as(Wrong, "closed without a reply, where 07 would say no", *CLOSED):
+    with e.ready() as talk, errors_as(Wrong, "closed without a reply, where 07 would do", *CLOSED):
         reply = talk.request(command, destination)
     if reply.code == ReplyCode.COMMAND_NOT_SUPPORTED:
         raise Odd(words(reply))
     if succeeded(reply).bound.is_unspecified or not reply.bound.port:
-        raise Odd(f"00, at {reply.bound}, which clients have to guess about")
+        raise Odd(f"00, at {reply.bound}, which tells clients nothing")
     return f"00, at {reply.bound}"
 
 
-@question(BIND, "The second reply, when somebody has called", "00, BND is the caller")
+@question(BIND, "BIND's second reply names the peer that has connected", "00, BND is the peer")
 def bind_second_reply(e: Examiner) -> str:
     with e.binding() as (talk, address), e.call(address) as peer:
         reply = succeeded(talk.receive(Reply))
         if reply.bound != as_told(peer.getsockname()):
-            raise Wrong(f"{reply.bound}, and the caller is {as_told(peer.getsockname())}")
+            raise Wrong(f"{reply.bound}, and the peer is {as_told(peer.getsockname())}")
         talk.socket.settimeout(e.timeout)
         arrives(b"there", talk.socket, peer)
         arrives(b"and back", peer, talk.socket)
     return words(reply)
 
 
-@question(BIND, "Is a caller from another host than DST.ADDR let in?", "no")
+@question(BIND, "A peer from another host than DST.ADDR is rejected", "rejected")
 def bind_stranger(e: Examiner) -> str:
     stranger = e.stranger()
     with e.binding() as (talk, address), e.call(address, stranger):
-        # The one who is expected calls second, so whoever is named first has been let in.
+        # The expected peer connects second, so the one that the reply names has been accepted.
         try:
             with e.call(address) as peer:
                 reply = talk.receive(Reply)
@@ -827,19 +860,19 @@ def bind_stranger(e: Examiner) -> str:
         except ConnectionError:         # it has ended with the stranger
             reply, expected = talk.receive(Reply), UNSPECIFIED
     if reply.code == ReplyCode.SUCCEEDED and reply.bound != expected:
-        raise Wrong("yes")
-    return "no, and the other one is" if reply.code == ReplyCode.SUCCEEDED else f"no: {words(reply)}"
+        raise Wrong("accepted")
+    return "rejected, and the expected one is accepted" if reply.code == ReplyCode.SUCCEEDED else f"rejected: {words(reply)}"
 
 
-@question(BIND, "Does it still listen when the client has gone?", "no")
+@question(BIND, "BIND stops listening when the client has left", "closed")
 def bind_client_gone(e: Examiner) -> None:
     with e.binding() as (_talk, address):
         pass
-    with suppress(OSError), errors_as(Odd, "yes", socket.timeout):
+    with suppress(OSError), errors_as(Odd, "still listening", socket.timeout):
         for _ in range(5):
             time.sleep(e.timeout / 10)          # it may need a moment to notice
             dial(Proxy(address.zoned, address.port), time.monotonic() + e.timeout).close()
-        raise Odd("yes")
+        raise Odd("still listening")
 
 
 # --- UDP ASSOCIATE ---
@@ -847,10 +880,10 @@ def bind_client_gone(e: Examiner) -> None:
 UDP, HEADER = "RFC 1928 section 6, UDP ASSOCIATE", "RFC 1928 section 7"
 
 
-QUESTIONS.append(Question("udp_there", UDP, "Is there UDP ASSOCIATE?", "00", lambda e: there_is(e, Command.UDP_ASSOCIATE, UNSPECIFIED)))
+QUESTIONS.append(Question("udp_there", UDP, "UDP ASSOCIATE is supported", "00", lambda e: there_is(e, Command.UDP_ASSOCIATE, UNSPECIFIED)))
 
 
-@question(UDP, "Does the association end with its TCP connection?", "yes")
+@question(UDP, "The association ends with its TCP connection", "it ends")
 def udp_lifetime(e: Examiner) -> None:
     with e.association() as relay:
         relay.echo(b"question")
@@ -861,14 +894,14 @@ def udp_lifetime(e: Examiner) -> None:
             while time.monotonic() < until:         # it may need a moment to notice
                 relay.send(b"still there?")
                 relay.target.recv(100)
-            raise Wrong(f"no, not within {e.timeout:g} s")
+            raise Wrong(f"it lives on for {e.timeout:g} s")
 
 
-QUESTIONS.append(Question("udp_ipv4", HEADER, "Datagrams to an IPv4 address, and the answers", "the target's address in front",
+QUESTIONS.append(Question("udp_ipv4", HEADER, "Datagrams reach an IPv4 address, and answers name it", "the target's address",
                           lambda e: udp_to(e, e.host(AddressType.IPV4))))
 
 
-@question(HEADER, "Datagrams to an IPv6 address, and the answers", "the target's address in front")
+@question(HEADER, "Datagrams reach an IPv6 address, and answers name it", "the target's address")
 def udp_ipv6(e: Examiner) -> str:
     with errors_as(Odd, "{}", Wrong, OSError):
         return udp_to(e, e.host(AddressType.IPV6))
@@ -878,32 +911,31 @@ def udp_to(e: Examiner, host: str) -> str:
     with e.association(host) as relay:
         answer = relay.echo(b"question")
     if answer.address != relay.there:
-        raise Wrong(f"the answer is said to be from {answer.address}")
+        raise Wrong(f"the answer names {answer.address}")
     if answer.rsv or answer.frag:
         raise Wrong(f"RSV {answer.rsv:04x}, FRAG {answer.frag:02x}")
-    return "yes"
+    return str(answer.address)
 
 
-@question(HEADER, "Datagrams to a name, and the answers", "both arrive")
-def udp_name(e: Examiner) -> str:
+@question(HEADER, "Datagrams reach a name, and its answers the client", "both arrive")
+def udp_name(e: Examiner) -> None:
     with e.association() as relay:
         relay.echo(b"question", named(relay.there, e.name))
-    return "yes"
 
 
-@question(HEADER, "Fragments (FRAG not 00)", "dropped, or put together")
+@question(HEADER, "Fragments are dropped, or reassembled", "either")
 def udp_fragments(e: Examiner) -> str:
     with e.association() as relay:
         relay.send(b"one ", frag=0x01)
         relay.send(b"two", frag=0x02 | Datagram.LAST_FRAGMENT)
         received, _source = relay.arrival(b"whole")
-    verdicts = {b"whole": "dropped", b"one two": "put together"}
+    verdicts = {b"whole": "dropped", b"one two": "reassembled"}
     if received not in verdicts:
         raise Wrong(f"{received!r} arrives")
     return verdicts[received]
 
 
-@question(HEADER, "Are datagrams of another host than the client's dropped?", "yes")
+@question(HEADER, "Datagrams from another host than the client's are dropped", "dropped")
 def udp_stranger(e: Examiner) -> None:
     stranger = e.stranger()
     with e.association() as relay, e.udp(stranger) as sock:
@@ -912,10 +944,10 @@ def udp_stranger(e: Examiner) -> None:
         sock.sendto(bytes(Datagram(relay.there, b"stranger")), relay.address.sockaddr)
         received, _source = relay.arrival(b"client")
     if received != b"client":
-        raise Wrong("no")
+        raise Wrong("relayed")
 
 
-@question(HEADER, "Does the relay outlive datagrams without a sense?", "yes")
+@question(HEADER, "The relay survives malformed datagrams", "it goes on")
 def udp_nonsense(e: Examiner) -> None:
     with e.association() as relay:
         whole = bytes(Datagram(relay.there, b""))
@@ -924,18 +956,18 @@ def udp_nonsense(e: Examiner) -> None:
         relay.echo(b"question")
 
 
-@question(HEADER, "Does an empty payload arrive?", "yes")
+@question(HEADER, "An empty payload arrives", "empty")
 def udp_empty(e: Examiner) -> None:
     with e.association() as relay:
         relay.send(b"")
         received, _source = relay.arrival(b"next")
         if received:
-            raise Odd("no: it is dropped")
+            raise Odd("dropped")
         if relay.target.recv(100) != b"next":
-            raise Wrong("and then nothing does")
+            raise Wrong("another payload than the next")
 
 
-@question(HEADER, "How large may a payload be?", "8192 octets at least")
+@question(HEADER, "A payload of 8192 octets arrives", "8192 octets or more")
 def udp_large(e: Examiner) -> str:
     with e.association() as relay:
         largest = 0
@@ -962,15 +994,15 @@ def table(answers: Sequence[Answer]) -> str:
     return "\n".join(lines[1:])
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m socks5srv.check", allow_abbrev=False,
-        description="Ask a SOCKS5 server the questions of RFC 1928 and RFC 1929.",
-        epilog="Exit codes: 0 nothing failed, 1 something did, 2 usage.",
+        prog=prog, allow_abbrev=False, description="Ask a SOCKS5 server the questions of RFC 1928 and RFC 1929.",
+        epilog="Exit codes: 0 nothing failed, 1 something did or there is no connection, 2 usage, or it is no SOCKS5 server.",
     )
     parser.add_argument("server", metavar="HOST:PORT", help="where the server is")
-    parser.add_argument("--user", metavar="NAME:PASSWORD", help="the login, where one is required")
+    parser.add_argument("--user", metavar="NAME:PASSWORD", help="the credentials, where they are required")
     parser.add_argument("--json", action="store_true", help="the answers for programs")
+    parser.add_argument("--all", action="store_true", help=f"go on also after {SILENCES} timeouts in a row")
     parser.add_argument("--target", metavar="HOST",
                         help="an address of this computer that the server can reach (default: its loopback, for a server on it)")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="S", help=f"seconds for each step (default: {TIMEOUT:g})")
@@ -980,40 +1012,41 @@ def build_parser() -> argparse.ArgumentParser:
 def examiner(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Examiner:
     host, _colon, port = options.server.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536) or (":" in host and host[0] + host[-1] != "[]"):
-        parser.error(f"{options.server!r} is no HOST:PORT, such as 127.0.0.1:1080 or [::1]:1080")
+        parser.error(f"invalid server {options.server!r}: expected HOST:PORT, such as 127.0.0.1:1080 or [::1]:1080")
     name, colon, password = (options.user or "").partition(":")
     if options.user is not None and not (name and colon and len(name.encode()) < 256 and len(password.encode()) < 256):
-        parser.error("the login is NAME:PASSWORD, each of 255 octets at most")
+        parser.error("invalid --user: expected NAME:PASSWORD, each of 255 bytes at most")
     if not 0 < options.timeout < 1000:
-        parser.error("the timeout is a number of seconds above 0")
+        parser.error(f"invalid --timeout {options.timeout:g}: expected seconds above 0")
     proxy = Proxy(host.strip("[]"), int(port), name.encode(), password.encode())
     try:
         here = all(ip_address(row[4][0]).is_loopback for row in socket.getaddrinfo(ascii_form(proxy.host), proxy.port))
     except (OSError, UnicodeError) as error:
-        parser.error(f"{proxy.host!r} is no host: {getattr(error, 'strerror', None) or error}")
+        parser.error(f"invalid host {proxy.host!r}: {getattr(error, 'strerror', None) or error}")
     if options.target is None and not here:
         parser.error("the server is on another computer: --target has to say how it can reach this one")
     try:
         found = Examiner(proxy, options.target, options.timeout)
     except (OSError, UnicodeError):
-        parser.error(f"--target {options.target} is no host")
+        parser.error(f"invalid --target {options.target}: there is no such host")
     if options.target is not None and not can_bind(found.any_host()):
         parser.error(f"--target {options.target} is not an address of this computer")
     return found
 
 
-def main(words: Optional[Sequence[str]] = None) -> int:
+def main(words: Optional[Sequence[str]] = None, prog: str = "python -m socks5srv.check") -> int:
     """Ask, print, and return the exit code."""
-    parser = build_parser()
+    parser = build_parser(prog)
     options = parser.parse_args(words)
     asking = examiner(parser, options)
     try:
-        answers = asking.examine()
+        answers = asking.examine(float("inf") if options.all else SILENCES)
     except KeyboardInterrupt:
         return 130
+    except NotSocks5 as error:
+        return complain(parser, options, f"{options.server} does not speak SOCKS5: it {error}", 2)
     except OSError as error:
-        print(f"{parser.prog}: error: nobody to ask at {options.server}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return complain(parser, options, f"cannot connect to {options.server}: {error.strerror or error}", 1)
     found = Counter(answer.verdict for answer in answers)
     summary = {verdict: found[verdict] for verdict in ("pass", "fail", "warn", "skip")}
     if options.json:
@@ -1021,7 +1054,17 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     else:
         print(table(answers))
         print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in summary.items()))
+    if len(answers) < len(QUESTIONS):
+        print(f"{prog}: stopped after {SILENCES} timeouts in a row; --all goes on", file=sys.stderr)
     return 1 if summary["fail"] else 0
+
+
+def complain(parser: argparse.ArgumentParser, options: argparse.Namespace, error: str, code: int) -> int:
+    """There are no answers."""
+    if options.json:
+        print(json.dumps({"server": options.server, "error": error}, indent=2))
+    print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
