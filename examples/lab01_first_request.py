@@ -20,7 +20,7 @@ You should see (the ports are others each time):
     client      is connected to the proxy, from 127.0.0.1:40003; asks it for localhost, port 40001
     client      asks for /hello, as if there were no proxy
     web server  answers 200 OK: Hello, 127.0.0.1:40004!
-    proxy's log #1 127.0.0.1:40003 - connect localhost:40001 -> 127.0.0.1:40001 ok 73 up 42 down 0.0s target closed
+    proxy's log #1 127.0.0.1:40003 CONNECT localhost:40001 (127.0.0.1:40001) ok, 73 B up, 42 B down, 0.0 s, closed by target
 
 The log has a line for each client: its number and address; its user (- for nobody, see lab 4); what it asked for
 and where that was; how it went; how many octets went up to the web server and came down from it; and who hung up first.

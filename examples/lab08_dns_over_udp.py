@@ -19,7 +19,7 @@ You should see (the ports are others each time):
     DNS         is asked for api.example.com by 127.0.0.1:40004
     client  <-  00 00 00 01 7f 00 00 01 9c 43   and 49 octets: api.example.com is 192.0.2.7
     client      closes its TCP connection
-    proxy's log #1 127.0.0.1:40005 - udp 0.0.0.0:0 ok 33 up 49 down 0.0s client closed
+    proxy's log #1 127.0.0.1:40005 UDP ASSOCIATE 0.0.0.0:0 ok, 33 B up, 49 B down, 0.0 s, closed by client
     client  ->  the same query again
     client      nobody answers: the relay is gone
 

@@ -15,8 +15,8 @@ You should see (the ports are others each time):
     A is asked   05 01 00 03 0b 64 62 2e 69 6e 74 65 72 6e 61 6c 9c 41
     B is asked   05 01 00 03 0b 64 62 2e 69 6e 74 65 72 6e 61 6c 9c 41
     db.internal  says: hello
-    A's log      #1 127.0.0.1:40002 - connect db.internal:40001 -> 127.0.0.1:40003 ok 5 up 5 down 0.0s client closed
-    B's log      #1 127.0.0.1:40004 anna connect db.internal:40001 -> 127.0.0.1:40001 ok 5 up 5 down 0.0s client closed
+    A's log      #1 127.0.0.1:40002 CONNECT db.internal:40001 (127.0.0.1:40003) ok, 5 B up, 5 B down, 0.0 s, closed by client
+    B's log      #1 127.0.0.1:40004 user anna CONNECT db.internal:40001 (127.0.0.1:40001) ok, 5 B up, 5 B down, 0.0 s, closed by client
     target       was called from 127.0.0.1:40005
 
     now A goes out through B, and B through A

@@ -11,13 +11,13 @@ Run it:
 You should see (the ports are others each time):
 
     api.example.com:80: HTTP/1.0 200 OK, from api.example.com
-      #1 127.0.0.1:40001 - connect api.example.com:80 -> 127.0.0.1:40002 ok 41 up 34 down 0.0s target closed
+      #1 127.0.0.1:40001 CONNECT api.example.com:80 (127.0.0.1:40002) ok, 41 B up, 34 B down, 0.0 s, closed by target
     api.example.com:80: HTTP/1.0 200 OK, from api.example.com
-      #2 127.0.0.1:40003 - connect api.example.com:80 -> 127.0.0.1:40002 ok 41 up 34 down 0.0s target closed
+      #2 127.0.0.1:40003 CONNECT api.example.com:80 (127.0.0.1:40002) ok, 41 B up, 34 B down, 0.0 s, closed by target
     www.example.com:80: host unreachable
-      #3 127.0.0.1:40004 - connect www.example.com:80 failed(04) www.example.com is not on the map
+      #3 127.0.0.1:40004 CONNECT www.example.com:80 failed (reply 04): www.example.com is not on the map
     192.0.2.1:80: connection not allowed by ruleset
-      #4 127.0.0.1:40005 - connect 192.0.2.1:80 denied(02) 192.0.2.1:80 is not allowed
+      #4 127.0.0.1:40005 CONNECT 192.0.2.1:80 denied (reply 02): 192.0.2.1:80 is not allowed
     asked for:
       2 x api.example.com:80
       1 x www.example.com:80

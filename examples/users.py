@@ -12,16 +12,16 @@ You should see (the ports are others each time):
 
     users={"anna": "sesame"}
       anna says sesame: welcome
-        #1 127.0.0.1:40001 anna connect 127.0.0.1:40002 ok 0 up 12 down 0.0s target closed
+        #1 127.0.0.1:40001 user anna CONNECT 127.0.0.1:40002 ok, 0 B up, 12 B down, 0.0 s, closed by target
       anna says open: refused
-        #2 127.0.0.1:40003 anna - - login-failed wrong name or password
+        #2 127.0.0.1:40003 user anna login failed: wrong name or password
     authenticate() with passwords for one use
       ben says 4711: welcome
-        #1 127.0.0.1:40004 ben connect 127.0.0.1:40002 ok 0 up 12 down 0.0s target closed
+        #1 127.0.0.1:40004 user ben CONNECT 127.0.0.1:40002 ok, 0 B up, 12 B down, 0.0 s, closed by target
       ben says 4711: refused
-        #2 127.0.0.1:40005 ben - - login-failed wrong name or password
+        #2 127.0.0.1:40005 user ben login failed: wrong name or password
       ben says 0815: welcome
-        #3 127.0.0.1:40006 ben connect 127.0.0.1:40002 ok 0 up 12 down 0.0s target closed
+        #3 127.0.0.1:40006 user ben CONNECT 127.0.0.1:40002 ok, 0 B up, 12 B down, 0.0 s, closed by target
 
 The lines with a # are the proxy's log, in which no password is ever found.  On the wire it is
 there for all to read (RFC 1929 section 3).

@@ -311,7 +311,7 @@ class Association:
         """A name that does not exist any more leads nowhere; other failures change nothing for an address in use."""
         missing = isinstance(error, socket.gaierror) and error.errno in NO_SUCH_NAME
         if not isinstance(error, (OSError, ValueError, RequestFailed)):
-            logger.error("a bug, met while looking up %s", word(str(address)), exc_info=error)
+            logger.error("unhandled exception while looking up %s", word(str(address)), exc_info=error)
         if missing or header not in self.targets:
             self.remember(header, dropped(error), missing)
 
@@ -347,7 +347,7 @@ class ControlConnection(AssociationSocket):
 
     def ready(self, events: int) -> None:
         if not self.socket.recv(4096):
-            self.association.abort(f"{self.side} closed")
+            self.association.abort(f"closed by {self.side}")
 
 
 class ClientSocket(AssociationSocket):

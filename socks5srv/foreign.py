@@ -79,7 +79,7 @@ def identify(octets: bytes, here: Address, pac: bool) -> ForeignProtocol:
     if octets[0] == 0x16:
         return ForeignProtocol("this is TLS: the proxy's address begins with socks5h://, not https://", kind="tls")
     if octets[0] == CREDENTIALS_VER:    # of which nothing is told: the password may be in it
-        return ForeignProtocol("this is a login, and nobody has asked for it: a greeting comes first")
+        return ForeignProtocol("these are credentials that were not asked for: a greeting comes first")
     return ForeignProtocol(f"this is not SOCKS: it begins with {octets[:3].hex(' ')}")
 
 

@@ -252,12 +252,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if wanted in offered:       # select_method() has reasons of its own
             return "none of the methods that the client offers will do"
         if wanted is Method.USERNAME_PASSWORD:
-            return "the client offers no password: have it log in (browsers cannot; --allow-from serves them without)"
+            return "the client offers no password: set one in it (browsers cannot; --allow-from serves them without)"
         if Method.USERNAME_PASSWORD not in offered:
-            return "the client offers no method that is known here: let it offer to need no login"
+            return "the client offers no method that is known here: have it offer no authentication"
         if self.server.users is not None:
-            return "the client offers only a login, and its network (--allow-from) needs none: let it offer to need no login"
-        return "the client offers only a login, and there are no users: start with -u NAME, or let it offer to need no login"
+            return "the client offers only a password, and its network (--allow-from) needs none: have it offer no authentication"
+        return "the client offers only a password, and there are no users: start with -u NAME, or have it offer no authentication"
 
     def reject_foreign(self) -> None:
         """Tell a client that does not speak SOCKS5 what it has found."""
@@ -271,7 +271,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def identify(self) -> ProtocolError:
         """What client has begun like this."""
         if not self.stream.buffer:
-            return ProtocolError("the client closed without a word")
+            return ProtocolError("the client closed the connection before sending anything")
         while foreign.unsettled(self.stream.buffer) and self.stream.fill():
             pass
         here, policy = Address.of(self.connection.getsockname()), self.server.policy
@@ -286,7 +286,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         try:
             username, password = credentials.username.decode(), credentials.password.decode()
         except UnicodeDecodeError as error:
-            raise LoginFailed("a login that is no UTF-8", repr(credentials.username)) from error
+            raise LoginFailed("credentials that are not UTF-8", repr(credentials.username)) from error
         self.session.user = username    # before it is looked at: the user may be removed meanwhile
         self.server.registry.login_begins(self)
         try:
@@ -559,7 +559,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 interests[client] = READ
             ready = outbound.wait(interests, self.connection, until)
             if client in ready and not self.stream.fill():
-                raise ClientGone("the client has gone")
+                raise ClientGone("the client has left")
             if listener.fileno() in ready:
                 return
             if not ready:

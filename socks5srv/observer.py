@@ -125,7 +125,7 @@ def guarded(method: Callable[..., None]) -> Callable[..., None]:
         try:
             method(*arguments)
         except Exception:
-            logger.exception("a bug, met in an observer")
+            logger.exception("unhandled exception in an observer")
 
     return call
 
@@ -135,7 +135,7 @@ def wanted(observer: Observer, session: Session) -> bool:
     try:
         return observer.wants(session)
     except Exception:
-        logger.exception("a bug, met in an observer")
+        logger.exception("unhandled exception in an observer")
         return False
 
 

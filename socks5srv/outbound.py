@@ -226,7 +226,7 @@ def wait_by_poll(interests: Dict[int, int], client: socket.socket, timeout: floa
         if fd in interests:
             ready[fd] = events
         elif events:
-            raise ClientGone("the client has gone")
+            raise ClientGone("the client has left")
     return ready
 
 

@@ -201,7 +201,7 @@ def read_exactly(stream: BinaryStream, n: int) -> bytes:
     while len(octets) < n:
         more = stream.read(n - len(octets))
         if not more:
-            raise ProtocolError(f"the client closed in mid-message ({len(octets)} of {n} octets)")
+            raise ProtocolError(f"the client closed the connection in mid-message ({len(octets)} of {n} octets)")
         octets += more
     return octets
 
@@ -480,13 +480,13 @@ class Credentials(Message):
     def read(cls, stream: BinaryStream) -> Credentials:
         ver, ulen = read_exactly(stream, 2)
         if ver != CREDENTIALS_VER:
-            raise LoginFailed(f"VER of the login is {ver:02x}, not 01")
+            raise LoginFailed(f"VER of the credentials is {ver:02x}, not 01")
         username = read_exactly(stream, ulen)
         plen = read_exactly(stream, 1)[0]
         try:
             return cls(username, read_exactly(stream, plen))
         except ProtocolError:       # which tells how long the password would be
-            raise ProtocolError("the client closed in mid-message, in its password") from None
+            raise ProtocolError("the client closed the connection in mid-message, in its password") from None
 
     def fields(self) -> List[Field]:
         uname, passwd = counted(self.username, "a username"), counted(self.password, "a password")
@@ -518,7 +518,7 @@ class CredentialsReply(Message):
 
     @classmethod
     def read(cls, stream: BinaryStream) -> CredentialsReply:
-        return cls(read_versioned(stream, 2, "login's reply", CREDENTIALS_VER)[1])
+        return cls(read_versioned(stream, 2, "reply to the credentials", CREDENTIALS_VER)[1])
 
     def fields(self) -> List[Field]:
         return [CREDENTIALS_VERSION, Field("STATUS", octet(self.status), "failure" if self.status else "success")]

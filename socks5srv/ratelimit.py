@@ -78,9 +78,9 @@ class Resilient:
     def tell_of(self, error: Exception) -> None:
         """Log an error that no client can be told of, once a minute.  To be out of something is no bug."""
         if isinstance(error, OSError) and error.errno in OUT_OF:
-            self.warn_once("short", "%s: new clients have to wait; fewer at a time (--max-clients) or ulimit -n help", error.strerror)
+            self.warn_once("short", "%s: new connections have to wait; fewer at a time (--max-clients) or a higher ulimit -n would help", error.strerror)
         else:
-            self.tell(logging.ERROR, f"bug {error!r}", "a bug, met in serve_forever()", error=error)
+            self.tell(logging.ERROR, f"bug {error!r}", "unhandled exception in serve_forever()", error=error)
 
     def warn_once(self, kind: str, message: str, *details: object) -> None:
         """Log it, once a minute for each kind of trouble."""

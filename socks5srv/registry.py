@@ -129,7 +129,7 @@ class Registry(Generic[C]):
         if limits.max_per_client is not None and self.hosts[host] >= limits.max_per_client:
             return host_limit_reached(host, limits.max_per_client)
         if not descriptors.take_for_client():
-            return Refusal("full", f"no descriptors for more than {self.clients} clients: see ulimit -n")
+            return Refusal("full", f"no descriptors for more than {self.clients} connections: see ulimit -n")
         if limits.max_per_client is not None:
             self.hosts[host] += 1
         self.clients += 1
@@ -155,7 +155,7 @@ class Registry(Generic[C]):
             crowded_out = self.slow.fullest()[0] if self.slow.total > self.limits.max_handshakes else None
         if crowded_out is not None:
             self.request_complete(crowded_out)
-            crowded_out.hang_up("too many clients were slower to ask than this one")
+            crowded_out.hang_up("evicted: too many clients had not sent a request")
 
     def login_begins(self, client: C) -> None:
         """It has sent its login: from now on it waits for us, and is not slow."""
@@ -167,7 +167,7 @@ class Registry(Generic[C]):
             if crowded_out is not None:
                 self.logins.discard(crowded_out)
         if crowded_out is not None:
-            crowded_out.hang_up("too many logins are being checked")
+            crowded_out.hang_up("evicted: too many passwords are being checked")
 
     def login_over(self, client: C) -> None:
         """Right or wrong, it is the client's turn again."""
@@ -227,7 +227,7 @@ class Registry(Generic[C]):
 
 
 def limit_reached(most: int) -> Refusal:
-    return Refusal("full", f"limit of {most} clients reached: see --max-clients")
+    return Refusal("full", f"limit of {most} connections reached: see --max-clients")
 
 
 def host_limit_reached(host: str, most: int) -> Refusal:

@@ -235,7 +235,7 @@ class Relay:
             if not isinstance(error, BlockingIOError):      # it only looked ready
                 self.attempt(partial(pollable.abort, broken(pollable.side, error)))
         else:
-            logger.error("a bug, met in the relay thread", exc_info=error)
+            logger.error("unhandled exception in the relay thread", exc_info=error)
             self.attempt(partial(pollable.abort, "internal error"))
 
     def await_registration(self, fd: int) -> Optional[Pollable]:
@@ -256,7 +256,7 @@ class Relay:
         try:
             function()
         except Exception:
-            logger.exception("a bug, met in the relay thread")
+            logger.exception("unhandled exception in the relay thread")
 
     def discard(self, sock: socket.socket) -> None:
         """Close it; but forget it before, or its number could be another socket's."""
@@ -459,7 +459,7 @@ class Flow:
         if not self.opposite.reading and not self.opposite.holds:       # it has finished, too
             self.tunnel.end(self.tunnel.reason)
             return
-        self.tunnel.reason = f"{self.side} closed"
+        self.tunnel.reason = f"closed by {self.side}"
         try:
             self.sink.shutdown(socket.SHUT_WR)
         except OSError as error:

@@ -118,7 +118,7 @@ class LookUps:
             elif patient:
                 self.queue[look_up] = None
             else:
-                raise OSError(errno.EAGAIN, "too many look-ups are under way already")
+                raise OSError(errno.EAGAIN, "too many lookups are under way already")
             return look_up
 
     def leave(self, look_up: LookUp, answer: Callable[[LookUp], None]) -> bool:
@@ -226,5 +226,5 @@ def wait_for(look_up: LookUp, waker: Waker, client: socket.socket, until: float)
     if answered:
         return answered[0]
     if queued:
-        raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"{look_up.host}: too many look-ups were under way for this one to begin in time")
-    raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{look_up.host}: the look-up took too long")
+        raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"{look_up.host}: too many lookups were under way for this one to begin in time")
+    raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{look_up.host}: the lookup took too long")

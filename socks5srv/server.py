@@ -312,7 +312,7 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Not a protocol failure but a bug, here or in an overridden method."""
-        logger.exception("a bug, met while serving %s", client_address)
+        logger.exception("unhandled exception while serving %s", client_address)
 
     # --- what the handlers ask ---
 

@@ -9,11 +9,12 @@ counts its octets; it does nothing but put them into words: no sockets, no threa
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from .protocol import Address, Command, ReplyCode
 
-COMMAND_WORDS = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}
+COMMAND_WORDS = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}     # for programs
+COMMAND_NAMES = {word: command.name.replace("_", " ") for command, word in COMMAND_WORDS.items()}      # for people, as in the RFC
 
 
 class Session:
@@ -106,18 +107,23 @@ class Session:
         }
 
     def __str__(self) -> str:
-        """One line for people, its columns in a fixed order, with a hyphen for nothing."""
-        words = [f"#{self.id}", str(self.client), word(self.user or "-"), *self.target_words(), self.outcome_word]
-        if self.outcome == "close":
-            words += [amount(self.up), "up", amount(self.down), "down", f"{self.seconds:.1f}s"]
-        return " ".join(words + [shown(self.reason)] * bool(self.reason))
+        return self.line()
+
+    def line(self, mark: Callable[[str], str] = str) -> str:
+        """One line for people: who, what, how it ended and why.  `mark` is given the outcome, to color it for instance."""
+        user = ["user", word(self.user)] if self.user else []
+        line = " ".join([f"#{self.id}", str(self.client), *user, *self.target_words(), mark(self.outcome_words)])
+        served = self.outcome == "close"
+        if served:
+            line += f", {amount(self.up)} up, {amount(self.down)} down, {self.seconds:.1f} s"
+        return f"{line}{', ' if served else ': '}{shown(self.reason)}" if self.reason else line
 
     @property
-    def outcome_word(self) -> str:
-        """``ok``, ``open``, or what went wrong, with the reply: ``denied(02)``."""
+    def outcome_words(self) -> str:
+        """``ok``, ``open``, or what went wrong, with the reply: ``denied (reply 02)``."""
         if self.outcome == "close":
             return "ok"
-        return self.outcome.replace("_", "-") + (f"({self.reply:02x})" if self.reply and self.seconds is not None else "")
+        return self.outcome.replace("_", " ") + (f" (reply {self.reply:02x})" if self.reply and self.seconds is not None else "")
 
     @property
     def command_word(self) -> Optional[str]:
@@ -127,14 +133,14 @@ class Session:
         return None if self.unknown_command is None else f"0x{self.unknown_command:02x}"
 
     def target_words(self) -> Tuple[str, ...]:
-        """The command and where it led; the peer only where the client did not name it."""
+        """The command and where it led, if it has come so far; the peer only where the client did not name it."""
         command = self.command_word
         if command is None or self.destination is None:
-            return ("-", "-")
-        asked = word(str(self.destination))
+            return ()
+        asked = (COMMAND_NAMES.get(command, f"CMD {command}"), word(str(self.destination)))
         if self.peer is None or str(self.peer) == str(self.destination):
-            return (command, asked)
-        return (command, asked, "->", word(str(self.peer)))     # which an upstream may give a name
+            return asked
+        return (*asked, f"({word(str(self.peer))})")        # which an upstream may give a name
 
 
 def rfc3339(seconds: float) -> str:
@@ -156,15 +162,15 @@ def word(text: str) -> str:
 
 
 def amount(octets: int) -> str:
-    """A number of octets in the fewest digits that say enough: 79, 1.2k, 34.5M."""
+    """A number of octets in the fewest digits that say enough: 79 B, 1.2 kB, 34.5 MB."""
     if octets < 1000:
-        return str(octets)
+        return f"{octets} B"
     number = float(octets)
     for unit in "kMGT":
         number /= 1000
         if number < 999.95 or unit == "T":
             break
-    return f"{number:.1f}{unit}"
+    return f"{number:.1f} {unit}B"
 
 
 def plural(number: int, thing: str) -> str:

@@ -139,7 +139,7 @@ class UsersFile(Users):
         """Once for each version of the file, and not before it is in use: the log may not be set up when it is read."""
         if self.uneven:
             self.uneven = False
-            logger.warning("the hashes in %s cost more or less, so the time that a login takes tells who is a user: make the "
+            logger.warning("the hashes in %s cost more or less, so the time that an answer takes tells who is a user: make the "
                            "cheaper ones anew with --hash-password", self.path)
 
     def refresh(self) -> Set[str]:

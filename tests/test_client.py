@@ -470,7 +470,7 @@ def test_the_control_connection_is_kept_until_close(start_server: Any) -> None:
     assert relay.control.gettimeout() is None
     assert len(server.sessions) == 1
     relay.close()
-    assert server.next_ended().reason == "client closed"
+    assert server.next_ended().reason == "closed by client"
 
 
 def test_fragments_and_nonsense_are_not_handed_out(proxy_that: Any) -> None:

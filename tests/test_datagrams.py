@@ -325,7 +325,7 @@ def test_payload_is_counted_both_ways(server: Any, client: UdpClient, new_socket
     client.echo(new_socket(), b"123")
     client.control.close()
     session = server.next_ended()
-    assert (session.outcome, session.up, session.down, session.reason) == ("close", 8, 8, "client closed")
+    assert (session.outcome, session.up, session.down, session.reason) == ("close", 8, 8, "closed by client")
 
 
 def test_a_hundred_datagrams_at_once_arrive(client: UdpClient, target: UdpSocket) -> None:
@@ -676,7 +676,7 @@ def test_an_answer_to_a_look_up_that_comes_after_the_end_is_dropped(server: Any,
     client.send_to(name("slow.invalid", 7), b"x")
     eventually(lambda: Named.asked)
     client.control.close()
-    assert server.next_ended().reason == "client closed"
+    assert server.next_ended().reason == "closed by client"
     Named.release.set()
 
 

@@ -42,7 +42,7 @@ PORT = re.compile(
 )
 # And so are times, and what a measurement gives.
 VARIABLE = [
-    (r"\b\d+\.\d+s\b", "SECONDS"),
+    (r"\b\d+\.\d+ ?s\b", "SECONDS"),
     (r'"time": "[-:.\dTZ]{24}"', '"time": NOW'),
     (r'"seconds": [\d.]+', '"seconds": SECONDS'),
     (r"  #+ +[\d,]+$", "  BAR"),

@@ -101,7 +101,7 @@ def offline(_self: Any, _host: str) -> List[str]:
 
 
 PHASES = [greeting, method, request, look_up, connect, refusal, tunnel, full_tunnel, bind, bind_called, udp]
-REASONS = ["client: connection reset", "client: broken pipe", "the client has gone"]
+REASONS = ["client: connection reset", "client: broken pipe", "the client has left"]
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.__name__)

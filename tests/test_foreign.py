@@ -99,7 +99,7 @@ def test_a_letter_does_not_make_http_of_noise(octets: bytes, say: Callable[..., 
     (b"\x16\x03\x01\x02\x00\x01", "this is TLS: the proxy's address begins with socks5h://, not https://"),
     (b"SSH-2.0-x\r\n", "this is not SOCKS: it begins with 53 53 48"), (b"\x00", "this is not SOCKS: it begins with 00"),
     (b"GET", "this is not SOCKS: it begins with 47 45 54"), (b"P", "this is not SOCKS: it begins with 50"),
-    (b"", "the client closed without a word"),
+    (b"", "the client closed the connection before sending anything"),
 ])
 def test_others_are_hung_up_on_without_an_answer(octets: bytes, reason: str, say: Callable[..., Answered]) -> None:
     answer, session, _address = say(octets, end=True)

@@ -132,12 +132,12 @@ def test_clients_in_a_trusted_network_need_no_login_and_all_others_do(
 
 
 @pytest.mark.parametrize(("settings", "methods", "says"), [
-    ({"users": USERS}, [0], "offers no password: have it log in (browsers cannot; --allow-from serves them without)"),
-    ({"users": USERS}, [1, 0x80], "offers no password: have it log in"),
-    ({}, [2], "only a login, and there are no users: start with -u NAME, or let it offer to need no login"),
-    ({}, [1, 2, 3], "only a login, and there are no users"),
-    ({}, [1], "no method that is known here: let it offer to need no login"),
-    ({"users": USERS, "allow_from": LOOPBACK}, [2], "its network (--allow-from) needs none: let it offer to need no login"),
+    ({"users": USERS}, [0], "offers no password: set one in it (browsers cannot; --allow-from serves them without)"),
+    ({"users": USERS}, [1, 0x80], "offers no password: set one in it"),
+    ({}, [2], "only a password, and there are no users: start with -u NAME, or have it offer no authentication"),
+    ({}, [1, 2, 3], "only a password, and there are no users"),
+    ({}, [1], "no method that is known here: have it offer no authentication"),
+    ({"users": USERS, "allow_from": LOOPBACK}, [2], "its network (--allow-from) needs none: have it offer no authentication"),
 ])
 def test_a_client_without_a_usable_method_is_told_of_each_time_with_what_would_help(
         start_server: Any, new_client: Any, caplog: Any, settings: Any, methods: List[int], says: str) -> None:
@@ -148,7 +148,7 @@ def test_a_client_without_a_usable_method_is_told_of_each_time_with_what_would_h
         session = server.next_ended()
         assert session.outcome == "no_acceptable_method"
         assert says in session.reason
-        assert caplog.text.count("no-acceptable-method the client offers ") == number
+        assert caplog.text.count("no acceptable method: the client offers ") == number
 
 
 def test_a_subclass_that_takes_no_method_has_reasons_of_its_own(start_server: Any, new_client: Any) -> None:

@@ -166,7 +166,7 @@ def test_a_client_that_is_turned_away_is_told_and_has_no_session(observed: Any, 
     listener.until("authenticated")
     assert new_client(server).rest() == b""
     [(_hook, (client, reason))] = listener.until("turned_away")
-    assert (client.host, reason) == (LOCALHOST, "limit of 1 clients reached: see --max-clients")
+    assert (client.host, reason) == (LOCALHOST, "limit of 1 connections reached: see --max-clients")
 
 
 def test_a_failed_accept_is_told(observed: Any, new_client: Any, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_hook_that_raises_is_a_bug_in_the_log_and_costs_the_client_nothing(
     new_tunnel(server).close()
     assert server.next_ended().outcome == "close"
     eventually(lambda: bugs)
-    assert {record.getMessage() for record in bugs} == {"a bug, met in an observer"}
+    assert {record.getMessage() for record in bugs} == {"unhandled exception in an observer"}
     bugs.clear()
 
 
@@ -207,7 +207,7 @@ def test_an_observer_that_cannot_say_what_it_wants_costs_the_client_nothing(
 
     broken = Broken()
     new_tunnel(start_server(observers=(broken,)))
-    assert [record.getMessage() for record in bugs] == ["a bug, met in an observer"]
+    assert [record.getMessage() for record in bugs] == ["unhandled exception in an observer"]
     bugs.clear()
     assert broken.told.empty()
 

@@ -190,7 +190,7 @@ def test_a_login_that_ends_too_soon_does_not_tell_how_long_the_password_would_ha
         with pytest.raises(ProtocolError) as caught:
             Credentials.read(BytesIO(bytes(Credentials(b"alice", password))[:-3]))
         complaints.add((str(caught.value), caught.value.__suppress_context__))
-    assert complaints == {("the client closed in mid-message, in its password", True)}
+    assert complaints == {("the client closed the connection in mid-message, in its password", True)}
 
 
 @pytest.mark.parametrize("password", [b"hunter2", b"!", b"\xff\x00"])

@@ -97,7 +97,7 @@ def test_the_terminal_session_shows_what_is_really_printed() -> None:
     session.user, session.command, session.reply = "", Command.CONNECT, ReplyCode.SUCCEEDED
     session.destination, session.peer = Address.named("localhost", 8000), Address.numeric("127.0.0.1", 8000)
     session.up, session.down = 87, 213
-    session.end("target closed")
+    session.end("closed by target")
     session.seconds = 0.0
     summary = Summary()
     summary.peak = 1

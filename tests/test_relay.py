@@ -111,7 +111,7 @@ def test_when_the_client_has_ended_it_still_gets_the_whole_answer(tunnel: Any) -
     sent = in_thread(send_pattern, target, 3 * MIB, 1)
     assert receive_all(client.socket) == sent()
     session = server.next_ended()
-    assert (session.up, session.down, session.reason) == (8, 3 * MIB, "client closed")
+    assert (session.up, session.down, session.reason) == (8, 3 * MIB, "closed by client")
 
 
 @pytest.mark.usefixtures("mode")
@@ -136,7 +136,7 @@ def test_when_the_target_has_ended_it_still_gets_all_that_the_client_sends(tunne
     sent = in_thread(send_pattern, client.socket, 3 * MIB, 2)
     assert receive_all(target) == sent()
     session = server.next_ended()
-    assert (session.up, session.down, session.reason) == (3 * MIB, 8, "target closed")
+    assert (session.up, session.down, session.reason) == (3 * MIB, 8, "closed by target")
 
 
 @pytest.mark.timeout(120)
@@ -429,7 +429,7 @@ def test_a_tunnel_in_use_outlives_the_idle_timeout(tunnel: Any) -> None:
     client.end()
     target.close()
     session = server.next_ended()
-    assert session.reason == "client closed"
+    assert session.reason == "closed by client"
     assert session.seconds > 0.9
 
 
@@ -544,7 +544,7 @@ def test_a_bug_costs_one_tunnel_and_no_other(
     assert ends_with_reset(client.socket)
     exchange_both_ways(*other)
     assert server.next_ended().reason == "internal error"
-    assert [record.getMessage() for record in bugs] == ["a bug, met in the relay thread"]
+    assert [record.getMessage() for record in bugs] == ["unhandled exception in the relay thread"]
     bugs.clear()
 
 

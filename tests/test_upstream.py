@@ -182,7 +182,7 @@ def test_nobody_waits_for_the_upstream_when_the_client_has_left(start_server: An
         accepted.sendall(answers)
         accepted.recv(3)
         client.reset()
-        assert near.next_ended().reason == "the client has gone"
+        assert near.next_ended().reason == "the client has left"
         with contextlib.suppress(ConnectionError):
             while accepted.recv(100):
                 pass
@@ -357,7 +357,7 @@ def test_a_hook_is_asked_for_zeros_as_well(start_server: Any, far: Any) -> None:
 def test_the_upstream_waits_no_more_when_the_client_has_left(near: Any, far: Any) -> None:
     with bind(url_of(near)):
         pass
-    assert near.next_ended().reason == "the client has gone"
+    assert near.next_ended().reason == "the client has left"
     assert far.next_ended().command is Command.BIND
 
 
@@ -425,7 +425,7 @@ def test_the_end_of_the_upstreams_connection_is_the_end(near: Any, far: Any) -> 
     with udp_associate(url_of(near)) as relay:
         (session,) = far.sessions
         far.registry.live[session.id].hang_up("enough")
-        assert near.next_ended().reason == "upstream closed"
+        assert near.next_ended().reason == "closed by upstream"
         relay.control.settimeout(TIMEOUT)
         assert relay.control.recv(1) == b""
 
@@ -441,14 +441,14 @@ def test_a_reset_by_the_upstream_is_called_one(near: Any, far: Any) -> None:
 
 def test_the_end_of_the_clients_connection_is_the_end_of_the_upstreams(near: Any, far: Any) -> None:
     udp_associate(url_of(near)).close()
-    assert near.next_ended().reason == far.next_ended().reason == "client closed"
+    assert near.next_ended().reason == far.next_ended().reason == "closed by client"
 
 
 def test_the_server_can_be_stopped_with_associations(near: Any, far: Any) -> None:
     with udp_associate(url_of(near)):
         near.server_close()
         assert near.next_ended().reason == "server stopped"
-        assert far.next_ended().reason == "client closed"
+        assert far.next_ended().reason == "closed by client"
 
 
 @pytest.mark.parametrize("reassemble", [False, True])

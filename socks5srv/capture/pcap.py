@@ -117,7 +117,7 @@ class CaptureWriter:
                     pass
         except Exception as error:
             if not isinstance(error, OSError):
-                logger.exception("a bug, met while recording")
+                logger.exception("unhandled exception while recording")
             with self.changed:
                 self.give_up(reason_of(error))
 

@@ -32,16 +32,16 @@ WITHOUT_A_LOGIN = """\
 WITH_A_LOGIN = """\
   browsers   Firefox and Chrome have no place to type a SOCKS5 password
 
-SOCKS5 sends the password unencrypted: use it where nobody listens in."""
+SOCKS5 sends the password unencrypted: use it on trusted networks only."""
 
 
 def banner(addresses: Sequence[Address], users: Optional[int], keys: bool = True, status: Optional[str] = None) -> str:
-    """The lines to paste.  `users`: how many, None if no login is asked for; `keys`: it listens on the keyboard, too."""
+    """The lines to paste.  `users`: how many, None if no password is asked for; `keys`: it listens on the keyboard, too."""
     reachable = reachable_address(addresses[0])
     place = in_url(reachable)
     login, name, browsers = "no password", "", WITHOUT_A_LOGIN
     if users is not None:
-        login, name, browsers = f"login required ({plural(users, 'user')})", "NAME:PASSWORD@", WITH_A_LOGIN
+        login, name, browsers = f"password required ({plural(users, 'user')})", "NAME:PASSWORD@", WITH_A_LOGIN
     return BANNER.format(
         version=__version__, login=login, url=f"socks5h://{name}{place}", keys=", h + Enter shows keys" * keys,
         whom="this computer only" if all(is_loopback(each.host) for each in addresses) else "other computers, too",

@@ -39,9 +39,9 @@ class Destinations(Summary):
 
     def ended(self, session: Session) -> None:
         super().ended(session)
-        destination = (*session.target_words(), session.outcome_word)
+        destination = (*session.target_words(), session.outcome_words)
         if destination not in self.destinations and len(self.destinations) >= self.max_destinations:
-            destination = ("-", "elsewhere", session.outcome_word)
+            destination = ("others", session.outcome_words)
         sums = self.destinations.get(destination, (0, 0, 0))
         self.destinations[destination] = [sum + number for sum, number in zip(sums, (1, session.up, session.down))]
 
@@ -49,8 +49,9 @@ class Destinations(Summary):
         """All of it in lines."""
         if not self.destinations:
             return f"socks5srv: {command} has contacted nothing through the proxy; it may not look for ALL_PROXY"
-        return "\n".join([f"socks5srv: {command} has contacted {plural(len(self.destinations), 'place')}", *(
-            f"  {' '.join(words)}  {times} x  {amount(up)} up  {amount(down)} down" for words, (times, up, down) in self.destinations.items()
+        return "\n".join([f"socks5srv: {command} has contacted {plural(len(self.destinations), 'destination')}", *(
+            f"  {' '.join(words)}, {plural(times, 'connection')}, {amount(up)} up, {amount(down)} down"
+            for words, (times, up, down) in self.destinations.items()
         )])
 
 

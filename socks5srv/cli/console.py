@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 from ..service.log import show
 from ..service.node import Node
-from ..session import amount, plural, word
+from ..session import COMMAND_NAMES, amount, plural, word
 
 logger = logging.getLogger("socks5srv")
 
@@ -54,7 +54,7 @@ class Console:
             _help, do = KEYS.get(key, KEYS["h"])
             do(self)
         except Exception:
-            logger.exception("a bug, met at the keyboard")
+            logger.exception("unhandled exception at the keyboard")
 
     def do_list(self) -> None:
         snapshots = self.node.stats.snapshots().values()
@@ -80,7 +80,7 @@ class Console:
 
 
 KEYS: Dict[str, Tuple[str, Callable[[Console], None]]] = {
-    "l": ("list the clients that are being served", Console.do_list),
+    "l": ("list the open connections", Console.do_list),
     "s": ("what has happened so far", Console.do_summary),
     "e": ("explain every message of new clients, or no longer", Console.do_explain),
     "q": ("stop, as Ctrl-C does", Console.do_quit),
@@ -90,7 +90,7 @@ KEYS: Dict[str, Tuple[str, Callable[[Console], None]]] = {
 
 # --- who is being served ---
 
-HEADINGS = ("id", "client", "user", "command", "target", "up", "down", "seconds")
+HEADINGS = ("id", "client", "user", "command", "destination", "up", "down", "seconds")
 NUMBERS = {"id", "up", "down", "seconds"}       # which are aligned at the right
 
 
@@ -106,12 +106,12 @@ def listing(sessions: Sequence[Dict[str, Any]], number: int, most: int) -> str:
     end, some = f", {up} up, {down} down", f", of which these are the newest {most}" if len(newest) < number else ""
     if len(sessions) < number:
         end, some = "", f", of which these are {len(newest)} that are busy"
-    return "\n".join([*lines, f"{plural(number, 'client')} being served{end}{some}"])
+    return "\n".join([*lines, f"{plural(number, 'connection')} open{end}{some}"])
 
 
 def columns(session: Dict[str, Any]) -> Tuple[str, ...]:
     return (
-        f"#{session['id']}", session["client"], word(session["user"] or "-"), session["command"] or "-", target_of(session),
+        f"#{session['id']}", session["client"], word(session["user"] or "-"), COMMAND_NAMES.get(session["command"], "-"), target_of(session),
         amount(session["up"]), amount(session["down"]), f"{session['seconds']:.1f}",
     )
 
@@ -122,7 +122,7 @@ def target_of(session: Dict[str, Any]) -> str:
     if host is None:
         return "-"
     asked = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return word(asked) if peer in (None, asked) else f"{word(asked)} -> {word(peer)}"
+    return word(asked) if peer in (None, asked) else f"{word(asked)} ({word(peer)})"
 
 
 def table(rows: Sequence[Sequence[str]]) -> List[str]:

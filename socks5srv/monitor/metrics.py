@@ -32,8 +32,8 @@ BOUNDS = (*map(str, SECONDS), "+Inf")           # the same as labels; the last o
 # Why a client never came to a request, if another thread has hung up on it; the others have left by themselves.
 HANG_UPS = {
     "the handshake took too long": "timeout",
-    "too many clients were slower to ask than this one": "crowded_out",
-    "too many logins are being checked": "crowded_out",
+    "evicted: too many clients had not sent a request": "crowded_out",
+    "evicted: too many passwords are being checked": "crowded_out",
     "server stopped": "stopped",
 }
 

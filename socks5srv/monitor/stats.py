@@ -138,7 +138,7 @@ def row(session: Session, octets: Octets, rates: Rate) -> Dict[str, Any]:
 
 def why_full(clients: int, limit: float) -> str:
     """In a sentence; empty if more fit."""
-    return f"limit of {limit:g} clients reached" if clients >= limit else ""
+    return f"limit of {limit:g} connections reached" if clients >= limit else ""
 
 
 # --- sums ---
@@ -160,7 +160,7 @@ def summary_of(counters: Counters) -> Dict[str, Any]:
     for (_command, reply), number in counters.by("requests").items():
         replies[reply] = replies.get(reply, 0) + number
     return {
-        "clients": counters["clients", "taken"], "turned_away": counters["clients", "turned_away"],
+        "connections": counters["clients", "taken"], "turned_away": counters["clients", "turned_away"],
         "sessions": {outcome: number for (outcome,), number in counters.by("sessions").items()},
         "replies": replies, "up": counters["octets", "up"], "down": counters["octets", "down"],
         "failed_logins": counters["auth_attempts", "username_password", "failure"],

@@ -52,7 +52,9 @@ class TextFormatter(logging.Formatter):
             line += "".join(f"\n| {shown(each)}" for each in self.formatException(record.exc_info).splitlines())
         session = getattr(record, "session", None)
         code = COLORS.get(session.outcome) if isinstance(session, Session) else None
-        return f"\x1b[{code}m{line}\x1b[0m" if self.color and code else line
+        if session is None or code is None or not self.color:
+            return line
+        return line.replace(str(session), session.line(lambda outcome: f"\x1b[{code}m{outcome}\x1b[0m"))
 
 
 class JsonFormatter(logging.Formatter):

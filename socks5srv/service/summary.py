@@ -41,8 +41,7 @@ class Summary(Observer):
         if outcome == "close":
             self.add(self.octets, {str(session.destination): session.up + session.down})
         else:
-            code = f" ({session.reply:02x})" if session.reply else ""
-            self.add(self.failures, {f"{session.destination or '-'} {outcome.replace('_', ' ')}{code}": 1})
+            self.add(self.failures, {f"{session.destination or ''} {session.outcome_words}".lstrip(): 1})
 
     def add(self, counter: CounterType[str], numbers: Dict[str, int]) -> None:
         """Of too many entries forget those that count least."""
@@ -75,21 +74,23 @@ class Summary(Observer):
         """The same for programs: what the log line "stop" has.  Its names are stable."""
         return {
             "seconds": round(time.monotonic() - self.since, 3), "sessions": sum(self.outcomes.values()),
-            "events": dict(self.outcomes), "clients": len(self.clients), "targets": len(self.octets),
+            "events": dict(self.outcomes), "client_addresses": len(self.clients), "targets": len(self.octets),
             "up": self.up, "down": self.down, "most_at_once": self.peak,
         }
 
     def text(self, beginning: str = "stopped after") -> str:
         """Two lines of numbers, and the three largest of each counter."""
         total, ok = sum(self.outcomes.values()), self.outcomes["close"]
+        addresses = "1 client address" if len(self.clients) == 1 else f"{len(self.clients)} client addresses"
         minutes, seconds = divmod(int(time.monotonic() - self.since), 60)
         lines = [
-            f"{beginning} {f'{minutes}m {seconds:02d}s' if minutes else f'{seconds}s'}: {plural(total, 'connection')} ({ok} ok, {total - ok} not)"
-            f" from {'at least ' * (len(self.clients) >= self.max_entries)}{plural(len(self.clients), 'client')},",
-            f"{amount(self.up)} up, {amount(self.down)} down, at most {self.peak} at once",
+            f"{beginning} {f'{minutes} min {seconds} s' if minutes else f'{seconds} s'}: {plural(total, 'connection')} "
+            f"({ok} succeeded, {total - ok} failed) from {'at least ' * (len(self.clients) >= self.max_entries)}{addresses},",
+            f"{amount(self.up)} up, {amount(self.down)} down, peak {self.peak}",
         ]
-        for title, counter in (("most traffic", self.octets), ("not ok", self.failures)):
+        for title, counter in (("most traffic", self.octets), ("failed", self.failures)):
             for target, number in counter.most_common(3):
-                lines.append(f"  {title:<12}  {shown(target)}  {amount(number) if counter is self.octets else f'{number} x'}")
+                number_of = amount(number) if counter is self.octets else plural(number, "connection")
+                lines.append(f"  {title:<12}  {shown(target)}: {number_of}")
                 title = ""
         return "\n".join(lines)

@@ -135,7 +135,7 @@ class WorkerServer(Socks5Server):
             except EOFError:
                 pass
             except Exception:           # without the control channel we would never be told to stop
-                logger.exception("a bug, met in the control thread")
+                logger.exception("unhandled exception in the control thread")
                 os._exit(1)
         self.stopping_all.set()
         self.requests.closed(self.channel)
@@ -235,7 +235,7 @@ def serve(server: WorkerServer) -> None:
     try:
         server.serve_forever()
     except Exception:
-        logger.exception("a bug, met in serve_forever()")
+        logger.exception("unhandled exception in serve_forever()")
         os._exit(1)
     server.server_close()
     server.update_summary()

@@ -45,7 +45,7 @@ def test_it_has_the_lines_to_paste(line: str) -> None:
 
 def test_with_users_it_says_how_many_and_warns() -> None:
     text = banner(addresses("127.0.0.1"), 2)
-    assert "login required (2 users)" in text
+    assert "password required (2 users)" in text
     assert "(1 user)" in banner(addresses("127.0.0.1"), 1)
     assert "socks5h://NAME:PASSWORD@127.0.0.1:1080" in text
     assert "SOCKS5 sends the password unencrypted" in text
@@ -129,11 +129,11 @@ def test_at_a_terminal_the_banner_is_shown_and_at_the_end_the_summary(at_termina
     assert text.startswith(banner(addresses("127.0.0.1", port=terminal.port), None))
     assert max(map(len, text.split("\n"))) <= WIDTH
     terminal.tunnel(echo).close()
-    code, text = terminal.talk("client closed\n", "\x03")
+    code, text = terminal.talk("closed by client\n", "\x03")
     assert code == 0
     after = text[text.index("^C"):]
-    assert re.search(r"stopped after \ds: 1 connection \(1 ok, 0 not\) from 1 client,", after)
-    assert f"  most traffic  127.0.0.1:{echo[1]}  10\n" in after
+    assert re.search(r"stopped after \d s: 1 connection \(1 succeeded, 0 failed\) from 1 client address,", after)
+    assert f"  most traffic  127.0.0.1:{echo[1]}: 10 B\n" in after
     assert "listening" not in text
 
 

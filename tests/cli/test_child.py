@@ -42,8 +42,8 @@ def test_a_program_finds_the_proxy_and_its_exit_code_is_kept(run_command: Run, e
     assert done.stdout == "to and fro\n"
     assert done.code == 7
     first, second = done.stderr.splitlines()
-    assert first == f"socks5srv: {os.path.basename(sys.executable)} has contacted 1 place"
-    assert second == f"  connect {echo[0]}:{echo[1]} ok  1 x  10 up  10 down"
+    assert first == f"socks5srv: {os.path.basename(sys.executable)} has contacted 1 destination"
+    assert second == f"  CONNECT {echo[0]}:{echo[1]} ok, 1 connection, 10 B up, 10 B down"
 
 
 def test_it_logs_in_with_the_login_that_is_asked_for(run_command: Run, echo: Place) -> None:
@@ -54,7 +54,7 @@ def test_it_logs_in_with_the_login_that_is_asked_for(run_command: Run, echo: Pla
 def test_what_was_refused_is_told_as_well(run_command: Run, echo: Place) -> None:
     done = run_command("--deny", f":{echo[1]}", *client(echo))
     assert done.code == 1
-    assert f"  connect {echo[0]}:{echo[1]} denied(02)  1 x  0 up  0 down" in done.stderr.splitlines()
+    assert f"  CONNECT {echo[0]}:{echo[1]} denied (reply 02), 1 connection, 0 B up, 0 B down" in done.stderr.splitlines()
 
 
 def test_a_program_that_goes_its_own_way_is_told_of(run_command: Run) -> None:
@@ -69,7 +69,7 @@ def test_with_q_only_the_program_is_heard(run_command: Run, echo: Place) -> None
 
 def test_with_v_the_log_lines_are_there_as_ever(run_command: Run, echo: Place) -> None:
     assert "listening" not in run_command(*client(echo)).stderr
-    assert f"connect {echo[0]}:{echo[1]} ok 10 up 10 down" in run_command("-v", *client(echo)).stderr
+    assert f"CONNECT {echo[0]}:{echo[1]} ok, 10 B up, 10 B down" in run_command("-v", *client(echo)).stderr
 
 
 PROXIES = "import os; print(sorted(name for name in os.environ if name.lower().endswith('_proxy')))"
@@ -169,7 +169,7 @@ def test_places_are_told_one_by_one_up_to_a_number() -> None:
         session.reply, session.up = ReplyCode.SUCCEEDED, 1
         session.end()
         destinations.ended(session)
-    assert destinations.contacted_by("it").splitlines()[-1] == "  - elsewhere ok  10 x  10 up  0 down"
+    assert destinations.contacted_by("it").splitlines()[-1] == "  others ok, 10 connections, 10 B up, 0 B down"
 
 
 @pytest.mark.parametrize(("users", "login"), [

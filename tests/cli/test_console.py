@@ -56,7 +56,7 @@ def keyboard(at_terminal: AtTerminal) -> AtKeyboard:
 def test_help_has_a_line_for_each_key(keyboard: AtKeyboard, key: str) -> None:
     lines = keyboard().press(key, "Each with Enter.")
     assert lines == [
-        "  l  list the clients that are being served", "  s  what has happened so far", "  e  explain every message of new clients, or no longer",
+        "  l  list the open connections", "  s  what has happened so far", "  e  explain every message of new clients, or no longer",
         "  q  stop, as Ctrl-C does", "  h  show this", "Each with Enter.",
     ]
 
@@ -65,7 +65,7 @@ def test_enter_alone_shows_nothing(keyboard: AtKeyboard) -> None:
     server = keyboard()
     server.terminal.type("\n \n")
     server.wait_for("\n \n")
-    assert server.press("l", "being served") == ["0 clients being served, 0 up, 0 down"]
+    assert server.press("l", " open, ") == ["0 connections open, 0 B up, 0 B down"]
 
 
 def test_the_list_has_what_a_living_tunnel_has_carried_by_now(keyboard: AtKeyboard, echo: Place) -> None:
@@ -77,34 +77,34 @@ def test_the_list_has_what_a_living_tunnel_has_carried_by_now(keyboard: AtKeyboa
         exchange(client, b"x" * 1234)
         name = "%s:%d" % client.socket.getsockname()
         # A client may have its octets a moment before the relay has counted them.
-        eventually(lambda: server.press("l", "being served")[-1] == "2 clients being served, 1.2k up, 1.2k down")
-        heading, first, second, sum = server.press("l", "being served")
-        assert heading.split() == ["id", "client", "user", "command", "target", "up", "down", "seconds"]
-        assert re.fullmatch(rf"#1 +{name} +anna +connect +localhost:{echo[1]} -> 127.0.0.1:{echo[1]} +1\.2k +1\.2k +\d\.\d", first)
-        assert re.fullmatch(r"#2 +127.0.0.1:\d+ +- +- +- +0 +0 +\d\.\d", second)
+        eventually(lambda: server.press("l", " open, ")[-1] == "2 connections open, 1.2 kB up, 1.2 kB down")
+        heading, first, second, sum = server.press("l", " open, ")
+        assert heading.split() == ["id", "client", "user", "command", "destination", "up", "down", "seconds"]
+        assert re.fullmatch(rf"#1 +{name} +anna +CONNECT +localhost:{echo[1]} \(127.0.0.1:{echo[1]}\) +1\.2 kB +1\.2 kB +\d\.\d", first)
+        assert re.fullmatch(r"#2 +127.0.0.1:\d+ +- +- +- +0 B +0 B +\d\.\d", second)
         assert len(heading) == len(first) == len(second), "in columns"
-        assert sum == "2 clients being served, 1.2k up, 1.2k down"
+        assert sum == "2 connections open, 1.2 kB up, 1.2 kB down"
         exchange(client, b"x" * 1000)
-        eventually(lambda: server.press("l", "being served")[-1] == "2 clients being served, 2.2k up, 2.2k down")
-    eventually(lambda: server.press("l", "being served")[-1] == "0 clients being served, 0 up, 0 down")
-    assert "1 ok, 1 not" in server.stop()[1]
+        eventually(lambda: server.press("l", " open, ")[-1] == "2 connections open, 2.2 kB up, 2.2 kB down")
+    eventually(lambda: server.press("l", " open, ")[-1] == "0 connections open, 0 B up, 0 B down")
+    assert "1 succeeded, 1 failed" in server.stop()[1]
 
 
 def test_the_list_has_udp_clients(keyboard: AtKeyboard) -> None:
     server = keyboard()
     with server.client() as client:
         client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED)
-        assert re.search(r"#1 .* udp +0\.0\.0\.0:0 +0 +0 ", server.press("l", "being served")[1])
+        assert re.search(r"#1 .* UDP ASSOCIATE +0\.0\.0\.0:0 +0 B +0 B ", server.press("l", " open, ")[1])
 
 
 def test_the_summary_so_far(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard()
-    assert re.fullmatch(r"serving for \ds: 0 connections .*", server.press("s", "at once")[0])
+    assert re.fullmatch(r"serving for \d s: 0 connections .*", server.press("s", "peak ")[0])
     server.tunnel(echo).close()
-    server.wait_for("client closed\n")
-    first, second = server.press("s", "at once")
-    assert re.fullmatch(r"serving for \ds: 1 connection \(1 ok, 0 not\) from 1 client,", first)
-    assert second == "5 up, 5 down, at most 1 at once"
+    server.wait_for("closed by client\n")
+    first, second = server.press("s", "peak ")
+    assert re.fullmatch(r"serving for \d s: 1 connection \(1 succeeded, 0 failed\) from 1 client address,", first)
+    assert second == "5 B up, 5 B down, peak 1"
     code, text = server.stop()
     assert code == 0
     assert "stopped after" in text
@@ -116,7 +116,7 @@ def test_explain_is_switched_for_new_clients(keyboard: AtKeyboard, echo: Place, 
 
     def converse() -> str:
         server.tunnel(echo).close()
-        return server.wait_for("client closed\n")
+        return server.wait_for("closed by client\n")
 
     soon = eventually if "--workers" in words else lambda condition: condition()      # they hear of it a moment later
     assert "RFC 1928" not in converse()
@@ -130,7 +130,7 @@ def test_explain_that_was_an_option_can_be_switched_off(keyboard: AtKeyboard, ec
     server = keyboard("--explain")
     assert server.press("e", "explain is") == ["explain is off"]
     server.tunnel(echo).close()
-    assert "RFC 1928" not in server.wait_for("client closed\n")
+    assert "RFC 1928" not in server.wait_for("closed by client\n")
 
 
 def test_quit_is_like_ctrl_c(keyboard: AtKeyboard, echo: Place) -> None:
@@ -152,10 +152,10 @@ def test_ctrl_c_is_not_held_up(keyboard: AtKeyboard) -> None:
 def test_with_workers_all_keys_work_too(keyboard: AtKeyboard, echo: Place) -> None:
     server = keyboard("--workers", "2")
     with server.tunnel(echo), server.tunnel(echo):
-        eventually(lambda: server.press("l", "being served")[-1] == "2 clients being served, 10 up, 10 down")
-        assert [line.split()[0] for line in server.press("l", "being served")[:-1]] == ["id", "#1", "#2"]
-    server.wait_for("client closed\n")
-    eventually(lambda: "2 connections (2 ok" in server.press("s", "at once")[0])
+        eventually(lambda: server.press("l", " open, ")[-1] == "2 connections open, 10 B up, 10 B down")
+        assert [line.split()[0] for line in server.press("l", " open, ")[:-1]] == ["id", "#1", "#2"]
+    server.wait_for("closed by client\n")
+    eventually(lambda: "2 connections (2 succeeded" in server.press("s", "peak ")[0])
     assert server.terminal.talk("", "q\n")[0] == 0
 
 
@@ -165,7 +165,7 @@ def test_the_end_of_the_keyboard_is_not_the_end_of_the_server(keyboard: AtKeyboa
     server = keyboard()
     server.terminal.type("\x04")
     server.tunnel(echo).close()
-    server.wait_for("client closed\n")
+    server.wait_for("closed by client\n")
     code, text = server.stop()
     assert code == 0
     assert "stopped after" in text
@@ -211,7 +211,7 @@ def test_in_the_background_the_server_serves_and_leaves_the_keyboard_alone(in_sh
 def test_sent_to_the_background_it_serves_on_and_back_in_the_foreground_it_listens_again(in_shell: InShell, echo: Place) -> None:
     terminal = in_shell('set -m; "$@"; echo "it is stopped"; bg; read line; echo "the shell has $line"; fg')
     terminal.type("l\n")
-    terminal.wait_for("0 clients being served")
+    terminal.wait_for("0 connections open")
     terminal.type("\x1a")
     terminal.wait_for("it is stopped\n")
     terminal.tunnel(echo).close()
@@ -261,21 +261,21 @@ def row(id: int, **changes: Any) -> Dict[str, Any]:
 def test_of_many_clients_the_newest_are_listed_and_all_are_counted() -> None:
     lines = console.listing([row(id) for id in range(1, 71)], 70, 50).split("\n")
     assert [line.split()[0] for line in lines[1:-1]] == [f"#{id}" for id in range(21, 71)]
-    assert lines[-1] == "70 clients being served, 700 up, 0 down, of which these are the newest 50"
+    assert lines[-1] == "70 connections open, 700 B up, 0 B down, of which these are the newest 50"
 
 
 def test_of_very_many_clients_only_some_are_known() -> None:
-    assert console.listing([row(1), row(7)], 900, 50).endswith("\n900 clients being served, of which these are 2 that are busy")
+    assert console.listing([row(1), row(7)], 900, 50).endswith("\n900 connections open, of which these are 2 that are busy")
 
 
 def test_hostile_names_are_escaped_in_the_list() -> None:
     text = console.listing([row(1, peer="c\n:80")], 1, 50)
     assert all(line.isprintable() for line in text.split("\n"))
-    assert r"a\x1b[2Jb:80 -> c\n:80" in text
+    assert r"a\x1b[2Jb:80 (c\n:80)" in text
 
 
 @pytest.mark.parametrize(("changes", "target"), [
-    ({"host": "::1"}, "[::1]:80"), ({"host": "::1", "peer": "[::1]:80"}, "[::1]:80"), ({"host": "a", "peer": "[::1]:80"}, "a:80 -> [::1]:80"),
+    ({"host": "::1"}, "[::1]:80"), ({"host": "::1", "peer": "[::1]:80"}, "[::1]:80"), ({"host": "a", "peer": "[::1]:80"}, "a:80 ([::1]:80)"),
     ({"host": None, "port": None}, "-"),
 ])
 def test_the_target_is_as_in_the_log(changes: Dict[str, Any], target: str) -> None:
@@ -286,7 +286,7 @@ def test_a_bug_is_told_and_not_met_by_the_server(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(console.KEYS, "l", ("fail", lambda _console: 1 // 0))
     node: Any = None
     console.Console(node, False).press("l")
-    assert [record.getMessage() for record in caplog.records] == ["a bug, met at the keyboard"]
+    assert [record.getMessage() for record in caplog.records] == ["unhandled exception at the keyboard"]
 
 
 def test_what_the_terminal_does_not_take_any_more_is_lost_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

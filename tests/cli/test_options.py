@@ -78,7 +78,7 @@ def test_without_a_terminal_to_ask_at_a_password_is_needed(run_command: Run) -> 
 
 
 def test_at_a_terminal_the_password_is_asked_for_and_not_shown(at_terminal: AtTerminal) -> None:
-    code, text = at_terminal("-u", "anna", "0").talk("Password for anna: ", "sesame\n", "login required (1 user)", "\x03")
+    code, text = at_terminal("-u", "anna", "0").talk("Password for anna: ", "sesame\n", "password required (1 user)", "\x03")
     assert code == 0
     assert "sesame" not in text
 

@@ -44,9 +44,9 @@ def test_two_servers_in_a_row(start: Start, echo: Any) -> None:
     near.wait_for(f"going out through socks5h://anna:***@{LOCALHOST}:{far.port}")
     with connect(f"socks5h://{LOCALHOST}:{near.port}", "localhost", echo[1]) as sock:
         exchange(sock)
-    line = near.wait_for(" ok ")
-    assert f"connect localhost:{echo[1]} -> {LOCALHOST}:{far.port} ok 5 up 5 down" in line
-    assert f"anna connect localhost:{echo[1]} -> " in far.wait_for(" ok ")
+    line = near.wait_for(" ok,")
+    assert f"CONNECT localhost:{echo[1]} ({LOCALHOST}:{far.port}) ok, 5 B up, 5 B down" in line
+    assert f"user anna CONNECT localhost:{echo[1]} (" in far.wait_for(" ok,")
     assert (near.stop(), far.stop()) == (0, 0)
     assert "sesame" not in near.stderr
 

@@ -631,11 +631,11 @@ BEGINNING = re.compile(r"^#(\d+)\.(\d+) ([A-Z/ ]+\S) +RFC \d+ section \d$", re.M
 def test_with_the_option_the_tables_are_printed(start: Any, echo: Any) -> None:
     service = start("--explain", "-u", "anna", SOCKS5SRV_PASSWORD=PASSWORD)
     visit(service, echo, login=True)
-    service.wait_for(" ok 5 up 5 down ")
+    service.wait_for(" ok, 5 B up, 5 B down, ")
     text = service.stderr
     assert BEGINNING.findall(text) == [("1", str(number), title) for number, title in enumerate(GREETED + LOGGED_IN + ASKED, 1)]
     assert "\n#1 TUNNEL OPEN  127.0.0.1:" in text
-    places = [text.index(part) for part in ("#1.6 REPLY", "#1 TUNNEL OPEN", "#1 TUNNEL SHUT  5 octets", " ok 5 up")]
+    places = [text.index(part) for part in ("#1.6 REPLY", "#1 TUNNEL OPEN", "#1 TUNNEL SHUT  5 octets", " ok, 5 B up")]
     assert places == sorted(places)
     assert all(len(line) <= 79 for line in text.split("\n") if not re.match(r"\d\d:", line))
     assert PASSWORD not in text
@@ -676,7 +676,7 @@ def test_workers_print_whole_tables(start: Any, echo: Any) -> None:
     service = start("--explain", "--workers", "2")
     for result in [in_thread(visit, service, echo) for _ in range(20)]:
         result()
-    service.wait_until(lambda: service.stderr.count(" ok 5 up 5 down ") == 20, "all of them")
+    service.wait_until(lambda: service.stderr.count(" ok, 5 B up, 5 B down, ") == 20, "all of them")
     parts = re.split(r"\n\n|^\d\d:.*\n", service.stderr, flags=re.MULTILINE)
     tables_printed = [part for part in parts if BEGINNING.match(part)]
     assert len(tables_printed) == 20 * 4
@@ -691,7 +691,7 @@ def test_it_explains_what_a_program_asks_for(run_command: Any, echo: Any) -> Non
     done = run_command("--explain", "--run", sys.executable, "-c", program)
     assert done.code == 0
     assert [title for _session, _number, title in BEGINNING.findall(done.stderr)] == GREETED + ASKED
-    assert "has contacted 1 place" in done.stderr
+    assert "has contacted 1 destination" in done.stderr
 
 
 def test_a_chain_of_two_explains_both_ends_and_its_datagrams_as_well(start: Any, echo: Any, target: socket.socket) -> None:

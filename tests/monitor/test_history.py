@@ -157,7 +157,7 @@ def test_only_the_last_conversations_are_kept_and_of_each_the_first_steps(page: 
     most = History.kept
     for _ in range(most + 3):
         new_client(page).close()
-    recent = page.when(lambda status: status["counters"]["clients"] == most + 3)["recent"]
+    recent = page.when(lambda status: status["counters"]["connections"] == most + 3)["recent"]
     assert [row["id"] for row in recent] == list(range(most + 3, 3, -1))
     assert page.ask("/conversations/3.json").status == 404
     timeline = page.history.timelines[most + 3]

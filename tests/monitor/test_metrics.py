@@ -70,7 +70,7 @@ def test_a_request_is_counted_when_its_refusal_is_sent(metrics: Metrics, session
 
 def test_a_request_that_gets_no_reply_is_counted_at_the_end(metrics: Metrics, session: Session) -> None:
     ask(metrics, session)
-    session.end("the client has gone")
+    session.end("the client has left")
     metrics.ended(session)
     assert counted(metrics) == {("connect", "none"): 1}
 
@@ -86,11 +86,11 @@ SHORT = ProtocolError("it ends too soon")
 
 
 @pytest.mark.parametrize(("kind", "octets", "error", "user", "reason", "expected"), [
-    (Greeting, b"", ProtocolError("the client closed without a word"), None, "", "closed"),
+    (Greeting, b"", ProtocolError("the client closed the connection before sending anything"), None, "", "closed"),
     (Greeting, b"\x05", SHORT, None, "", "bad_message"), (Credentials, b"", SHORT, None, "", "bad_message"),
     (Request, b"\x05", SHORT, "", "", "closed"), (Greeting, b"\x05", OSError("reset"), None, "", "closed"),
     (Greeting, b"\x05", SHORT, None, "the handshake took too long", "timeout"),
-    (Greeting, b"\x05", SHORT, None, "too many logins are being checked", "crowded_out"),
+    (Greeting, b"\x05", SHORT, None, "evicted: too many passwords are being checked", "crowded_out"),
     (Greeting, b"\x05", SHORT, None, "server stopped", "stopped"),
     (Greeting, b"GET ", ForeignProtocol("this is HTTP", kind="http"), None, "", "http"),
     (Greeting, b"GET ", ForeignProtocol("the PAC file", kind="pac"), None, "", None),

@@ -279,7 +279,7 @@ def test_the_counters_are_shown(watch: Any, show: Show, talk: Talk, new_client: 
     def tiles() -> Dict[str, str]:
         return dict(zip(browser.texts("#counters dt"), browser.texts("#counters dd")))
 
-    eventually(lambda: tiles()["Clients"] == "3" and tiles()["Open now"] == "0")
+    eventually(lambda: tiles()["Connections"] == "3" and tiles()["Open now"] == "0")
     assert tiles()["Failed logins"] == "1"
     eventually(lambda: sorted(browser.texts("#by-event dt")) == ["bad protocol", "login failed", "served"])
     assert browser.texts("#by-failure dt") == ["http"]

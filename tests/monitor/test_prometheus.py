@@ -22,7 +22,7 @@ KINDS = {
     "counter": {
         "connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes",
     },
-    "gauge": {"build_info", "sessions", "threads", "workers", "ready", "limit_clients"},
+    "gauge": {"build_info", "sessions", "threads", "workers", "ready", "limit_connections"},
     "histogram": {"connect_duration_seconds", "dns_duration_seconds"},
 }
 
@@ -118,7 +118,7 @@ def test_what_is_turned_away_is_counted(watch: Start, new_client: Any) -> None:
     assert new_client(page).rest() == b""
     assert samples(page, "socks5srv_connections") == {("taken",): 1.0, ("turned_away",): 1.0}
     assert samples(page, "socks5srv_ready") == {(): 0.0}
-    assert samples(page, "socks5srv_limit_clients") == {(): 1.0}
+    assert samples(page, "socks5srv_limit_connections") == {(): 1.0}
 
 
 def test_what_the_system_is_out_of_is_counted(page: Watched) -> None:

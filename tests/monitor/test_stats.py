@@ -24,7 +24,7 @@ def test_the_figures_of_a_server_that_has_done_nothing(watch: Start) -> None:
     assert status["listening"] == [f"socks5h://127.0.0.1:{page.server_address[1]}"]
     assert (status["auth"], status["commands"], status["workers"]) == ("password", ["connect", "bind", "udp"], 1)
     assert (status["ready"], status["reason"], status["live"], status["sessions"], status["recent"]) == (True, "", 0, [], [])
-    assert status["counters"]["clients"] == status["counters"]["up"] == 0
+    assert status["counters"]["connections"] == status["counters"]["up"] == 0
     assert set(status["counters"]["replies"].values()) == {0}
 
 
@@ -146,7 +146,7 @@ def test_it_is_ready_until_it_is_full_or_stops(watch: Start, new_client: Any) ->
     assert page.ask("/readyz").body == b"ok\n"
     with new_client(page) as client:
         client.greet()
-        assert page.ask("/readyz")[:2] == (503, b"limit of 1 clients reached\n")
+        assert page.ask("/readyz")[:2] == (503, b"limit of 1 connections reached\n")
         assert page.ask("/healthz").body == b"ok\n"
         assert page.status()["ready"] is False
     eventually(lambda: page.ask("/readyz").status == 200)

@@ -51,30 +51,30 @@ def summary() -> Summary:
 
 def test_the_summary_counts_connections_clients_and_octets(summary: Summary) -> None:
     first, second = summary.text().split("\n")[:2]
-    assert first == "stopped after 0s: 10 connections (5 ok, 5 not) from 2 clients,"
-    assert second == "1.0k up, 7.0M down, at most 3 at once"
+    assert first == "stopped after 0 s: 10 connections (5 succeeded, 5 failed) from 2 client addresses,"
+    assert second == "1.0 kB up, 7.0 MB down, peak 3"
 
 
 def test_the_summary_lists_the_three_busiest_targets_and_the_three_most_frequent_failures(summary: Summary) -> None:
     assert summary.text().split("\n")[2:] == [
-        "  most traffic  b.example:80  7.0M",
-        "                a.example:80  25.0k",
-        "                d.example:80  4",
-        "  not ok        nosuch.example:80 failed (04)  2 x",
-        "                mail.example:80 denied (02)  1 x",
-        "                - login failed  1 x",
+        "  most traffic  b.example:80: 7.0 MB",
+        "                a.example:80: 25.0 kB",
+        "                d.example:80: 4 B",
+        "  failed        nosuch.example:80 failed (reply 04): 2 connections",
+        "                mail.example:80 denied (reply 02): 1 connection",
+        "                login failed: 1 connection",
     ]
 
 
 def test_the_summary_of_nothing_is_short() -> None:
-    assert Summary().text() == "stopped after 0s: 0 connections (0 ok, 0 not) from 0 clients,\n0 up, 0 down, at most 0 at once"
+    assert Summary().text() == "stopped after 0 s: 0 connections (0 succeeded, 0 failed) from 0 client addresses,\n0 B up, 0 B down, peak 0"
 
 
 def test_the_summary_of_one_is_in_the_singular() -> None:
-    assert "1 connection (1 ok, 0 not) from 1 client," in summary_of(session(1)).text()
+    assert "1 connection (1 succeeded, 0 failed) from 1 client address," in summary_of(session(1)).text()
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(59, "59s"), (60, "1m 00s"), (12 * 60 + 4, "12m 04s")])
+@pytest.mark.parametrize(("seconds", "text"), [(59, "59 s"), (60, "1 min 0 s"), (12 * 60 + 4, "12 min 4 s")])
 def test_the_summary_says_how_long_it_was(seconds: int, text: str, summary: Summary) -> None:
     summary.since -= seconds
     assert summary.text().startswith(f"stopped after {text}: ")
@@ -85,7 +85,7 @@ def test_the_summary_for_programs_has_the_same_numbers(summary: Summary) -> None
     assert facts.pop("seconds") >= 0
     assert facts == {
         "sessions": 10, "events": {"close": 5, "failed": 2, "denied": 1, "login_failed": 1, "bad_protocol": 1},
-        "clients": 2, "targets": 4, "up": 1_000, "down": 7_024_007, "most_at_once": 3,
+        "client_addresses": 2, "targets": 4, "up": 1_000, "down": 7_024_007, "most_at_once": 3,
     }
 
 
@@ -101,7 +101,7 @@ def test_what_is_remembered_for_the_summary_does_not_grow_without_end() -> None:
     for id in range(2, 120):
         summary.ended(session(id, host=f"host{id}.example", down=1))
     assert len(summary.octets) <= 100
-    assert "busy.example:80  1.0M" in summary.text()
+    assert "busy.example:80: 1.0 MB" in summary.text()
     assert summary.facts()["sessions"] == 119
 
 
@@ -112,9 +112,9 @@ def test_the_summaries_of_several_processes_are_one(summary: Summary) -> None:
     assert twice.text().split("\n")[1:] == summary.text().split("\n")[1:]
     twice.merge(summary)
     assert twice.facts()["sessions"] == 2 * summary.facts()["sessions"]
-    assert twice.facts()["clients"] == summary.facts()["clients"], "the same ones"
+    assert twice.facts()["client_addresses"] == summary.facts()["client_addresses"], "the same ones"
     assert twice.facts()["most_at_once"] == 3, "each has counted over all"
-    assert "a.example:80  50.0k" in twice.text()
+    assert "a.example:80: 50.0 kB" in twice.text()
 
 
 def test_what_is_remembered_of_other_summaries_does_not_grow_without_end() -> None:
@@ -125,7 +125,7 @@ def test_what_is_remembered_of_other_summaries_does_not_grow_without_end() -> No
         sum.merge(summary_of(*[session(id, client=f"192.0.2.{id}", host=f"host{id}.example", down=1) for id in ids]))
     assert len(sum.octets) <= len(sum.clients) == 100
     assert sum.facts()["sessions"] == 120
-    assert "from at least 100 clients" in sum.text()
+    assert "from at least 100 client addresses" in sum.text()
 
 
 def test_the_peak_is_what_is_told_when_a_client_comes() -> None:

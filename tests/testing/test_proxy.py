@@ -305,7 +305,7 @@ def test_to_wait_for_the_end_does_not_take_the_log_s_time(proxy: Proxy, echo: Ec
 
 def test_to_wait_in_vain_shows_the_sessions_that_there_were(proxy: Proxy, client: Client, echo: EchoServer) -> None:
     client.connect(echo.address)
-    with pytest.raises(AssertionError, match=rf"(?s)0 of 1 sessions for port {echo.port} closed within 0.01 s.*connect 127.0.0.1:{echo.port}"):
+    with pytest.raises(AssertionError, match=rf"(?s)0 of 1 sessions for port {echo.port} closed within 0.01 s.*CONNECT 127.0.0.1:{echo.port}"):
         proxy.wait_for(1, 0.01, closed=True, port=echo.port)
 
 
@@ -338,7 +338,7 @@ def test_a_wrong_assertion_shows_the_sessions_that_there_were(proxy: Proxy, echo
         proxy.assert_used("nowhere.example")
     with Client(proxy.address) as client:
         client.connect(echo.address)
-        with pytest.raises(AssertionError, match=rf"(?s)asked 1 times, not 2, for port {echo.port}.*1 session\n  #1 .* connect"):
+        with pytest.raises(AssertionError, match=rf"(?s)asked 1 times, not 2, for port {echo.port}.*1 session\n  #1 .* CONNECT"):
             proxy.assert_used(port=echo.port, times=2)
         with pytest.raises(AssertionError, match="was used"):
             proxy.assert_not_used()

@@ -196,7 +196,7 @@ def test_bad(socks5_proxy, make_socks5_proxy):
 def test_good(socks5_proxy):
     ask(socks5_proxy, "www.example.org", 80)
 """, failed=1, passed=1)
-    assert re.search(r"-- socks5 --+\n<Proxy 127.0.0.1:\d+> has had 1 session\n  #1 .* connect www.example.com:80 failed\(04\)", printed), printed
+    assert re.search(r"-- socks5 --+\n<Proxy 127.0.0.1:\d+> has had 1 session\n  #1 .* CONNECT www.example.com:80 failed \(reply 04\)", printed), printed
     assert "www.example.org" not in printed
 
 

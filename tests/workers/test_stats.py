@@ -37,7 +37,7 @@ def number(service: Any, page: Page, tunnel: Any) -> int:
 
 def test_it_sums_up_what_the_workers_tell(page: Page, number: int) -> None:
     status = page.when(lambda status: status["counters"]["up"] == number * 5)
-    assert (status["workers"], status["live"], status["counters"]["clients"]) == (2, number, number)
+    assert (status["workers"], status["live"], status["counters"]["connections"]) == (2, number, number)
     assert [row["id"] for row in status["sessions"]] == sorted(row["id"] for row in status["sessions"])
     assert {row["id"] for row in status["recent"]} == {row["id"] for row in status["sessions"]}
     for row in (status["recent"][0], status["recent"][-1]):
@@ -60,7 +60,7 @@ def test_what_a_dead_worker_has_counted_stays(service: Any, page: Page, number: 
     kill(service, min(workers_of(service)))
     for _ in range(3):
         counters = page.status()["counters"]
-        assert (counters["clients"], counters["up"]) == (number, number * 5)
+        assert (counters["connections"], counters["up"]) == (number, number * 5)
     eventually(lambda: page.ask("/readyz").status == 200)
     page.when(lambda status: len(status["sessions"]) < number)
 
@@ -71,6 +71,6 @@ def test_it_is_ready_until_it_is_full(start: Start) -> None:
     eventually(lambda: page.ask("/readyz")[:2] == (200, b"ok\n"))
     with Client(service.server_address) as client:
         client.greet()
-        assert page.ask("/readyz")[:2] == (503, b"limit of 1 clients reached\n")
+        assert page.ask("/readyz")[:2] == (503, b"limit of 1 connections reached\n")
     eventually(lambda: page.ask("/readyz").status == 200)
     assert service.stop() == 0

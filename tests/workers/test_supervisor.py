@@ -180,7 +180,7 @@ def test_a_signal_ends_all_and_the_sum_is_right(number: int, start: Start, tunne
     told = objects(service)
     (stop,) = [line for line in told if line["event"] == "stop"]
     assert stop is told[-1]
-    assert (stop["events"]["close"], stop["up"], stop["down"], stop["clients"], stop["targets"]) == (2, 10, 10, 1, 1)
+    assert (stop["events"]["close"], stop["up"], stop["down"], stop["client_addresses"], stop["targets"]) == (2, 10, 10, 1, 1)
     assert stop["sessions"] == sum(stop["events"].values()) >= len([line for line in told if "id" in line]), "of the same mistake one is told"
     assert 2 <= stop["most_at_once"] <= stop["sessions"]
     for client in clients.values():

@@ -79,7 +79,7 @@ function showCounters(status) {
   const counters = status.counters, sessions = counters.sessions;
   const failed = (sessions.failed || 0) + (sessions.denied || 0);
   showPairs($("counters"), [
-    ["Open now", count(status.live)], ["Clients", count(counters.clients)], ["Up", amount(counters.up)], ["Down", amount(counters.down)],
+    ["Open now", count(status.live)], ["Connections", count(counters.connections)], ["Up", amount(counters.up)], ["Down", amount(counters.down)],
     ["Denied or failed", count(failed)], ["Failed logins", count(counters.failed_logins)],
   ], true);
   const table = (numbers, kept) => {
