@@ -1,5 +1,5 @@
 """
-In place of the proxies that python-socks' tests start: the same two names, and SOCKS5 by this package.
+In place of the proxies that the tests of python-socks start, and of its kin: the same two names, and SOCKS5 by this package.
 
 Its tests of HTTP and SOCKS4 proxies are not run; their ports only have to be open.
 """
