@@ -42,6 +42,7 @@ from .protocol import (
     UNSPECIFIED, VER, Address, Command, Credentials, CredentialsReply, Greeting, LoginFailed, Message, Method,
     MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed, Socks5Error, UnknownCommand,
 )
+from .ratelimit import RateLimit, and_more
 from .registry import Registry
 from .relay import READ, Relay, Tunnel, broken, tune
 from .rules import Rules, Verdict
@@ -64,6 +65,7 @@ class Host(Protocol):
     """What a handler asks of its server; server.py is one."""
 
     policy: Policy
+    rate_limit: RateLimit
     registry: Registry[Socks5Handler]
     route: Route
     users: Optional[Users]
@@ -78,7 +80,6 @@ class Host(Protocol):
 
     def relay_thread(self) -> Relay: ...
     def warn_once(self, kind: str, message: str, *details: object) -> None: ...
-    def log_foreign(self, session: Session) -> None: ...
     def shutdown_request(self, request: Any, /) -> None: ...
 
 
@@ -139,29 +140,40 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     """
     The conversation with one client.
 
-    May be overridden, each called in the conversation's own thread unless it says otherwise:
+    May be overridden, each called in the conversation's own thread unless it says otherwise (as in socketserver, a
+    misspelt method is never called):
 
-    - authenticate(username, password)
-    - allow(command, address)
-    - resolve(host)
-    - connect(request)
+    - authenticate(username, password) -> bool
+    - allow(command, address) -> bool
+    - resolve(host) -> list of str, or a str
+    - connect(request) -> socket
     - relay(target)
     - session_ended()
+    - select_method(offered) -> Method, with a method ``auth_<METHOD>() -> str`` (the user's name) for each that is its own
+    - perform(request), which calls ``do_<COMMAND>(request)``; ``do_BIND = None`` in a subclass switches BIND off
 
-    A command is a method ``do_<COMMAND>``; ``do_BIND = None`` in a subclass switches it off.
-    A login method is ``auth_<METHOD>`` and `select_method()`.
+    These call receive(kind) -> message, send(message), succeed(bound) and open_tunnel(target, bound).  They raise
+    RequestFailed or LoginFailed, which become replies.  What socketserver documents (setup(), handle(), finish()) is
+    overridden as there.
 
-    Attributes to read: `session`, `server`, `client_address`, `connection`.
+    For the other modules: close(), hang_up(), judge(), linger(), look_up_of(), resolved(), `hooks`, `reported`.
+
+    Attributes:
+        session: the record of this client, a Session
+        server: the Socks5Server
+        client_address: as accept() has it
+        connection: the client's socket
+        stream: what the client sends; ``stream.take()`` is what it has sent ahead
     """
 
     server: Host                    # type: ignore[assignment]  # that is all it asks of it
     connection: socket.socket
-    hooks = Hooks()                 # those of the server when the client came
-    stage = Stage.NEGOTIATING
-    answered: Optional[Socks5Error] = None      # what the message that is sent is the answer to
-    tunnel: Union[Tunnel, Association, None] = None     # what the relay thread has, once it is handed over
-    turn: Optional[threading.Event] = None      # to try a login, which it waits for; set by hang_up(), too
-    reserved = 0                    # descriptors beyond those of every client
+    hooks = Hooks()                 # those of the server when the client came; none before setup()
+    _stage = Stage.NEGOTIATING
+    _answered: Optional[Socks5Error] = None     # what the message that is sent is the answer to
+    _tunnel: Union[Tunnel, Association, None] = None    # what the relay thread has, once it is handed over
+    _turn: Optional[threading.Event] = None     # to try a login, which it waits for; set by hang_up(), too
+    _reserved = 0                   # descriptors beyond those of every client
     reported = False                # session_ended() has been called, or will soon be
 
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
@@ -186,38 +198,38 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         try:
-            self.session.user = self.negotiate()
+            self.session.user = self._negotiate()
             request = self.receive(Request)
             self.server.registry.request_complete(self)
             self.perform(request)
         except Socks5Error as error:
-            self.refuse(error)
+            self._refuse(error)
         except OSError as error:
             self.session.end(error.strerror or str(error))
         except Exception:           # a bug, of an overridden method for instance: handle_error() will tell
             if self.session.command is not None:
-                self.refuse(RequestFailed(ReplyCode.GENERAL_FAILURE, "internal error"))
+                self._refuse(RequestFailed(ReplyCode.GENERAL_FAILURE, "internal error"))
             raise
 
     def finish(self) -> None:
-        if self.stage is not Stage.HANDED_OVER:
+        if self._stage is not Stage.HANDED_OVER:
             self.session.end()
             self.server.shutdown_request(self.request)      # before its place is given to another
             self.close()
 
     # --- method negotiation: RFC 1928 section 3 ---
 
-    def negotiate(self) -> str:
+    def _negotiate(self) -> str:
         """Agree on a method and carry it out.  The user's name; empty if none was asked for."""
-        self.reject_foreign()
+        self._reject_foreign()
         greeting = self.receive(Greeting)
         method = self.select_method(greeting.methods)
         if method is Method.NO_ACCEPTABLE_METHODS:
-            raise NoAcceptableMethod(self.why_no_method(greeting.methods), self.wanted_method())
+            raise NoAcceptableMethod(self._why_no_method(greeting.methods), self._wanted_method())
         self.send(MethodSelection(method))
-        return self.carry_out(method)
+        return self._carry_out(method)
 
-    def carry_out(self, method: Method) -> str:
+    def _carry_out(self, method: Method) -> str:
         """The user's name that auth_<METHOD>() finds."""
         authenticate: Callable[[], str] = getattr(self, AUTH[method])
         if not self.hooks.authenticated:
@@ -235,10 +247,10 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def select_method(self, offered: Sequence[int]) -> Method:
         """Choose among the methods that the client offers, or NO_ACCEPTABLE_METHODS."""
-        wanted = self.wanted_method()
+        wanted = self._wanted_method()
         return wanted if wanted in offered else Method.NO_ACCEPTABLE_METHODS
 
-    def wanted_method(self) -> Method:
+    def _wanted_method(self) -> Method:
         """With a password if there are users, or a subclass that knows some; not for trusted networks."""
         if self.server.policy.trusts(self.session.client):
             return Method.NO_AUTHENTICATION_REQUIRED
@@ -246,9 +258,9 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             return Method.USERNAME_PASSWORD
         return Method.NO_AUTHENTICATION_REQUIRED
 
-    def why_no_method(self, offered: Sequence[int]) -> str:
+    def _why_no_method(self, offered: Sequence[int]) -> str:
         """Why none of these methods will do, and what to change."""
-        wanted = self.wanted_method()
+        wanted = self._wanted_method()
         if wanted in offered:       # select_method() has reasons of its own
             return "none of the methods that the client offers will do"
         if wanted is Method.USERNAME_PASSWORD:
@@ -259,16 +271,16 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             return "the client offers only a password, and its network (--allow-from) needs none: have it offer no authentication"
         return "the client offers only a password, and there are no users: start with -u NAME, or have it offer no authentication"
 
-    def reject_foreign(self) -> None:
+    def _reject_foreign(self) -> None:
         """Tell a client that does not speak SOCKS5 what it has found."""
         if (self.stream.buffer or self.stream.fill()) and self.stream.buffer[0] == VER:
             return
-        error = self.identify()
+        error = self._identify()
         for malformed in self.hooks.malformed:
             malformed(self.session, Greeting, self.stream.buffer, error, 0)
         raise error
 
-    def identify(self) -> ProtocolError:
+    def _identify(self) -> ProtocolError:
         """What client has begun like this."""
         if not self.stream.buffer:
             return ProtocolError("the client closed the connection before sending anything")
@@ -290,7 +302,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.session.user = username    # before it is looked at: the user may be removed meanwhile
         self.server.registry.login_begins(self)
         try:
-            if not self.authenticate_throttled(username, password):
+            if not self._authenticate_throttled(username, password):
                 raise LoginFailed("wrong name or password", username)
         finally:
             self.server.registry.login_over(self)
@@ -300,35 +312,35 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def authenticate(self, username: str, password: str) -> bool:
         """Whether this is a user.  The default asks the server's `users`."""
         users = self.server.users
-        return users is not None and users.check_for(self.still_there, username, password)
+        return users is not None and users.check_for(self._still_there, username, password)
 
-    def still_there(self) -> None:
+    def _still_there(self) -> None:
         """ClientGone if another thread has hung up on the client: nothing more is to be done for it."""
         if self.session.reason:
             raise ClientGone(self.session.reason)
 
-    def authenticate_throttled(self, username: str, password: str) -> bool:
+    def _authenticate_throttled(self, username: str, password: str) -> bool:
         """authenticate(), for which a client that has failed too often has to wait; its tries take turns."""
         throttle, host = self.server.policy.throttle, self.session.client.host
-        self.turn = throttle.begin(host)
+        self._turn = throttle.begin(host)
         try:
-            self.await_turn()
-            self.await_delay(throttle.delay(host))
+            self._await_turn()
+            self._await_delay(throttle.delay(host))
             right = self.authenticate(username, password)
             (throttle.succeeded if right else throttle.failed)(host)
             return right
         finally:
-            throttle.end(host, self.turn)
+            throttle.end(host, self._turn)
 
-    def await_turn(self) -> None:
+    def _await_turn(self) -> None:
         """ClientGone if the client has left, or hang_up() has been called, meanwhile."""
-        while self.turn is not None:
-            over = self.turn.wait(LOOK)
+        while self._turn is not None:
+            over = self._turn.wait(LOOK)
             outbound.wait({}, self.connection, time.monotonic())
             if over:
                 return
 
-    def await_delay(self, seconds: float) -> None:
+    def _await_delay(self, seconds: float) -> None:
         if seconds:
             for throttled in self.hooks.throttled:
                 throttled(self.session, seconds)
@@ -345,7 +357,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         number = COMMANDS.get(request.command, 0)       # of descriptors beyond those of every client
         if number and not descriptors.take(number):
             raise RequestFailed(ReplyCode.GENERAL_FAILURE, USED_UP)
-        self.reserved = number
+        self._reserved = number
         do(request)
 
     def do_CONNECT(self, request: Request) -> None:
@@ -356,12 +368,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def do_BIND(self, request: Request) -> None:
         """Listen for one connection from the destination: two replies, then a tunnel."""
         until = time.monotonic() + self.server.bind_timeout
-        expected = self.expected_peers(request, until)
+        expected = self._expected_peers(request, until)
         with outbound.errors_as_replies(request.destination):
-            listener = self.server.route.listener(self.bind_host(expected))
+            listener = self.server.route.listener(self._bind_host(expected))
         with listener:
             self.succeed(Address.of(listener.getsockname()))    # and it listens already
-            target, peer = self.await_peer(listener, expected, until)
+            target, peer = self._await_peer(listener, expected, until)
         self.session.peer = peer
         self.open_tunnel(target, peer)
 
@@ -370,15 +382,15 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         # DST, where the client will send from, is taken at its word if it names the client's own host and a port.
         # Behind NAT it is wrong, and many write zeros or nonsense: the connection's own peer is the better witness then.
         with outbound.errors_as_replies("UDP relay"):
-            association = self.association()
+            association = self._association()
         with on_error(association.close):
             self.server.policy.relays.add(association.bound)
             self.succeed(association.bound)
-            self.opened(None)
-        self.tunnel, self.stage = association, Stage.HANDED_OVER
+            self._opened(None)
+        self._tunnel, self._stage = association, Stage.HANDED_OVER
         association.start(self.connection)
 
-    def association(self) -> Association:
+    def _association(self) -> Association:
         """The relay for do_UDP_ASSOCIATE, not started yet."""
         here = Address.of(self.connection.getsockname()).zoned
         return Association(self, self.server.relay_thread(), here, self.server.route, self.server.reassemble)
@@ -397,7 +409,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def resolve(self, host: str) -> Sequence[str]:
         """
-        The IP addresses of a host as text, best first (a zone as a number: ``fe80::1%2``); OSError if it has none.
+        The IP addresses of a host as text, best first (a zone as a number: ``fe80::1%2``), or one as a str; OSError if it has none.
 
         Called in a thread of its own and may block: when time is up, the client gets its reply without it.
         """
@@ -411,43 +423,43 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         Where the client is to be told another address than the socket's own, it is set as `self.session.bound`.
         """
         until = time.monotonic() + self.server.connect_timeout
-        target, self.session.peer = self.dial(self.addresses(request, until), until)
+        target, self.session.peer = self._dial(self._addresses(request, until), until)
         return target
 
-    def dial(self, addresses: List[Address], until: float) -> Tuple[socket.socket, Address]:
+    def _dial(self, addresses: List[Address], until: float) -> Tuple[socket.socket, Address]:
         """A connection to one of these, and to which; of each that is tried the observers are told."""
-        return outbound.connect(addresses, self.server.route, self.connection, until, self.tell_tried if self.hooks.tried else None)
+        return outbound.connect(addresses, self.server.route, self.connection, until, self._tell_tried if self.hooks.tried else None)
 
-    def tell_tried(self, attempt: Attempt) -> None:
+    def _tell_tried(self, attempt: Attempt) -> None:
         for tried in self.hooks.tried:
             tried(self.session, attempt)
 
-    def addresses(self, request: Request, until: float) -> List[Address]:
+    def _addresses(self, request: Request, until: float) -> List[Address]:
         """Where the destination can be reached, as far as it is allowed; never empty."""
         literal = request.destination.literal
         if literal is not None:
             address = literal.dialled.on_the_link_of(self.session.client)
-            self.check(request.command, address)
+            self._check(request.command, address)
             return [address]
-        found, name = self.look_up(request, until), request.destination.host
+        found, name = self._look_up(request, until), request.destination.host
         verdicts = [self.judge(request.command, address, name) for address in found]
         allowed = [verdict.address for verdict in verdicts if verdict.allowed]
         if not allowed:
             raise RequestFailed(ReplyCode.NOT_ALLOWED, verdicts[0].reason)
         return allowed
 
-    def look_up(self, request: Request, until: float) -> List[Address]:
+    def _look_up(self, request: Request, until: float) -> List[Address]:
         """The addresses of a name; RequestFailed if it has none, or may not be asked for."""
         destination = request.destination
-        self.check(request.command, destination)
+        self._check(request.command, destination)
         with outbound.errors_as_replies(destination):
-            hosts = self.ask_resolver(destination.host, until)
+            hosts = self._ask_resolver(destination.host, until)
         found = outbound.interleave(Address.numeric(host, destination.port).dialled for host in hosts)
         if not found:
             raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{destination.host} has no address")
         return found
 
-    def ask_resolver(self, host: str, until: float) -> Sequence[str]:
+    def _ask_resolver(self, host: str, until: float) -> Sequence[str]:
         """resolve(), in time."""
         began = time.monotonic()
         try:
@@ -470,18 +482,14 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         for resolved in self.hooks.resolved:
             resolved(self.session, host, hosts, time.monotonic() - began, error)
 
-    def check(self, command: Command, address: Address) -> None:
+    def _check(self, command: Command, address: Address) -> None:
         """RequestFailed 02 if it may not be reached."""
         reason = self.judge(command, address).reason
         if reason:
             raise RequestFailed(ReplyCode.NOT_ALLOWED, reason)
 
     def judge(self, command: Command, address: Address, name: Optional[str] = None) -> Verdict:
-        """
-        Whether `address`, which `name` has led to, may be reached.  RequestFailed of an allow() that has its own words.
-
-        Asked with a name as the address before that is looked up, too.
-        """
+        """Whether `address`, which `name` has led to, or a name itself may be reached.  RequestFailed of an allow() that has its own words."""
         verdict, failed = self.server.policy.judge(self.session.client, command, address, name, self.session.upstream is not None), None
         if not verdict.reason:
             try:
@@ -497,19 +505,19 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     # --- BIND ---
 
-    def expected_peers(self, request: Request, until: float) -> List[Address]:
+    def _expected_peers(self, request: Request, until: float) -> List[Address]:
         """Who may call back; empty for anyone."""
         if request.destination.is_unspecified:
-            self.check_anyone(request.command)
+            self._check_anyone(request.command)
             return []
-        return self.addresses(request, until)
+        return self._addresses(request, until)
 
-    def check_anyone(self, command: Command) -> None:
+    def _check_anyone(self, command: Command) -> None:
         """Zeros are no place that could be reached, so neither rules nor networks are asked; the peer that connects is judged then."""
         if not self.allow(command, UNSPECIFIED):
             raise RequestFailed(ReplyCode.NOT_ALLOWED, f"{UNSPECIFIED} is not allowed")
 
-    def bind_host(self, expected: List[Address]) -> str:
+    def _bind_host(self, expected: List[Address]) -> str:
         """Where to listen: on the address that the peer, by the first of its addresses to which there is a way, would reach us by."""
         failures: List[RequestFailed] = []
         for address in expected:
@@ -523,11 +531,11 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         sources = sorted(self.server.route.sources, key=lambda source: (":" in source) != (":" in here))
         return sources[0] if sources else here      # of the family by which the client has come, if there is one
 
-    def await_peer(self, listener: socket.socket, expected: List[Address], until: float) -> Tuple[socket.socket, Address]:
+    def _await_peer(self, listener: socket.socket, expected: List[Address], until: float) -> Tuple[socket.socket, Address]:
         """The first connection from an expected host.  Only the host is compared: the RFC's clients cannot know the port."""
-        hosts, name = {address.host for address in expected}, self.name_of(expected)
+        hosts, name = {address.host for address in expected}, self._name_of(expected)
         while True:
-            self.wait_for_peer(listener, until)
+            self._wait_for_peer(listener, until)
             try:
                 target, sockaddr = listener.accept()
             except OSError as error:    # gone again before we could accept, or
@@ -545,12 +553,12 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 tune(target)
                 return target, peer
 
-    def name_of(self, expected: List[Address]) -> Optional[str]:
+    def _name_of(self, expected: List[Address]) -> Optional[str]:
         """The name by which the client has asked for those whom it expects, or a rule that allows it would not know them."""
         destination = self.session.destination
         return destination.host if expected and destination is not None and destination.literal is None else None
 
-    def wait_for_peer(self, listener: socket.socket, until: float) -> None:
+    def _wait_for_peer(self, listener: socket.socket, until: float) -> None:
         """Wait until a peer connects, while the client may send ahead, or leave."""
         client = self.connection.fileno()
         while True:
@@ -571,14 +579,14 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """Send the last reply, and let the octets flow."""
         try:
             self.succeed(bound)
-            self.stage = Stage.REPLIED
-            self.opened(target)
+            self._stage = Stage.REPLIED
+            self._opened(target)
             self.relay(target)
         finally:
-            if self.stage is not Stage.HANDED_OVER:
+            if self._stage is not Stage.HANDED_OVER:
                 target.close()
 
-    def opened(self, target: Optional[socket.socket]) -> None:
+    def _opened(self, target: Optional[socket.socket]) -> None:
         """Tell the observers that a tunnel, or a relay for datagrams, stands."""
         if self.hooks.opened:
             local = self.session.bound if target is not None else None
@@ -598,16 +606,16 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         sent ahead.  Count them in ``self.session.up`` and ``.down``, and return when it is over.
         """
         relay, early = self.server.relay_thread(), self.stream.take()
-        self.stage = Stage.HANDED_OVER
-        self.tunnel = Tunnel(relay, self.connection, target, self.session, self.close, self.server.idle_timeout, early)
-        self.tunnel.start()
+        self._stage = Stage.HANDED_OVER
+        self._tunnel = Tunnel(relay, self.connection, target, self.session, self.close, self.server.idle_timeout, early)
+        self._tunnel.start()
 
     def close(self) -> None:
         """The client is gone, its sockets are closed; called by the thread that had them last."""
-        if isinstance(self.tunnel, Association):
-            self.server.policy.relays.discard(self.tunnel.bound)
-        if self.reserved:
-            descriptors.give_back(self.reserved)
+        if isinstance(self._tunnel, Association):
+            self.server.policy.relays.discard(self._tunnel.bound)
+        if self._reserved:
+            descriptors.give_back(self._reserved)
         self.server.registry.remove(self)
 
     def session_ended(self) -> None:
@@ -619,9 +627,15 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         log lines do.
         """
         if self.session.outcome == "bad_protocol":
-            self.server.log_foreign(self.session)
+            self._log_foreign()
         else:
             logger.info("%s", self.session, extra={"session": self.session})
+
+    def _log_foreign(self) -> None:
+        """The same mistake of the same host once a minute."""
+        left_out = self.server.rate_limit.allows(f"{self.session.client.host} {self.session.reason}")
+        if left_out is not None:
+            logger.info("%s%s", self.session, and_more(left_out), extra={"session": self.session, "left_out": left_out})
 
     # --- plumbing: the two choke points, and the end ---
 
@@ -641,24 +655,25 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def send(self, message: Message) -> None:
         """Send one message.  ClientGone if the connection has broken."""
         for sending in self.hooks.sending:
-            sending(self.session, message, self.answered)
+            sending(self.session, message, self._answered)
         try:
             self.connection.sendall(bytes(message))
         except OSError as error:
             raise ClientGone(broken("client", error)) from error
 
     def succeed(self, bound: Address) -> None:
+        """Send a success reply with this address."""
         self.session.reply = ReplyCode.SUCCEEDED
         self.session.bound = self.session.bound or bound    # BIND's second reply has the peer instead
         self.send(Reply(ReplyCode.SUCCEEDED, bound))
 
-    def refuse(self, error: Socks5Error) -> None:
+    def _refuse(self, error: Socks5Error) -> None:
         """
         Answer what went wrong, unless it is too late for that, and hang up so that the answer arrives.
 
         The session is over then, and told of; the client may linger, and keeps its place until its socket is closed.
         """
-        if self.stage is not Stage.NEGOTIATING:
+        if self._stage is not Stage.NEGOTIATING:
             self.session.end(str(error))
             return
         if isinstance(error, RequestFailed):
@@ -670,7 +685,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if isinstance(error, UnknownCommand):
             self.session.unknown_command, self.session.destination = error.octet, error.destination
         self.session.end(str(error))
-        self.answered = error
+        self._answered = error
         try:
             if error.answer is not None:
                 self.send(error.answer)
@@ -680,12 +695,9 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             pass
 
     def linger(self) -> None:
-        """
-        Finish sending, and read on for a moment what the client still sends.
-
-        Closing a socket that has unread octets sends a reset, and a reset makes the other end
-        forget what it has not read yet: our answer.
-        """
+        """Finish sending, and read on for a moment what the client still sends."""
+        # To close a socket that has unread octets sends a reset, and a reset makes the other end forget what it has
+        # not read yet: our answer.
         self.connection.shutdown(socket.SHUT_WR)
         until = time.monotonic() + LINGER
         while time.monotonic() < until:
@@ -695,8 +707,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def hang_up(self, reason: str) -> None:
         """Called in another thread: end the tunnel, or make whatever this conversation waits for fail now."""
-        if self.tunnel is not None:
-            self.tunnel.abort_soon(reason)
+        if self._tunnel is not None:
+            self._tunnel.abort_soon(reason)
             return
         if self.session.seconds is None:
             self.session.reason = self.session.reason or reason
@@ -706,5 +718,5 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 self.connection.close()
         except OSError:             # it has ended by itself
             pass
-        if self.turn is not None:
-            self.turn.set()
+        if self._turn is not None:
+            self._turn.set()

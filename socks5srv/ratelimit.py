@@ -63,7 +63,7 @@ class Resilient:
 
     rate_limit: RateLimit
 
-    def attempt(self, duty: Callable[..., Any], *arguments: Any) -> None:
+    def _attempt(self, duty: Callable[..., Any], *arguments: Any) -> None:
         """
         Call it, and go on whatever comes of it: a users file that cannot be opened must not end every tunnel.
 
@@ -73,20 +73,20 @@ class Resilient:
             duty(*arguments)
         except Exception as error:
             with suppress(Exception):       # a log that fails is no place to tell of it
-                self.tell_of(error)
+                self._tell_of(error)
 
-    def tell_of(self, error: Exception) -> None:
+    def _tell_of(self, error: Exception) -> None:
         """Log an error that no client can be told of, once a minute.  To be out of something is no bug."""
         if isinstance(error, OSError) and error.errno in OUT_OF:
             self.warn_once("short", "%s: new connections have to wait; fewer at a time (--max-clients) or a higher ulimit -n would help", error.strerror)
         else:
-            self.tell(logging.ERROR, f"bug {error!r}", "unhandled exception in serve_forever()", error=error)
+            self._tell(logging.ERROR, f"bug {error!r}", "unhandled exception in serve_forever()", error=error)
 
     def warn_once(self, kind: str, message: str, *details: object) -> None:
         """Log it, once a minute for each kind of trouble."""
-        self.tell(logging.WARNING, kind, message, *details)
+        self._tell(logging.WARNING, kind, message, *details)
 
-    def tell(self, level: int, kind: str, message: str, *details: object, error: Optional[Exception] = None) -> None:
+    def _tell(self, level: int, kind: str, message: str, *details: object, error: Optional[Exception] = None) -> None:
         """The same on any level, with a traceback if there is an `error`."""
         left_out = self.rate_limit.allows(kind)
         if left_out is not None:

@@ -74,7 +74,8 @@ class LookUp:
 
     def ask(self) -> None:
         try:
-            self.hosts = self.function(self.host)
+            found = self.function(self.host)
+            self.hosts = [found] if isinstance(found, str) else found       # an override may well return one address
         except Exception as error:
             self.error = error
 

@@ -24,6 +24,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from difflib import get_close_matches
+from ipaddress import ip_network
 from sysconfig import get_config_var
 from typing import Any, Callable, Deque, FrozenSet, Iterable, List, Optional, Sequence, Tuple, Type, Union, cast
 
@@ -33,14 +35,14 @@ from .handler import Socks5Handler
 from .listener import OUT_OF, RETRY, Listener
 from .observer import HookTable, Observer
 from .outbound import Route
-from .policy import Policy
+from .policy import Policy, is_loopback
 from .protocol import Address, Command
-from .ratelimit import RateLimit, Resilient, and_more
+from .ratelimit import RateLimit, Resilient
 from .registry import Refusal, Registry
 from .relay import Relay, tune
 from .rules import Network, Rule, Rules
 from .session import Session
-from .users import Users, UsersFile
+from .users import Users
 from .waker import Bell
 
 logger = logging.getLogger("socks5srv")
@@ -53,115 +55,161 @@ BATCH = 0.05        # seconds between two looks at the sessions that have ended
 LAST_WORDS = 0.3    # seconds that conversations have to end when the server does: a hash or an overridden method may take longer
 
 
-class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
+class Defaults:
+    """The settings of a Socks5Server, which tells what they mean."""
+
+    users: Any = None                   # once it serves: a Users
+    rules: Any = ()                     # Rules
+    allow_from: Sequence[Network] = ()
+    allow_open_proxy = False
+    allow_local_targets = False
+    commands: FrozenSet[Command] = frozenset(Command)
+    upstream: Any = None
+    route = Route()
+    max_clients: Optional[int] = None
+    max_per_client: Optional[int] = None
+    max_handshakes = 512
+    max_logins = 256
+    handshake_timeout: float = 30
+    connect_timeout: float = 10
+    bind_timeout: float = 120
+    idle_timeout: Optional[float] = None
+    relay_threads = RELAY_THREADS
+    reassemble = False
+
+
+class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
     """
     A SOCKS5 server: ``Socks5Server(("127.0.0.1", 1080)).serve_forever()``.
 
-    `users` maps names to passwords, or is a `UsersFile`; None: no login is asked for; an empty
-    mapping: no login is right.  `rules` are lines like ``"deny *.ads.example"``: see rules.py.
-    The constructor binds and listens: with port 0, `server_address` has the port found.
-    Instead it adopts `sockets` that listen already, if there are any.
+    The constructor binds and listens: with port 0, `server_address` has the port found.  Instead it adopts `sockets` that
+    listen already, if there are any.  Settings are passed by name, or are attributes of a subclass, or of the server before
+    it serves.  TypeError for a name that is none; ValueError, before anything is bound, where it would be an open proxy.
 
-    For the caller: serve_forever(), shutdown(), server_close(), add_listener(), `sessions`.
-    shutdown() accepts no more clients, server_close() also ends the tunnels that live.
+    For callers: serve_forever(), shutdown(), server_close(), add_listener(), call(); `sessions`, `observers`, and
+    `server_address`.  For overriding: what socketserver documents, such as service_actions() and verify_request().
+    For the other modules: relay_thread(), warn_once(), `hooks`, `policy`, `rate_limit`, `registry`.
 
-    Settings: the class attributes below, to be changed in a subclass or on the server
-    before it serves.  `observers` are told what happens to each client: see observer.py.
+    Attributes:
+        users: passwords by name, or a UsersFile; None asks for no password, with an empty mapping none is right (None)
+        rules: what may be reached, in lines like "deny *.ads.example": see rules.py (none: everything)
+        allow_from: networks whose clients need no password; without users, the only ones that are served (none)
+        allow_open_proxy: let whoever reaches it use it, beyond loopback and without a password (False)
+        allow_local_targets: let other computers reach what only this one should: see rules.py (False)
+        commands: a set of Command; the others get reply 07 (all three)
+        upstream: URL of the proxy to go out through, if the handler is an UpstreamHandler (None)
+        route: address family, and own address, of outgoing connections (Route(): any)
+        max_clients: connections at a time (None: as many as the descriptors allow)
+        max_per_client: of those, from one address (None: no limit)
+        max_handshakes: connections without a request yet; one of the address that has most is evicted (512)
+        max_logins: connections whose password is being checked, evicted likewise (256: some eight seconds of work)
+        handshake_timeout: seconds from accept() until the request is complete (30)
+        connect_timeout: seconds for the DNS lookup and all addresses together (10)
+        bind_timeout: seconds that BIND waits for its peer (120: FTP servers take a while)
+        idle_timeout: seconds a tunnel may be silent (None: no limit, since ssh and chats are, for days)
+        relay_threads: threads that carry tunnels, if there are as many; more where one is full (1; free-threaded: one a core)
+        reassemble: put fragments of UDP datagrams together (False: hardly a client sends any)
+        observers: told what happens to each client: see observer.py (none)
     """
-
-    commands: FrozenSet[Command] = frozenset(Command)   # the others get reply 07
-    allow_from: Sequence[Network] = ()  # clients that need no login; without users, the only ones
-    allow_local_targets = False         # let other computers reach what only this one should: see rules.py
-    max_clients: Optional[int] = None   # None: as many as the descriptors allow
-    max_per_client: Optional[int] = None    # of those, from one address
-    max_handshakes = 512                # clients that have not asked for anything yet; one of the address that has most makes room
-    max_logins = 256                    # beyond those, clients whose password is being checked: some eight seconds of work
-    handshake_timeout: float = 30       # seconds from accept() until the request is complete
-    connect_timeout: float = 10         # seconds for the look-up and all addresses together
-    bind_timeout: float = 120           # seconds that BIND waits for its peer; FTP servers take a while
-    idle_timeout: Optional[float] = None    # seconds a tunnel may be silent: ssh and chats are, for days
-    route = Route()                     # which family, and which of our addresses, to go out by
-    relay_threads = RELAY_THREADS       # at least, if there are as many tunnels; more only where one is full
-    upstream: Any = None                # the proxy to go out through, if the handler is an UpstreamHandler: see upstream.py
-    reassemble = False                  # put fragments of UDP datagrams together (hardly a client sends any)
 
     request_queue_size = 1024           # a page opens dozens at once, and a full backlog costs a second
     allow_reuse_address = os.name != "nt"   # there it would let others steal the port
     daemon_threads = True               # a script may end without us
-    block_on_close = False              # socketserver's list of threads; ours are in listener.py
-    address_family = socket.AF_INET
 
     def __init__(self, server_address: Tuple[Any, ...] = ("127.0.0.1", 1080),
                  RequestHandlerClass: Type[Socks5Handler] = Socks5Handler, bind_and_activate: bool = True,
                  *, users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = (),
-                 sockets: Sequence[socket.socket] = ()) -> None:
-        self.users = Users(users) if isinstance(users, Mapping) else users
-        self.rules = Rules.parse(rules)
-        descriptors.measure()                               # the program may have changed its limit
+                 sockets: Sequence[socket.socket] = (), **settings: Any) -> None:
+        refuse_unknown(settings, type(self), "Socks5Server", ["users", "rules", "sockets"])
         self.observers = ()
+        for name, value in settings.items():
+            setattr(self, name, value)
+        self.users = self.users if users is None else users
+        self.rules = rules or self.rules
+        self._parse_settings()
+        descriptors.measure()                               # the program may have changed its limit
         self.policy = Policy(self)
         self.registry: Registry[Socks5Handler] = Registry(self, self.policy.throttle)
         self.rate_limit = RateLimit()
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self.relays: List[Relay] = []
         self.listeners: List[Listener] = []
-        self.calls: Deque[Callable[[], Any]] = deque()      # for the thread of serve_forever()
+        self._calls: Deque[Callable[[], Any]] = deque()     # for the thread of serve_forever()
         self.stopping = False                               # serve_forever() has to end
-        self.wake_now = Bell()                                 # wakes it from its pause, too
+        self._wake_now = Bell()                             # wakes it from its pause, too
         self.stopped = threading.Event()                    # it has ended
         self.stopped.set()
         self.serving_thread: Optional[threading.Thread] = None      # in serve_forever()
         if sockets:
             socketserver.BaseServer.__init__(self, sockets[0].getsockname(), RequestHandlerClass)
+            for sock in sockets:
+                self._refuse_to_be_open(Address.of(sock.getsockname()).host)
             self.socket = sockets[0]
         else:
             if ":" in server_address[0]:
                 self.address_family = socket.AF_INET6
             super().__init__(server_address, RequestHandlerClass, bind_and_activate)
-        self.listeners += [Listener(sock, self.accept, self.talk) for sock in sockets or [self.socket]]
+        self.listeners += [Listener(sock, self._accept, self._talk) for sock in sockets or [self.socket]]
+
+    def _parse_settings(self) -> None:
+        """Those that a person may have written as text.  ValueError if it cannot be read."""
+        if isinstance(self.users, Mapping):
+            self.users = Users(self.users)
+        if not isinstance(self.rules, Rules):
+            self.rules = Rules.parse(self.rules)
+        self.allow_from = tuple(map(ip_network, self.allow_from))
+
+    def _refuse_to_be_open(self, host: str) -> None:
+        """ValueError if whoever can reach this host, as bind() takes it, could use the server, and nothing says that it is meant."""
+        authenticates = getattr(self.RequestHandlerClass, "authenticate", None) is not Socks5Handler.authenticate
+        if self.allow_open_proxy or self.allow_from or authenticates or self.users is not None or is_for_here(host):
+            return
+        raise ValueError(
+            f"on {host or 'all addresses'} this would be an open proxy: pass users=, or allow_from= with networks, or a handler that "
+            "overrides authenticate(); or listen on 127.0.0.1; or pass allow_open_proxy=True, and everybody may use it"
+        )
 
     @property
     def observers(self) -> Sequence[Observer]:
         """They are told of the clients that come from now on: ``server.observers += (Counter(),)``."""
-        return self.current_observers
+        return self._current_observers
 
     @observers.setter
     def observers(self, observers: Sequence[Observer]) -> None:
-        self.current_observers = tuple(observers)
+        self._current_observers = tuple(observers)
         self.hooks = HookTable(observers)
 
     def server_bind(self) -> None:
+        """As the base does it, unless it would be an open proxy."""
+        self._refuse_to_be_open(str(self.server_address[0]))
         prepare(self.socket, str(self.server_address[0]))
         self.server_address = outbound.with_scope(self.server_address)
         super().server_bind()
 
     def add_listener(self, server_address: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        """Listen on another address as well; returns it, with the port found for port 0."""
+        """Listen on another address as well; returns it, with the port found for port 0.  OSError, or ValueError, if it may not."""
+        self._refuse_to_be_open(server_address[0])
         sock = listening_socket(server_address, self.route.socket_factory)
-        self.listeners.append(Listener(sock, self.accept, self.talk))
+        self.listeners.append(Listener(sock, self._accept, self._talk))
         return cast(Tuple[Any, ...], sock.getsockname())
 
     # --- serving ---
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """
-        Serve until shutdown(), called in another thread or a signal handler.
-
-        The clients have threads of their own; this one reports the sessions that have ended, and
-        hangs up on handshakes that take too long.
-        """
+        """Serve until shutdown(), called in another thread or a signal handler.  In this thread the sessions that have ended are reported."""
+        self._parse_settings()
         self.serving_thread = threading.current_thread()
         try:
-            with self.lock:
+            with self._lock:
                 if not self.stopping:
                     for listener in self.listeners:
                         listener.start(self.request_queue_size)
                 self.stopped.clear()
             while not self.stopping:
-                self.attempt(self.report_ended, poll_interval)
-                self.attempt(self.registry.hang_up_on_slow, self.handshake_timeout)
-                self.attempt(self.service_actions)
-                self.attempt(self.pause)
+                self._attempt(self._report_ended, poll_interval)
+                self._attempt(self.registry.hang_up_on_slow, self.handshake_timeout)
+                self._attempt(self.service_actions)
+                self._attempt(self._pause)
         finally:
             self.stopping = False
             try:
@@ -170,17 +218,17 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
             finally:
                 self.stopped.set()
 
-    def report_ended(self, timeout: float) -> None:
+    def _report_ended(self, timeout: float) -> None:
         """Report all sessions that have ended; wait so many seconds for the first."""
         self.registry.wake.wait(timeout)
         while self.registry.to_report:
-            self.attempt(self.report, self.registry.to_report.popleft())
+            self._attempt(self._report, self.registry.to_report.popleft())
 
-    def pause(self) -> None:
+    def _pause(self) -> None:
         """So that a burst of clients, each gone in a millisecond, does not wake us for each."""
-        self.wake_now.wait(BATCH)
+        self._wake_now.wait(BATCH)
 
-    def report(self, handler: Socks5Handler) -> None:
+    def _report(self, handler: Socks5Handler) -> None:
         for ended in handler.hooks.ended:
             ended(handler.session)
         try:
@@ -190,8 +238,8 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
 
     def service_actions(self) -> None:
         """Called at least every `poll_interval`: do what is to be done in this thread; reload the users if they changed."""
-        for _ in range(len(self.calls)):        # one that has itself called again waits for the next turn
-            self.attempt(self.calls.popleft())
+        for _ in range(len(self._calls)):        # one that has itself called again waits for the next turn
+            self._attempt(self._calls.popleft())
         gone = self.users.refresh() if self.users is not None else set()
         if gone:
             for handler in self.registry.serving():
@@ -200,30 +248,20 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
 
     def call(self, function: Callable[[], Any]) -> None:
         """Have it called soon, in the thread of serve_forever(); signal handlers may call this."""
-        self.calls.append(function)
+        self._calls.append(function)
         self.registry.wake.ring()
-
-    def reload_users(self) -> None:
-        """Have the users file read soon; signal handlers may call it."""
-        if isinstance(self.users, UsersFile):
-            self.users.seen = None
-            self.registry.wake.ring()
 
     def shutdown(self) -> None:
-        """
-        Make serve_forever() return; wait for that, unless called in its thread.
-
-        Signal handlers of that thread may call it: no lock is taken that it could hold.
-        """
-        self.stopping = True
+        """Make serve_forever() return; wait for that, unless called in its thread, where signal handlers may call it."""
+        self.stopping = True            # no lock is taken: what a signal has interrupted could hold it
         self.registry.wake.ring()
-        self.wake_now.ring()
+        self._wake_now.ring()
         if threading.current_thread() is not self.serving_thread:
             self.stopped.wait()
 
     def server_close(self) -> None:
         """Stop, close the listeners, end all conversations and tunnels, and wait for the threads."""
-        with self.lock:
+        with self._lock:
             self.stopping = True        # for a serve_forever() that is just about to begin
             serving = not self.stopped.is_set()
         if serving:
@@ -239,14 +277,11 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
         for relay in self.relays:
             relay.stop()
         self.relays.clear()
-        self.report_ended(timeout=0)
+        self._report_ended(timeout=0)
 
     # --- one client ---
 
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        return self.accept(self.socket)
-
-    def accept(self, sock: socket.socket) -> Tuple[socket.socket, Any]:
+    def _accept(self, sock: socket.socket) -> Tuple[socket.socket, Any]:
         """Wait for a client.  OSError when there is none to be had, after a pause if we are out of something."""
         while len(self.registry.to_report) > MOST_ENDED and not self.stopping:      # a log that is stuck; each of them takes memory
             time.sleep(RETRY)
@@ -258,14 +293,14 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
                     accept_failed(error)
             if error.errno in OUT_OF:
                 # The client stays in the backlog, so that the next try would fail as fast.
-                self.tell_of(error)
+                self._tell_of(error)
                 self.stopped.wait(RETRY)
             raise
         if os.name != "posix":
             tune(connection)
         return connection, client_address
 
-    def talk(self, connection: socket.socket, client_address: Any) -> None:
+    def _talk(self, connection: socket.socket, client_address: Any) -> None:
         """What socketserver does with a request, in the thread that has accepted it."""
         if self.verify_request(connection, client_address):
             self.process_request_thread(connection, client_address)
@@ -274,7 +309,7 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to talk to this client at all."""
-        refusal = self.admit(client_address)
+        refusal = self._admit(client_address)
         if refusal is None:
             return True
         self.warn_once(refusal.kind, "%s", refusal.reason)
@@ -282,7 +317,7 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
             turned_away(Address.of(client_address), refusal.reason)
         return False
 
-    def admit(self, client_address: Any) -> Optional[Refusal]:
+    def _admit(self, client_address: Any) -> Optional[Refusal]:
         """Count one more client, or say why not."""
         host = client_address[0]
         if ":" in host or self.allow_from:      # else it is an IPv4 address as it stands, and nothing need be asked about it
@@ -291,12 +326,6 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
             if self.allow_from and self.users is None and not self.policy.trusts(client):
                 return Refusal(f"rejected {host}", f"{host} rejected: not in --allow-from")
         return self.registry.admit(host)
-
-    def log_foreign(self, session: Session) -> None:
-        """Log a client that did not speak SOCKS5: the same mistake of the same host once a minute."""
-        left_out = self.rate_limit.allows(f"{session.client.host} {session.reason}")
-        if left_out is not None:
-            logger.info("%s%s", session, and_more(left_out), extra={"session": session, "left_out": left_out})
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """As the base does it, but a handler of ours closes the socket itself, unless the relay thread has it by now."""
@@ -323,12 +352,37 @@ class Socks5Server(Resilient, socketserver.ThreadingTCPServer):
 
     def relay_thread(self) -> Relay:
         """The one that has the least to watch; a new one while there may be more, or where it is full."""
-        with self.lock:
+        with self._lock:
             relay = min(self.relays, key=lambda each: len(each.watched), default=None)
             if relay is None or len(self.relays) < self.relay_threads or len(relay.watched) + 4 > relay.waiter.room:
                 relay = Relay(splices=self.route.socket_factory is socket.socket)     # the kernel moves only plain sockets
                 self.relays.append(relay)
             return relay
+
+
+def refuse_unknown(settings: Iterable[str], server: Type[Socks5Server], function: str, parameters: Sequence[str]) -> None:
+    """TypeError, with what may have been meant, for a keyword of `function` that is neither a parameter nor a setting of the server."""
+    for name in settings:
+        if not is_setting(server, name):
+            similar = get_close_matches(name, [*parameters, *(each for each in dir(server) if is_setting(server, each))], 1)
+            hint = f"did you mean {similar[0]!r}?" if similar else "help(Socks5Server) lists the settings"
+            raise TypeError(f"{function}() got an unexpected keyword {name!r}; {hint}")
+
+
+def is_setting(server: Type[Socks5Server], name: str) -> bool:
+    """Whether it can be set on such a server.  (What any socketserver has is none of ours.)"""
+    if name.startswith("_") or not hasattr(server, name) or hasattr(socketserver.ThreadingTCPServer, name):
+        return False
+    default = getattr(server, name)
+    return not callable(default) and not (isinstance(default, property) and default.fset is None)
+
+
+def is_for_here(host: str) -> bool:
+    """Whether only this computer reaches what listens there: an IP address, a name, or "" for all.  OSError if there is no such name."""
+    try:
+        return is_loopback(host)
+    except ValueError:              # bind() looks it up just so
+        return is_loopback(socket.gethostbyname(host))
 
 
 def listening_socket(server_address: Tuple[Any, ...], factory: Callable[..., socket.socket] = socket.socket) -> socket.socket:

@@ -51,49 +51,49 @@ class UpstreamHandler(Socks5Handler):
     upstream: Union[str, Proxy, None] = None    # to be set in a subclass, or on the server; see Proxy.parse()
 
     def setup(self) -> None:
-        self.upstream_proxy = Proxy.parse(self.upstream if self.upstream is not None else self.server.upstream)
-        self.loop = loops.setdefault(self.server, LoopDetector())
-        self.session.upstream = Address.named(self.upstream_proxy.host, self.upstream_proxy.port)
+        self._upstream_proxy = Proxy.parse(self.upstream if self.upstream is not None else self.server.upstream)
+        self._loop = loops.setdefault(self.server, LoopDetector())
+        self.session.upstream = Address.named(self._upstream_proxy.host, self._upstream_proxy.port)
         super().setup()
 
     # --- commands ---
 
     def perform(self, request: Request) -> None:
-        if request.destination.host.lower() == self.loop.name:
+        if request.destination.host.lower() == self._loop.name:
             self.session.command, self.session.destination = request.command, request.destination
-            self.loop.found()
-            self.server.warn_once("loop", "the upstream %s leads back to this server: no client can be served", self.upstream_proxy)
+            self._loop.found()
+            self.server.warn_once("loop", "the upstream %s leads back to this server: no client can be served", self._upstream_proxy)
             raise RequestFailed(ReplyCode.GENERAL_FAILURE, LEADS_BACK)
         super().perform(request)
 
     def connect(self, request: Request) -> socket.socket:
         """A non-blocking socket to the upstream, on which it carries our client's octets."""
-        call, bound = self.ask(request.command, self.judged(request), time.monotonic() + self.server.connect_timeout)
+        call, bound = self._ask(request.command, self._judged(request), time.monotonic() + self.server.connect_timeout)
         self.session.bound = bound.literal or UNSPECIFIED   # some clients cannot read a name here
         return call.socket
 
     def do_BIND(self, request: Request) -> None:
         """The upstream's two replies become ours."""
         until = time.monotonic() + self.server.bind_timeout
-        call, bound = self.ask(request.command, self.judged(request), min(until, time.monotonic() + self.server.connect_timeout))
+        call, bound = self._ask(request.command, self._judged(request), min(until, time.monotonic() + self.server.connect_timeout))
         with on_error(call.socket.close):
             self.succeed(call.here(bound))
-            self.wait_for_peer(call.socket, until)
-            peer = self.peer(call)
+            self._wait_for_peer(call.socket, until)
+            peer = self._peer(call)
         self.open_tunnel(call.socket, peer)
 
-    def peer(self, call: UpstreamConversation) -> Address:
+    def _peer(self, call: UpstreamConversation) -> Address:
         """Who has called the upstream, which says so already; not everybody may."""
         call.until = time.monotonic() + self.server.connect_timeout
-        with self.target_errors():
+        with self._target_errors():
             peer = call.success()
         call.socket.setblocking(False)
         peer = peer.literal or UNSPECIFIED
-        self.check(Command.BIND, peer)
+        self._check(Command.BIND, peer)
         return peer
 
-    def association(self) -> Association:
-        call, bound = self.ask(Command.UDP_ASSOCIATE, UNSPECIFIED, time.monotonic() + self.server.connect_timeout)
+    def _association(self) -> Association:
+        call, bound = self._ask(Command.UDP_ASSOCIATE, UNSPECIFIED, time.monotonic() + self.server.connect_timeout)
         with on_error(call.socket.close):
             relay = call.here(bound).literal
             if relay is None:
@@ -102,47 +102,47 @@ class UpstreamHandler(Socks5Handler):
 
     # --- decisions ---
 
-    def judged(self, request: Request) -> Address:
+    def _judged(self, request: Request) -> Address:
         """What to ask the upstream for; RequestFailed 02 if it may not be reached."""
         if request.command is Command.BIND and request.destination.is_unspecified:
-            self.check_anyone(request.command)
+            self._check_anyone(request.command)
             return UNSPECIFIED
         address = spelled_out(request.destination)
-        self.check(request.command, address)
+        self._check(request.command, address)
         return address
 
     # --- the upstream ---
 
-    def ask(self, command: Command, destination: Address, until: float) -> Tuple[UpstreamConversation, Address]:
+    def _ask(self, command: Command, destination: Address, until: float) -> Tuple[UpstreamConversation, Address]:
         """A call in which the upstream has said yes, its socket non-blocking, and the address in its reply."""
-        with self.loop.one_more_waits() as suspicious:
+        with self._loop.one_more_waits() as suspicious:
             if suspicious:
-                self.look_for_a_loop(until)
-            if self.loop.is_there:
+                self._look_for_a_loop(until)
+            if self._loop.is_there:
                 raise RequestFailed(ReplyCode.GENERAL_FAILURE, LEADS_BACK)
-            return self.ask_anyway(command, destination, until)
+            return self._ask_anyway(command, destination, until)
 
-    def ask_anyway(self, command: Command, destination: Address, until: float) -> Tuple[UpstreamConversation, Address]:
-        with self.upstream_errors():
-            call = self.call(until)
+    def _ask_anyway(self, command: Command, destination: Address, until: float) -> Tuple[UpstreamConversation, Address]:
+        with self._upstream_errors():
+            call = self._call(until)
         with on_error(call.socket.close):
-            with self.upstream_errors():
-                call.negotiate(self.upstream_proxy)
-            with self.target_errors():
+            with self._upstream_errors():
+                call.negotiate(self._upstream_proxy)
+            with self._target_errors():
                 bound = call.ask(command, destination)
             call.socket.setblocking(False)
         return call, bound
 
-    def call(self, until: float) -> UpstreamConversation:
+    def _call(self, until: float) -> UpstreamConversation:
         """A connection to the upstream."""
-        addresses = self.addresses_of_upstream(until)
+        addresses = self._addresses_of_upstream(until)
         if any(self.server.policy.is_own(Command.CONNECT, address) for address in addresses):
             raise RequestFailed(ReplyCode.GENERAL_FAILURE, "it is this server itself")
-        sock, self.session.peer = self.dial(addresses, until)
+        sock, self.session.peer = self._dial(addresses, until)
         return UpstreamConversation(sock, until, self.connection)
 
-    def addresses_of_upstream(self, until: float) -> List[Address]:
-        proxy, place = self.upstream_proxy, Address.named(self.upstream_proxy.host, self.upstream_proxy.port)
+    def _addresses_of_upstream(self, until: float) -> List[Address]:
+        proxy, place = self._upstream_proxy, Address.named(self._upstream_proxy.host, self._upstream_proxy.port)
         if place.literal is not None:
             return [place.literal.dialled]
         family = self.server.route.family
@@ -150,14 +150,14 @@ class UpstreamHandler(Socks5Handler):
         hosts = resolver.in_time(look_up, self.connection, until)
         return outbound.interleave(Address.numeric(host, proxy.port).dialled for host in hosts)
 
-    def look_for_a_loop(self, until: float) -> None:
+    def _look_for_a_loop(self, until: float) -> None:
         try:
-            self.ask_anyway(Command.CONNECT, Address(self.loop.name, 1, AddressType.DOMAINNAME), until)[0].socket.close()
+            self._ask_anyway(Command.CONNECT, Address(self._loop.name, 1, AddressType.DOMAINNAME), until)[0].socket.close()
         except RequestFailed:       # as it should be: there is no such name
             pass
 
     @contextmanager
-    def upstream_errors(self) -> Iterator[None]:
+    def _upstream_errors(self) -> Iterator[None]:
         """Whatever goes wrong with the upstream itself is reply 01: the target has no part in it."""
         try:
             yield
@@ -165,13 +165,13 @@ class UpstreamHandler(Socks5Handler):
             raise
         except (OSError, ValueError, Socks5Error) as error:
             text = getattr(error, "strerror", None) or error
-            raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"upstream {self.upstream_proxy.host} port {self.upstream_proxy.port}: {text}") from error
+            raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"upstream {self._upstream_proxy.host} port {self._upstream_proxy.port}: {text}") from error
 
     @contextmanager
-    def target_errors(self) -> Iterator[None]:
+    def _target_errors(self) -> Iterator[None]:
         """What the upstream says about the target is passed on; and silence then is the target's."""
         try:
-            with self.upstream_errors():
+            with self._upstream_errors():
                 yield
         except RequestFailed as error:
             cause = error.__cause__

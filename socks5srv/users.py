@@ -89,17 +89,17 @@ class UsersFile(Users):
     and the users stay what they were.
     """
 
-    asking = Asking()
+    _asking = Asking()
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.lock = threading.Lock()
         self.computing = threading.BoundedSemaphore(AT_ONCE)
         self.key = os.urandom(32)
-        self.seen: Optional[Tuple[int, ...]] = self.signature()     # when it was read; None: read it now, whatever it is
+        self.seen: Optional[Tuple[int, ...]] = self._signature()     # when it was read; None: read it now, whatever it is
         self.latest = self.seen                 # at the last look
         self.changed = 0.0                      # when that was seen first, by time.monotonic()
-        self.have(read_users(path))
+        self._have(read_users(path))
         self.verified: Dict[str, bytes] = {}    # a keyed digest of the right password, by name
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class UsersFile(Users):
         if hmac.compare_digest(self.verified.get(username, b""), digest):
             return True
         with self.computing:
-            self.asking.still_there()
+            self._asking.still_there()
             right = verify(password, known or self.nobody)
         with self.lock:
             found = right and known is not None and self.hashes.get(username) == known  # neither changed nor removed meanwhile
@@ -121,13 +121,13 @@ class UsersFile(Users):
 
     def check_for(self, still_there: Callable[[], object], username: str, password: str) -> bool:
         """By way of the thread, so that an override of check() is called, too."""
-        before, self.asking.still_there = self.asking.still_there, still_there
+        before, self._asking.still_there = self._asking.still_there, still_there
         try:
             return self.check(username, password)
         finally:
-            self.asking.still_there = before
+            self._asking.still_there = before
 
-    def have(self, hashes: Dict[str, str]) -> None:
+    def _have(self, hashes: Dict[str, str]) -> None:
         """Let these users in, and compare the password of any other name with a hash that takes as long as the dearest of theirs."""
         parsed = [Hash.parse(hash) for hash in hashes.values()] or [Hash.blank()]
         dearest = max(parsed, key=attrgetter("seconds"))
@@ -135,7 +135,7 @@ class UsersFile(Users):
         self.nobody = str(dearest._replace(digest=os.urandom(len(dearest.digest))))
         self.uneven = any(hash.seconds != dearest.seconds for hash in parsed)      # and that is still to be told of
 
-    def tell_if_uneven(self) -> None:
+    def _tell_if_uneven(self) -> None:
         """Once for each version of the file, and not before it is in use: the log may not be set up when it is read."""
         if self.uneven:
             self.uneven = False
@@ -144,40 +144,44 @@ class UsersFile(Users):
 
     def refresh(self) -> Set[str]:
         """Read the file again if it has changed, and has settled since; at once if that is asked for."""
-        self.tell_if_uneven()
-        signature, now = self.signature(), time.monotonic()
+        self._tell_if_uneven()
+        signature, now = self._signature(), time.monotonic()
         if signature != self.latest:
             self.latest, self.changed = signature, now
         if signature == self.seen or (self.seen is not None and now - self.changed < SETTLED):
             return set()
         self.seen = signature
-        return self.reload(signature)
+        return self._reload(signature)
 
-    def reload(self, signature: Tuple[int, ...]) -> Set[str]:
+    def read_again(self) -> None:
+        """Have the next refresh() read the file, whether it has changed or not."""
+        self.seen = None
+
+    def _reload(self, signature: Tuple[int, ...]) -> Set[str]:
         """The same at once.  Nothing comes of it if the file changes meanwhile: the next look sees that, too."""
         try:
             hashes = read_users(self.path)
         except BadUsersFile as error:
-            if self.signature() == signature:
+            if self._signature() == signature:
                 logger.error("keeping the previous users: %s", error)
             return set()
-        if self.signature() != signature:
+        if self._signature() != signature:
             return set()
-        gone = self.replace(hashes)
+        gone = self._replace(hashes)
         logger.info("%d users read from %s", len(hashes), self.path)
-        self.tell_if_uneven()
+        self._tell_if_uneven()
         return gone
 
-    def replace(self, hashes: Dict[str, str]) -> Set[str]:
+    def _replace(self, hashes: Dict[str, str]) -> Set[str]:
         """Have these users instead; those that are none any more, or have another password."""
         with self.lock:
             gone = {name for name, hash in self.hashes.items() if hashes.get(name) != hash}
-            self.have(hashes)
+            self._have(hashes)
             for name in gone:
                 self.verified.pop(name, None)
         return gone
 
-    def signature(self) -> Tuple[int, ...]:
+    def _signature(self) -> Tuple[int, ...]:
         """What changes when the file does."""
         try:
             status = os.stat(self.path)

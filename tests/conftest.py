@@ -269,8 +269,8 @@ class Served:
 @pytest.fixture
 def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     """
-    Start a server in a thread: ``start_server(handler, address, more, users=, rules=, **attributes)``.
-    With `more` addresses it has more listeners; `addresses` are those of all of them.  With `elsewhere` each client is taken
+    Start a server in a thread: ``start_server(handler, address, more, users=, rules=, **settings)``.
+    With `more` addresses it has more listeners; `addresses` are those of all of them.  It may be an open proxy.  With `elsewhere` each client is taken
     for one on another computer.  At the end it is closed, and none of its threads may be left, nor a bug have been logged.
     """
     servers: List[Served] = []
@@ -279,7 +279,7 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     def start(
         handler: Type[Socks5Handler] = Socks5Handler, address: Tuple[Any, ...] = (LOCALHOST, 0),
         *more: Tuple[Any, ...], server_class: Type[Socks5Server] = Socks5Server, users: Any = None, rules: Any = (),
-        poll_interval: float = 0.05, elsewhere: bool = False, **attributes: Any,
+        poll_interval: float = 0.05, elsewhere: bool = False, **settings: Any,
     ) -> Any:
         class Telling(handler):         # type: ignore[misc, valid-type]
             def session_ended(self) -> None:
@@ -288,14 +288,11 @@ def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
                 finally:
                     self.server.told.put(self.session)
 
-        server: Any = type("Serving", (Served, server_class), {})(address, Telling, users=users, rules=rules)
+        server: Any = type("Serving", (Served, server_class), {})(address, Telling, users=users, rules=rules, allow_open_proxy=True, **settings)
         server.told = queue.SimpleQueue()
         servers.append(server)
         if elsewhere:
             server.policy.is_here = lambda _host: False
-        for key, value in attributes.items():
-            assert hasattr(server, key), f"a server has no {key}"
-            setattr(server, key, value)
         server.addresses = [server.server_address, *map(server.add_listener, more)]
         serve(server, poll_interval)
         return server

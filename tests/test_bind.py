@@ -143,7 +143,7 @@ def test_the_session_knows_both_ends(server, new_client, meet):
 def test_the_connection_of_the_peer_has_no_nagle_and_is_kept_alive(server, client, meet):
     with meet(client, bind(client)):
         [handler] = server.registry.live.values()
-        target = eventually(lambda: handler.tunnel).up.sink
+        target = eventually(lambda: handler._tunnel).up.sink
         assert target.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert target.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 

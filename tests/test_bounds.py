@@ -83,7 +83,7 @@ BOUNDED = {
         service/summary.py:Summary.outcomes workers/stats.py:WorkerStats.past
     """,
     "what is typed at the terminal, signals, and changes of the users file":
-        "server.py:Socks5Server.calls workers/shared.py:ReplicatedUsers.removed workers/supervisor.py:Supervisor.calls",
+        "server.py:Socks5Server._calls workers/shared.py:ReplicatedUsers.removed workers/supervisor.py:Supervisor.calls",
     "an entry for each user": """
         service/settings.py:Settings.users users.py:Users.passwords,UsersFile.hashes,UsersFile.verified
         workers/channel.py:WorkerConfig.users workers/shared.py:ReplicatedUsers.verified
@@ -400,10 +400,10 @@ COUNTED = {
     """,
     "COMMANDS: what BIND or UDP ASSOCIATE holds beyond that": """
         datagrams.py:Association.__init__,Association.socket_towards
-        handler.py:Socks5Handler.await_peer,Socks5Handler.do_BIND upstream.py:udp_towards
+        handler.py:Socks5Handler._await_peer,Socks5Handler.do_BIND upstream.py:udp_towards
     """,
     "CLIENT: its connection and its target's":
-        "listener.py:Listener.serve_one server.py:Socks5Server.accept,Socks5Server.get_request",
+        "listener.py:Listener.serve_one server.py:Socks5Server._accept",
     "RESERVED: closed again in the same function; a thread has one of these at a time": """
         locality.py:ask_kernel,can_be_bound,guess outbound.py:local_address_towards service/affinity.py:current_core
         users.py:read_users

@@ -268,11 +268,11 @@ ANY_REPLY_SUCCEEDS = sends(Reply, with_octet(1, 0))
 ANY_FAILURE_IS_01 = sends(Reply, lambda octets: octets[:1] + bytes([bool(octets[1])]) + octets[2:])
 NO_SUCH_CODE = sends(Reply, lambda octets: octets[:1] + bytes([octets[1] and 0x42]) + octets[2:])
 GENEROUS = handler_with(authenticate=lambda _self, _username, _password: True)
-SILENT = handler_with(refuse=lambda self, error: self.session.end(str(error)))
-STAYING = handler_with(refuse=refuse_and_stay)
+SILENT = handler_with(_refuse=lambda self, error: self.session.end(str(error)))
+STAYING = handler_with(_refuse=refuse_and_stay)
 NOWHERE = handler_with(succeed=lambda self, _bound: Socks5Handler.succeed(self, UNSPECIFIED))
 NOBODY = handler_with(open_tunnel=lambda self, target, _bound: Socks5Handler.open_tunnel(self, target, UNSPECIFIED))
-ANYBODY = handler_with(await_peer=lambda self, listener, _expected, until: Socks5Handler.await_peer(self, listener, [], until))
+ANYBODY = handler_with(_await_peer=lambda self, listener, _expected, until: Socks5Handler._await_peer(self, listener, [], until))
 OF_TEN = handler_with(select_method=lambda self, offered: Socks5Handler.select_method(self, offered[:10]))
 ALWAYS_00 = handler_with(select_method=lambda _self, _offered: Method.NO_AUTHENTICATION_REQUIRED)
 
@@ -280,7 +280,7 @@ FAULTS = [
     # the question, the handler that has a fault, and what is found
     ("no_login", sends(MethodSelection, with_octet(1, 0x80)), "fail", "80"),
     ("no_login", sends(MethodSelection, with_octet(0, 4)), "fail", "VER of the method selection is 04"),
-    ("no_login", handler_with(negotiate=until_the_client_leaves), "fail", "nothing within"),
+    ("no_login", handler_with(_negotiate=until_the_client_leaves), "fail", "nothing within"),
     ("both_methods", sends(MethodSelection, with_octet(1, 0x03)), "fail", "03"),
     ("unknown_methods", ALWAYS_00, "fail", "00"),
     ("offer_of_ff", ALWAYS_00, "fail", "00"),
@@ -288,8 +288,8 @@ FAULTS = [
     ("no_methods", handler_with(select_method=wait_if_nothing_is_offered), "warn", "waits"),
     ("end_after_ff", STAYING, "warn", "still open"),
     ("many_methods", OF_TEN, "fail", "ff"),
-    ("other_version", handler_with(reject_foreign=take_any_version), "fail", "0500"),
-    ("octet_by_octet", handler_with(reject_foreign=take_a_segment_for_a_message), "fail", "closed|breaks"),
+    ("other_version", handler_with(_reject_foreign=take_any_version), "fail", "0500"),
+    ("octet_by_octet", handler_with(_reject_foreign=take_a_segment_for_a_message), "fail", "closed|breaks"),
     ("one_segment", handler_with(send=forget_what_came_ahead), "warn", "not served: "),
     ("connect_ipv4", handler_with(connect=only()), "fail", "08 address type"),
     ("connect_ipv4", sends(Reply, lambda octets: octets[:7]), "fail", "nothing within"),
@@ -325,7 +325,7 @@ FAULTS = [
     ("bind_there", NOWHERE, "warn", "0.0.0.0:0, which tells clients nothing"),
     ("bind_second_reply", NOBODY, "fail", "0.0.0.0:0, and the peer is"),
     pytest.param("bind_stranger", ANYBODY, "fail", "^accepted", marks=needs_neighbour),
-    ("bind_client_gone", handler_with(await_peer=listen_for_ever), "warn", "still listening"),
+    ("bind_client_gone", handler_with(_await_peer=listen_for_ever), "warn", "still listening"),
     ("udp_there", handler_with(do_UDP_ASSOCIATE=None), "warn", "07 command"),
     ("udp_there", handler_with(do_UDP_ASSOCIATE=lambda *_request: None), "fail", "without a reply"),
     ("udp_lifetime", associate(immortal=True), "fail", "lives on for"),

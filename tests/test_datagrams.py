@@ -540,7 +540,7 @@ def test_both_sockets_ask_for_room_for_bursts(server: Any, client: UdpClient, ta
     client.echo(target)
     [handler] = server.registry.serving()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as usual:
-        for sock in (handler.tunnel.client_socket.socket, handler.tunnel.target_sockets[socket.AF_INET].socket):
+        for sock in (handler._tunnel.client_socket.socket, handler._tunnel.target_sockets[socket.AF_INET].socket):
             for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
                 assert sock.getsockopt(socket.SOL_SOCKET, option) > usual.getsockopt(socket.SOL_SOCKET, option)
 
@@ -549,8 +549,8 @@ def test_a_client_that_is_gone_before_its_reply_leaves_no_socket(start_server: A
     made: List[Any] = []
 
     class Failing(Socks5Handler):
-        def association(self) -> Any:
-            made.append(super().association())
+        def _association(self) -> Any:
+            made.append(super()._association())
             return made[-1]
 
         def succeed(self, bound: Address) -> None:

@@ -719,7 +719,7 @@ def test_the_time_that_a_look_up_takes_is_not_given_again(start_server, new_clie
         raise RequestFailed(ReplyCode.TTL_EXPIRED)
 
     monkeypatch.setattr(outbound, "connect", note)
-    handler = handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [LOCALHOST], await_peer=note)
+    handler = handler_with(resolve=lambda _self, _host: release.wait(TIMEOUT) and [LOCALHOST], _await_peer=note)
     server = start_server(handler, **{setting: 20})
     new_client(server).send(HELLO, to(name("slow.invalid", 80), command))
     eventually(lambda: server.sessions and server.sessions[0].command)

@@ -29,7 +29,7 @@ CORE = {
     "resolver": {"names", "protocol", "waker", "descriptors", "relay", "outbound"},
     "datagrams": {"protocol", "session", "rules", "observer", "relay", "outbound", "resolver"},
     "handler": {
-        "protocol", "session", "descriptors", "users", "rules", "foreign", "listener", "observer", "registry", "relay", "outbound", "policy",
+        "protocol", "session", "descriptors", "users", "rules", "foreign", "listener", "ratelimit", "observer", "registry", "relay", "outbound", "policy",
         "resolver", "datagrams",
     },
     "server": {

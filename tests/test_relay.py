@@ -600,7 +600,7 @@ def test_a_flow_that_was_bulk_is_none_when_it_has_but_few_octets_to_move(tunnel:
     def is_small_again() -> bool:
         target.sendall(b"x")
         assert client.exactly(1) == b"x"
-        return not handler.tunnel.down.bulk
+        return not handler._tunnel.down.bulk
 
     eventually(is_small_again)
 

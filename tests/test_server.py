@@ -305,9 +305,9 @@ def test_a_server_out_of_descriptors_serves_again_when_it_has_some(start_server,
     accepts = []
 
     class Counting(Socks5Server):
-        def accept(self, sock):
+        def _accept(self, sock):
             accepts.append(time.monotonic())
-            return super().accept(sock)
+            return super()._accept(sock)
 
     server = start_server(server_class=Counting)
     new_tunnel(server)      # so that the relay thread has what it needs
@@ -649,7 +649,7 @@ def test_no_garbage_upsets_the_server(start_server, new_client, echo, users):
     """E68: a bug would be logged, and start_server looks for that in the end."""
     def connect(self, request):
         """It goes nowhere but to the echo, whatever it is asked for."""
-        self.addresses(request, time.monotonic() + 1)
+        self._addresses(request, time.monotonic() + 1)
         return socket.create_connection(echo, TIMEOUT)
 
     safe = handler_with(connect=connect, resolve=lambda _self, _host: [LOCALHOST])

@@ -64,7 +64,7 @@ def _a_users_file_is_read_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -
 class Turns:
     """A server whose every turn begins with something to do, and with one more failure ahead."""
 
-    def __init__(self, server: Any, address: Tuple[Any, ...], calls: FailingCalls, users: UsersFile, each: str = "pause") -> None:
+    def __init__(self, server: Any, address: Tuple[Any, ...], calls: FailingCalls, users: UsersFile, each: str = "_pause") -> None:
         self.server, self.address, self.calls = server, address, calls
         self.users_file = Path(users.path)
         self.number = 0
@@ -116,7 +116,7 @@ def visit(address: Tuple[Any, ...]) -> None:
 
 @pytest.fixture
 def calls() -> Iterator[FailingCalls]:
-    found = FailingCalls("serve_forever", "attempt", "call", "give_up_if_hopeless", "is_hopeless", "<genexpr>")
+    found = FailingCalls("serve_forever", "_attempt", "call", "give_up_if_hopeless", "is_hopeless", "<genexpr>")
     yield found
     found.stop()
 
@@ -149,7 +149,7 @@ def survives(turns: Turns, log: List[str], *functions: str) -> None:
 
 
 DUTIES = [
-    "server.py:report_ended", "server.py:report", "registry.py:hang_up_on_slow", "users.py:refresh", "users.py:read_users",
+    "server.py:_report_ended", "server.py:_report", "registry.py:hang_up_on_slow", "users.py:refresh", "users.py:read_users",
     "handler.py:session_ended",
 ]
 
@@ -188,7 +188,7 @@ def test_what_ties_threads_to_a_core_survives_it_in_any_thread(closing: ExitStac
 
 @pytest.mark.usefixtures("log")
 def test_the_page_survives_the_failure_of_all_that_it_calls(closing: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = FailingCalls("attempt", "service_actions", errors=ERRORS[:1])      # socketserver lets a bug of get_request() through
+    calls = FailingCalls("_attempt", "service_actions", errors=ERRORS[:1])      # socketserver lets a bug of get_request() through
     monkeypatch.setattr(StatusPage, "poll_interval", 0.001)
     server = Socks5Server((LOCALHOST, 0))
     closing.callback(server.server_close)
@@ -233,14 +233,14 @@ def test_so_does_a_worker(calls: FailingCalls, users: UsersFile, log: List[str],
             messages = list(server.channel.messages())
             super().turn(*arguments)
             for message in messages:
-                server.attempt(server.receive, message)
+                server._attempt(server.receive, message)
 
         def close(self) -> None:
             server.stopping_all.set()
             super().close()
 
     survives(
-        Controlled(server, server.server_address, calls, users), log, "server.py:report_ended", "workers/shared.py:refresh",
+        Controlled(server, server.server_address, calls, users), log, "server.py:_report_ended", "workers/shared.py:refresh",
         "workers/worker.py:update_summary", "workers/worker.py:on_UsersChanged", "workers/shared.py:on_LoginFailed",
     )
 

@@ -434,8 +434,8 @@ def test_a_reset_by_the_upstream_is_called_one(near: Any, far: Any) -> None:
     with udp_associate(url_of(near)):
         (session,) = far.sessions
         control = far.registry.live[session.id].connection
-        eventually(lambda: far.registry.live[session.id].tunnel is not None and len(far.relays[0].watched) == 3)
-        far.relays[0].call(lambda: (set_reset(control), far.registry.live[session.id].tunnel.abort("reset")))
+        eventually(lambda: far.registry.live[session.id]._tunnel is not None and len(far.relays[0].watched) == 3)
+        far.relays[0].call(lambda: (set_reset(control), far.registry.live[session.id]._tunnel.abort("reset")))
         assert near.next_ended().reason == "upstream: connection reset"
 
 
@@ -477,7 +477,7 @@ def test_what_the_upstream_sends_too_early_or_wrong_does_no_harm(start_server: A
         with udp_associate(url_of(near)) as relay, accepted() as control:
             relay.socket.settimeout(TIMEOUT)
             (handler,) = near.registry.live.values()
-            answers = eventually(lambda: handler.tunnel).answers.socket
+            answers = eventually(lambda: handler._tunnel).answers.socket
             outer, there = answers.getsockname(), Address.numeric("192.0.2.1", 53)
             relay_there.sendto(bytes(Datagram(there, b"too early")), outer)
             eventually(lambda: not select.select([answers], [], [], 0)[0])      # it has been read

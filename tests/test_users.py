@@ -334,7 +334,7 @@ def test_a_login_that_is_right_for_a_user_who_is_removed_meanwhile_is_wrong(writ
     file = UsersFile(write(login("anna", "a")))
 
     def slow(_password: str, _hash: str) -> bool:
-        file.replace({})
+        file._replace({})
         return True
 
     monkeypatch.setattr(users, "verify", slow)

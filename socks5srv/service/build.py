@@ -14,7 +14,7 @@ import errno
 import os
 import socket
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 from ..handler import Socks5Handler
 from ..observer import Observer
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Settings that are attributes of the server by the same name; None leaves its default.
 OF_THE_SERVER = (
-    "commands", "allow_from", "allow_local_targets", "upstream", "max_clients", "max_per_client",
+    "commands", "allow_from", "allow_open_proxy", "allow_local_targets", "upstream", "max_clients", "max_per_client",
     "handshake_timeout", "connect_timeout", "bind_timeout", "idle_timeout",
 )
 
@@ -51,7 +51,7 @@ class CannotStart(Exception):
 
 
 class Service:
-    """What a server has around it: its settings, and the observers that they ask for."""
+    """What a server has around it: the observers that its settings ask for."""
 
     def __init__(self, server: Socks5Server, settings: Settings, summary: Summary) -> None:
         self.server = server
@@ -59,10 +59,6 @@ class Service:
         self.metrics: Optional[Metrics] = None
         self.history: Optional[History] = None
         self.observers: List[Observer] = [self.summary, CoreAffinity(server.call)]
-        for name in OF_THE_SERVER:
-            if getattr(settings, name) is not None:
-                setattr(server, name, getattr(settings, name))
-        server.route = Route(settings.family, settings.source)
         if settings.status is not None:
             from ..monitor.history import History
             from ..monitor.metrics import Metrics
@@ -88,6 +84,12 @@ class Service:
         self.server.observers = observers
 
 
+def server_settings(settings: Settings) -> Dict[str, Any]:
+    """What the constructor of Socks5Server is to be given by name, beside the users."""
+    given = {name: getattr(settings, name) for name in OF_THE_SERVER if getattr(settings, name) is not None}
+    return {**given, "rules": settings.rules, "route": Route(settings.family, settings.source)}
+
+
 def handler_class(settings: Settings) -> Type[Socks5Handler]:
     return Socks5Handler if settings.upstream is None else UpstreamHandler
 
@@ -98,7 +100,7 @@ class Single(Service):
     def __init__(self, settings: Settings, sockets: Sequence[socket.socket], summary: Type[Summary] = Summary) -> None:
         users = settings.users if settings.users_file is None else UsersFile(settings.users_file)
         handler, address = handler_class(settings), sockets[0].getsockname()
-        server = Socks5Server(address, handler, users=users, rules=settings.rules, sockets=sockets)
+        server = Socks5Server(address, handler, users=users, sockets=sockets, **server_settings(settings))
         super().__init__(server, settings, summary(lambda: server.registry.clients))
         self.serve_forever, self.shutdown, self.call = server.serve_forever, server.shutdown, server.call
         self.addresses: Sequence[Address] = [listener.address for listener in server.listeners]
@@ -138,7 +140,8 @@ class Single(Service):
         """There is no other process to end."""
 
     def reload(self) -> None:
-        self.server.reload_users()
+        if isinstance(self.server.users, UsersFile):
+            self.server.call(self.server.users.read_again)
         self.server.call(log.reopen)
 
 

@@ -383,7 +383,7 @@ class Faulty(Socks5Handler):
     def connect(self, request: Request) -> Any:
         place = self.proxy.hosts.get(canonical(request.destination.host))
         if place is not None and (len(place) > 1 or self.proxy.upstream is not None):
-            self.check(request.command, request.destination)
+            self._check(request.command, request.destination)
             request = Request(request.command, Address.named(*[*place, request.destination.port][:2]))
         return super().connect(request)
 

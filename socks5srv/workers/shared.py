@@ -105,13 +105,13 @@ class ReplicatedUsers(UsersFile):
         self.lock = threading.Lock()
         self.computing = threading.BoundedSemaphore(max(1, AT_ONCE // workers))
         self.key = os.urandom(32)
-        self.have(dict(hashes))
+        self._have(dict(hashes))
         self.verified = {}
         self.removed: queue.SimpleQueue[Set[str]] = queue.SimpleQueue()
 
     def update(self, hashes: Dict[str, str]) -> None:
         """These are the users from now on; the next refresh() returns which of the others are not."""
-        self.removed.put(self.replace(hashes))
+        self.removed.put(self._replace(hashes))
 
     def refresh(self) -> Set[str]:
         return {name for _ in range(self.removed.qsize()) for name in self.removed.get()}

@@ -137,10 +137,10 @@ class Supervisor(Resilient):
         self.stopped.clear()
         try:
             while not self.stopping:
-                self.attempt(self.turn, poll_interval)
+                self._attempt(self.turn, poll_interval)
                 while self.calls:
-                    self.attempt(self.calls.popleft())
-                self.attempt(self.refresh_users)
+                    self._attempt(self.calls.popleft())
+                self._attempt(self.refresh_users)
                 self.give_up_if_hopeless(all)
         finally:
             self.stopping = True
@@ -161,7 +161,7 @@ class Supervisor(Resilient):
         for worker in self.workers:
             worker.channel.flush()
             for octets in worker.channel.messages():
-                self.attempt(self.receive, worker, octets)
+                self._attempt(self.receive, worker, octets)
 
     def shortened(self, timeout: float) -> float:
         """Not longer than until a slot is to be filled, or a worker may be able to take more."""
@@ -205,7 +205,7 @@ class Supervisor(Resilient):
 
     def reload_now(self) -> None:
         if self.users_file is not None:
-            self.users_file.seen = None
+            self.users_file.read_again()
         log.reopen()
         self.tell_all(ReopenLog())
 

@@ -23,7 +23,7 @@ from ..handler import Socks5Handler
 from ..registry import Refusal, Registry, host_limit_reached, limit_reached
 from ..server import Socks5Server
 from ..service import log
-from ..service.build import Service, handler_class
+from ..service.build import Service, handler_class, server_settings
 from ..service.summary import Summary
 from .channel import (
     UPDATES, Answer, Channel, HostCount, MayAdmit, Question, ReopenLog, Report, ReportWanted, Requests, Serving, SessionWanted, SetExplain,
@@ -108,8 +108,8 @@ class WorkerServer(Socks5Server):
         settings, (failures, relays) = config.settings, config.state
         users: Any = settings.users if config.users is None else ReplicatedUsers(config.users, config.workers)
         sockets = [socket.socket(fileno=descriptor) for descriptor in config.listeners]
-        super().__init__(sockets[0].getsockname(), handler_class(settings), users=users, rules=settings.rules, sockets=sockets)
-        self.listeners[:] = [SharedListener(sock, self.accept, self.talk, self.stopping_all) for sock in sockets]
+        super().__init__(sockets[0].getsockname(), handler_class(settings), users=users, sockets=sockets, **server_settings(settings))
+        self.listeners[:] = [SharedListener(sock, self._accept, self._talk, self.stopping_all) for sock in sockets]
         self.rate_limit = SharedRateLimit(channel.hint)
         self.policy.throttle = SharedThrottle(channel.hint)
         self.policy.throttle.failures.update(failures)
@@ -128,7 +128,7 @@ class WorkerServer(Socks5Server):
             try:
                 while not self.stopping_all.is_set():
                     for octets in self.channel.messages():      # they may have come with the config
-                        self.attempt(self.receive, octets)
+                        self._attempt(self.receive, octets)
                     self.channel.flush()
                     if not self.stopping_all.is_set() and selector.select(0.5):
                         self.channel.fill()

@@ -129,7 +129,7 @@ def test_what_the_system_is_out_of_is_counted(page: Watched) -> None:
             raise OSError(errno.EMFILE, "too many open files")
 
     with pytest.raises(OSError, match="too many"):
-        page.server.accept(Full())
+        page.server._accept(Full())
     page.server.stopped.clear()
     assert samples(page, "socks5srv_accept_errors") == {("EMFILE",): 1.0}
 

@@ -69,13 +69,13 @@ def test_each_session_is_either_alive_or_has_ended_whether_it_has_been_told_of_o
     page: Watched, new_client: Any, refusing: Any, echo: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     go_on = threading.Event()
-    report = Socks5Server.report
+    report = Socks5Server._report
 
     def report_later(server: Socks5Server, handler: Any) -> None:
         assert go_on.wait(TIMEOUT)
         report(server, handler)
 
-    monkeypatch.setattr(Socks5Server, "report", report_later)
+    monkeypatch.setattr(Socks5Server, "_report", report_later)
     for place in (refusing(), echo):
         with new_client(page) as client:
             client.ask(Command.CONNECT, place)

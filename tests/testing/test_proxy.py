@@ -209,7 +209,7 @@ def test_with_internet_it_leads_anywhere() -> None:
     asked: Any = []
 
     def connect(handler: Socks5Handler, request: Request) -> socket.socket:
-        asked.append(handler.addresses(request, time.monotonic() + 5))
+        asked.append(handler._addresses(request, time.monotonic() + 5))
         raise RequestFailed(ReplyCode.TTL_EXPIRED)
 
     far = handler_with(connect=connect, resolve=lambda _self, host: asked.append(host) or ["192.0.2.1"])
