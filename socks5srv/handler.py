@@ -290,6 +290,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return foreign.identify(self.stream.buffer, here, pac=policy.serves_others or policy.is_here(self.session.client.zoned))
 
     def auth_NO_AUTHENTICATION_REQUIRED(self) -> str:
+        """Nothing is asked, so the user has no name."""
         return ""
 
     def auth_USERNAME_PASSWORD(self) -> str:
@@ -361,6 +362,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         do(request)
 
     def do_CONNECT(self, request: Request) -> None:
+        """A tunnel to the destination."""
         with outbound.errors_as_replies(request.destination):
             target = self.connect(request)
         self.open_tunnel(target, self.session.bound or Address.of(target.getsockname()))
@@ -622,9 +624,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         The client has been served, or has not: `self.session` is complete.
 
-        The default logs its line; of what is not SOCKS5 only once a minute, and the next one says how many were left out.  Called
-        once for every client, in the thread that runs serve_forever(): no tunnel waits for it, but the other sessions'
-        log lines do.
+        The default logs its line.  Called once for every client, in the thread that runs serve_forever(): no tunnel waits
+        for it, but the other sessions' log lines do.
         """
         if self.session.outcome == "bad_protocol":
             self._log_foreign()
@@ -632,7 +633,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             logger.info("%s", self.session, extra={"session": self.session})
 
     def _log_foreign(self) -> None:
-        """The same mistake of the same host once a minute."""
+        """The same mistake of the same host once a minute; the next line says how many were left out."""
         left_out = self.server.rate_limit.allows(f"{self.session.client.host} {self.session.reason}")
         if left_out is not None:
             logger.info("%s%s", self.session, and_more(left_out), extra={"session": self.session, "left_out": left_out})

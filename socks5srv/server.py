@@ -88,7 +88,8 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
 
     For callers: serve_forever(), shutdown(), server_close(), add_listener(), call(); `sessions`, `observers`, and
     `server_address`.  For overriding: what socketserver documents, such as service_actions() and verify_request().
-    For the other modules: relay_thread(), warn_once(), `hooks`, `policy`, `rate_limit`, `registry`.
+    For the other modules: relay_thread(), warn_once(), `hooks`, `listeners`, `policy`, `rate_limit`, `registry`, `relays`,
+    `serving_thread`, `stopped`, `stopping`.
 
     Attributes:
         users: passwords by name, or a UsersFile; None asks for no password, with an empty mapping none is right (None)

@@ -270,8 +270,9 @@ class Served:
 def start_server(bugs: List[logging.LogRecord]) -> Iterator[Callable[..., Any]]:
     """
     Start a server in a thread: ``start_server(handler, address, more, users=, rules=, **settings)``.
-    With `more` addresses it has more listeners; `addresses` are those of all of them.  It may be an open proxy.  With `elsewhere` each client is taken
-    for one on another computer.  At the end it is closed, and none of its threads may be left, nor a bug have been logged.
+    With `more` addresses it has more listeners; `addresses` are those of all of them.  With `elsewhere` each client is taken
+    for one on another computer.  It may be an open proxy.  At the end it is closed, and none of its threads may be left, nor
+    a bug have been logged.
     """
     servers: List[Served] = []
     before = server_threads()       # of another test, which has failed for that

@@ -287,7 +287,8 @@ NO_IPV4, NO_IPV6 = "127.255.255.255", "fe80::1"
 @needs_ipv6
 @pytest.mark.parametrize(("here", "addresses", "there"), [
     (LOCALHOST, ["::1", LOCALHOST], "::1"), (LOCALHOST, [NO_IPV4, "::1"], "::1"), ("::1", [NO_IPV6, LOCALHOST], LOCALHOST),
-], ids=["both families", "no way to IPv4", "no way to IPv6"])
+    (LOCALHOST, LOCALHOST, LOCALHOST),
+], ids=["both families", "no way to IPv4", "no way to IPv6", "one, as a str"])
 def test_a_name_is_sent_to_the_first_of_its_addresses_that_has_a_route(
         here: str, addresses: Sequence[str], there: str, start_server: Any, associate: Any, new_socket: Any) -> None:
     """

@@ -530,6 +530,12 @@ def test_the_same_port_of_another_address_is_not_the_server(start_server, new_cl
     new_client(server).connect(listener.getsockname())
 
 
+def test_a_resolver_may_return_its_one_address_as_a_str(start_server, new_client, echo):
+    client = new_client(start_server(handler_with(resolve=lambda _self, _host: LOCALHOST)))
+    client.connect(name("one.invalid", echo[1]))
+    exchange(client)
+
+
 # --- several addresses ---
 
 @needs_neighbour

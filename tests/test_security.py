@@ -79,6 +79,8 @@ def test_as_started_it_serves_this_computer_only() -> None:
 def test_it_refuses_to_start_as_an_open_proxy(address: str, run_command: Run) -> None:
     complaint = run_command("-b", address, "-p", "0").error()
     assert all(way in complaint for way in ("-u NAME", "--allow-from", "--allow-open-proxy", "this computer only"))
+    with pytest.raises(ValueError, match=r"users=.*allow_from=.*authenticate\(\).*127\.0\.0\.1.*allow_open_proxy=True"):
+        Socks5Server((address, 0))
 
 
 @pytest.mark.parametrize("host", [
