@@ -8,7 +8,10 @@ A fault names the message that it is about by its class in protocol.py, which is
 `Greeting`, `Credentials` and `Request` come from the client, `MethodSelection`, `CredentialsReply` and
 `Reply` go to it, and `SecondReply` is BIND's second one alone.  All take two selectors: `times`, how often
 it strikes (None: always), and `host`, for which destination, as the client wrote it.  Faults strike in the
-order in which they were injected, and one that never meets its message does nothing.
+order in which they were injected.
+
+A fault that never strikes is a mistake of the test's, such as a misspelt `host`: its proxy's stop() says so, unless
+the fault is made with ``optional=True``.
 
 The one idea: a fault stands at the handler's two choke points, where messages are received and sent.  The
 conversation knows nothing of it, so all that the client sees before it, and after, is the real server.
@@ -19,10 +22,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from io import BytesIO
-from typing import Dict, Iterator, List, Optional, Protocol, Tuple, Type
+from typing import Dict, Iterator, List, Optional, Protocol, Set, Tuple, Type
 
 from ..names import canonical
 from ..protocol import (
@@ -39,6 +43,7 @@ __all__ = [
 ]
 
 PAUSE = 0.001       # seconds between octets that are not to arrive together
+HOSTS_TOLD = 5      # of those that a fault was not for
 
 
 class SecondReply(Reply):
@@ -79,14 +84,16 @@ class Fault:
     """
     One thing that goes wrong, with certain messages.
 
-    It keeps no state: the same object may serve any number of proxies.  To make one, say in `about` which
-    messages it strikes, and override what shall be different then.
+    The same object may serve any number of proxies, each of which counts for itself.  To make one, say in `about`
+    which messages it strikes, and override what shall be different then.
     """
 
     about: Tuple[MessageClass, ...] = ()
     every = 1       # of how many such messages it strikes one
+    optional = False
+    armed: Optional[Armed] = None       # in the latest proxy
 
-    def __init__(self, *words: object, times: Optional[int] = None, host: Optional[str] = None) -> None:
+    def __init__(self, *words: object, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
         if times is not None and times < 1:
             raise ValueError(f"times={times} would be never")
         if host is not None and not set(self.about) <= set(WITH_HOST):
@@ -94,6 +101,12 @@ class Fault:
         self.words = words          # as it was made; for repr()
         self.times = times
         self.host = host
+        self.optional = optional
+
+    @property
+    def struck(self) -> int:
+        """How often it has struck, in the proxy into which it was injected last."""
+        return self.armed.struck if self.armed else 0
 
     def received(self, handler: FaultyHandler) -> None:
         """The client's message has come."""
@@ -112,7 +125,7 @@ class Fault:
         raise Broken(str(self))
 
     def __repr__(self) -> str:
-        given = {"every": self.every if self.every > 1 else None, "times": self.times, "host": self.host}
+        given = {"every": self.every if self.every > 1 else None, "times": self.times, "host": self.host, "optional": self.optional or None}
         selectors = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return f"{type(self).__name__}({', '.join([*map(spelled, self.words), *selectors])})"
 
@@ -127,6 +140,17 @@ def spelled(word: object) -> str:
     return word.__name__ if isinstance(word, type) else repr(word)
 
 
+def octet(fault: Fault, what: str, number: int) -> None:
+    """ValueError if it does not fit into one."""
+    if not 0 <= number <= 255:
+        raise ValueError(f"{type(fault).__name__}({number}): a {what} is one octet, 0 to 255")
+
+
+def not_below_zero(fault: Fault, number: float) -> None:
+    if number < 0:
+        raise ValueError(f"{fault!r}: {number} is below 0")
+
+
 # --- other answers ---
 
 class ReplyWith(Fault):
@@ -134,10 +158,10 @@ class ReplyWith(Fault):
 
     about = (Request,)
 
-    def __init__(self, code: int, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
-        bytes((code,))              # ValueError if it is none
+    def __init__(self, code: int, *, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
+        octet(self, "reply code", code)
         self.code: int = REPLY_CODES.get(code, code)
-        super().__init__(self.code, times=times, host=host)
+        super().__init__(self.code, times=times, host=host, optional=optional)
 
     def received(self, handler: FaultyHandler) -> None:
         raise RequestFailed(self.code, str(self))       # type: ignore[arg-type]    # it may be a bare number
@@ -147,10 +171,11 @@ class SelectMethod(Fault):
     """The method is this octet, offered or not.  If it is not the one that the server has chosen, the connection then ends."""
 
     about: Tuple[MessageClass, ...] = (MethodSelection,)
+    octet_is = "method"
 
-    def __init__(self, method: int, *, times: Optional[int] = None) -> None:
-        bytes((method,))
-        super().__init__(method, times=times)
+    def __init__(self, method: int, *, times: Optional[int] = None, optional: bool = False) -> None:
+        octet(self, self.octet_is, method)
+        super().__init__(method, times=times, optional=optional)
         self.octet = method
 
     def sending(self, handler: FaultyHandler, message: Message) -> Message:
@@ -167,14 +192,15 @@ class LoginStatus(SelectMethod):
     """The login gets this STATUS, right or wrong; if it is not what the server thinks of it, the connection then ends."""
 
     about = (CredentialsReply,)
+    octet_is = "status"
 
 
 class Raw(Fault):
     """These octets are sent instead of the message, and the conversation goes on as if nothing had happened."""
 
-    def __init__(self, message: MessageClass, octets: bytes, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
+    def __init__(self, message: MessageClass, octets: bytes, *, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
         self.about = one_of(TO_CLIENT, message)
-        super().__init__(message, octets, times=times, host=host)
+        super().__init__(message, octets, times=times, host=host, optional=optional)
         self.octets = octets
 
     def sending(self, handler: FaultyHandler, message: Message) -> Message:
@@ -186,8 +212,8 @@ class BoundTo(Fault):
 
     about = (Reply,)
 
-    def __init__(self, host_bound: str, port: int = 0, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
-        super().__init__(host_bound, port, times=times, host=host)
+    def __init__(self, host_bound: str, port: int = 0, *, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
+        super().__init__(host_bound, port, times=times, host=host, optional=optional)
         self.bound = Address.named(host_bound, port)
 
     def sending(self, handler: FaultyHandler, message: Message) -> Message:
@@ -199,9 +225,9 @@ class BoundTo(Fault):
 class CloseAfter(Fault):
     """The connection is closed once this message has been received, or sent."""
 
-    def __init__(self, message: MessageClass, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
+    def __init__(self, message: MessageClass, *, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
         self.about = one_of(FROM_CLIENT + TO_CLIENT, message)
-        super().__init__(message, times=times, host=host)
+        super().__init__(message, times=times, host=host, optional=optional)
 
     def received(self, handler: FaultyHandler) -> None:
         self.hang_up(handler)
@@ -222,9 +248,10 @@ class ResetAfter(CloseAfter):
 class Truncate(Fault):
     """The first octets of the message are sent, this many, and then the end."""
 
-    def __init__(self, message: MessageClass, octets: int, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
+    def __init__(self, message: MessageClass, octets: int, *, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
         self.about = one_of(TO_CLIENT, message)
-        super().__init__(message, octets, times=times, host=host)
+        super().__init__(message, octets, times=times, host=host, optional=optional)
+        not_below_zero(self, octets)
         self.octets = octets
 
     def sending(self, handler: FaultyHandler, message: Message) -> Message:
@@ -239,9 +266,10 @@ class Truncate(Fault):
 class Delay(Fault):
     """So many seconds pass before the message is sent, or after it has been received.  `stop()` does not wait for them."""
 
-    def __init__(self, message: MessageClass, seconds: float, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
+    def __init__(self, message: MessageClass, seconds: float, *, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
         self.about = one_of(FROM_CLIENT + TO_CLIENT, message)
-        super().__init__(message, seconds, times=times, host=host)
+        super().__init__(message, seconds, times=times, host=host, optional=optional)
+        not_below_zero(self, seconds)
         self.seconds = seconds
 
     def received(self, handler: FaultyHandler) -> None:
@@ -255,9 +283,9 @@ class Delay(Fault):
 class Drip(Fault):
     """Each octet comes in a segment of its own.  Without a message named, it strikes all that are sent."""
 
-    def __init__(self, message: Optional[MessageClass] = None, *, times: Optional[int] = None, host: Optional[str] = None) -> None:
+    def __init__(self, message: Optional[MessageClass] = None, *, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
         self.about = TO_CLIENT if message is None else one_of(TO_CLIENT, message)
-        super().__init__(*[] if message is None else [message], times=times, host=host)
+        super().__init__(*[] if message is None else [message], times=times, host=host, optional=optional)
 
     def sending(self, handler: FaultyHandler, message: Message) -> Message:
         octets = bytes(message)
@@ -287,10 +315,10 @@ class DropDatagrams(Fault):
 
     about = (Datagram,)
 
-    def __init__(self, way: Optional[str] = None, *, every: int = 1, times: Optional[int] = None, host: Optional[str] = None) -> None:
+    def __init__(self, way: Optional[str] = None, *, every: int = 1, times: Optional[int] = None, host: Optional[str] = None, optional: bool = False) -> None:
         if way not in ("up", "down", None) or every < 1:
             raise ValueError('way is "up", "down" or None, and every at least 1')
-        super().__init__(*[] if way is None else [way], times=times, host=host)
+        super().__init__(*[] if way is None else [way], times=times, host=host, optional=optional)
         self.way = way
         self.every = every
 
@@ -324,24 +352,50 @@ class FragmentDatagrams(DropDatagrams):
 
 @dataclass(eq=False)
 class Armed:
-    """A fault, how often it may still strike in one proxy (None: always), and how many messages it has met."""
+    """A fault in one proxy: how often it may still strike (None: always), what it has met, and what it has just missed."""
 
     fault: Fault
     left: Optional[int]
     met: int = 0
+    struck: int = 0
+    missed: Set[str] = field(default_factory=set)       # hosts of messages that only the host kept it from
+    reported: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it should have struck and has not, which nobody has been told of."""
+        return not (self.struck or self.fault.optional or self.reported)
 
     def strikes(self, message: MessageClass, host: str) -> bool:
         """Whether it strikes this message; if so, that was one of its times."""
         fault = self.fault
-        elsewhere = fault.host is not None and canonical(fault.host) != canonical(host)
-        if elsewhere or not issubclass(message, fault.about) or self.left == 0:
+        if not issubclass(message, fault.about) or self.left == 0:
+            return False
+        if fault.host is not None and canonical(fault.host) != canonical(host):
+            if len(self.missed) < HOSTS_TOLD:
+                self.missed.add(host)
             return False
         self.met += 1
         if self.met % fault.every:
             return False
         if self.left is not None:
             self.left -= 1
+        self.struck += 1
         return True
+
+    def __str__(self) -> str:
+        """That it has never struck, and why."""
+        return f"{self.fault!r} never struck: {self.near_miss()}"
+
+    def near_miss(self) -> str:
+        names = " or ".join(message.__name__ for message in self.fault.about)
+        if self.met:
+            return f"it strikes one {names} in {self.fault.every}, and met {self.met}"
+        if not self.missed:
+            return f"no {names} reached it"
+        hosts = sorted(self.missed)
+        similar = get_close_matches(str(self.fault.host), hosts, 1)
+        return f"the host was {' or '.join(hosts)}" + (f"; did you mean host={similar[0]!r}?" if similar else "")
 
 
 class Faults:
@@ -349,17 +403,25 @@ class Faults:
 
     def __init__(self) -> None:
         self.armed: List[Armed] = []
+        self.taken_away: List[Armed] = []       # without having struck
         self.lock = threading.Lock()
 
     def add(self, fault: Fault) -> None:
         if not isinstance(fault, Fault):
-            raise TypeError(f"{fault!r} is no fault: ReplyWith(...) is one, and socks5srv.testing.faults has more")
+            raise TypeError(f"{fault!r} is not a fault: ReplyWith(...) is one, and socks5srv.testing.faults has more")
         with self.lock:
-            self.armed.append(Armed(fault, fault.times))
+            fault.armed = Armed(fault, fault.times)
+            self.armed.append(fault.armed)
 
     def clear(self) -> None:
         with self.lock:
+            self.taken_away += [armed for armed in self.armed if armed.is_idle]
             self.armed.clear()
+
+    def idle(self) -> List[Armed]:
+        """Those that should have struck and have not, those that were taken away among them."""
+        with self.lock:
+            return [armed for armed in self.taken_away + self.armed if armed.is_idle]
 
     def striking(self, message: MessageClass, host: str = "") -> Iterator[Fault]:
         """Which of them strike a message that is for this host; each is asked only when its turn has come."""

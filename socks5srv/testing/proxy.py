@@ -17,13 +17,15 @@ No pytest here: pytest_plugin.py has that.
 
 from __future__ import annotations
 
+import inspect
 import os
 import socketserver
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from ipaddress import ip_address
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 from urllib.parse import quote
 
 from ..handler import Socks5Handler
@@ -39,6 +41,8 @@ from .faults import Broken, Fault, Faults, MessageClass, SecondReply
 from .link import LossyLink
 
 Place = Union[str, Tuple[Any, ...]]     # an IP address; or that and a port
+Selectors = Tuple[Optional[str], Optional[int], Optional[Command], Optional[str]]      # as find() takes them
+AnyFault = TypeVar("AnyFault", bound=Fault)
 
 
 class Proxy:
@@ -67,9 +71,7 @@ class Proxy:
                  hosts: Optional[Mapping[str, Place]] = None, internet: bool = False,
                  users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = (),
                  faults: Iterable[Fault] = (), upstream: Optional[str] = None, **settings: Any) -> None:
-        for name in settings:
-            if not is_setting(name):
-                raise TypeError(f"a proxy has no {name}=; README.rst has a table of its settings")
+        refuse_unknown(settings)
         self.handler = handler
         self.upstream = upstream
         self.host = host
@@ -80,11 +82,12 @@ class Proxy:
         self.settings = settings
         self.user: Optional[str] = next(iter(users), None) if isinstance(users, Mapping) else None
         self.password = users[self.user] if isinstance(users, Mapping) and self.user is not None else None
-        self.faults = Faults()
+        self.injected = Faults()
         for fault in faults:
             self.inject(fault)
         self.errors: List[BaseException] = []
         self.news = threading.Condition()       # of sessions: one more, a reply, an end
+        self.wakers: List[Callable[[], None]] = []      # of coroutines that wait for such news
         self.seen: List[Session] = []
         self.server: Optional[Server] = None
         self.port = port
@@ -102,13 +105,25 @@ class Proxy:
         self.server = server
 
     def stop(self) -> None:
-        """Serve no more, end all connections, and raise what the handler's methods have raised.  May be called again."""
+        """
+        Serve no more, and end all connections.  May be called again.
+
+        Raises what the handler's methods have raised; AssertionError if a fault has never struck, as
+        assert_faults_struck() does.  Each of them is raised once.
+        """
+        __tracebackhide__ = True
+        self.end()
+        self.assert_faults_struck()
+
+    def end(self) -> None:
+        """stop(), whatever the faults have done."""
         self.close()
         errors, self.errors = self.errors, []       # which count as told then
         if errors:
             raise errors[0]
 
     def close(self) -> None:
+        """stop(), without a complaint."""
         server, self.server = self.server, None
         if server is not None:
             server.halted.set()
@@ -121,8 +136,11 @@ class Proxy:
         return self
 
     def __exit__(self, kind: object, error: Optional[BaseException], traceback: object) -> None:
-        if error is None or isinstance(error, Exception):       # which may well have come from what stop() raises
+        __tracebackhide__ = True
+        if error is None:
             self.stop()
+        elif isinstance(error, Exception):      # which may well have come from what end() raises
+            self.end()
         else:
             self.close()
 
@@ -159,16 +177,17 @@ class Proxy:
             return list(self.seen)
 
     def clear(self) -> None:
-        """Forget the sessions, and take all faults away."""
+        """Forget the sessions, and take all faults away.  (One that has never struck fails the test nevertheless, at its end.)"""
         with self.news:
             self.seen.clear()
-        self.faults.clear()
+        self.injected.clear()
 
     def last(self) -> Session:
         """The latest of the sessions; AssertionError if there is none."""
+        __tracebackhide__ = True
         sessions = self.sessions
         if not sessions:
-            raise AssertionError(f"nobody has come to {self}")
+            raise AssertionError(f"nobody has connected to {self}")
         return sessions[-1]
 
     def find(self, host: Optional[str] = None, port: Optional[int] = None, command: Optional[Command] = None,
@@ -183,17 +202,41 @@ class Proxy:
 
         Returns them.  AssertionError, with all sessions in it, when the seconds are over.
         """
-        def found() -> List[Session]:
-            return [
-                session for session in self.find(host, port, command, user)
-                if session.seconds is not None or (not closed and session.reply is not None)
-            ]
+        __tracebackhide__ = True
+        wanted = Wanted(self, closed, (host, port, command, user))
+        with self.news:
+            if not self.news.wait_for(lambda: len(wanted.found()) >= count, timeout):
+                raise AssertionError(wanted.complaint(count, timeout))
+            return wanted.found()
+
+    async def wait_for_async(self, count: int = 1, timeout: float = 5.0, *, closed: bool = False, host: Optional[str] = None,
+                             port: Optional[int] = None, command: Optional[Command] = None, user: Optional[str] = None) -> List[Session]:
+        """wait_for() in a coroutine of asyncio, which others go on beside, and which may be cancelled."""
+        import asyncio      # which takes its time, and most tests do without
+
+        __tracebackhide__ = True
+        wanted = Wanted(self, closed, (host, port, command, user))
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        until = loop.time() + timeout
+        timer = loop.call_at(until, news.set)
+
+        def wake() -> None:
+            with suppress(RuntimeError):        # the loop has been closed without an end of its coroutines
+                loop.call_soon_threadsafe(news.set)
 
         with self.news:
-            if not self.news.wait_for(lambda: len(found()) >= count, timeout):
-                asked = selection(host, port, command, user) + (" closed" if closed else " answered")
-                raise AssertionError(f"{len(found())} of {count} sessions{asked} within {timeout:g} s\n{self.report()}")
-            return found()
+            self.wakers.append(wake)
+        try:
+            while len(wanted.found()) < count:
+                if loop.time() >= until:
+                    raise AssertionError(wanted.complaint(count, timeout))
+                await news.wait()
+                news.clear()
+            return wanted.found()
+        finally:
+            timer.cancel()
+            with self.news:
+                self.wakers.remove(wake)
 
     def assert_used(self, host: Optional[str] = None, port: Optional[int] = None, times: Optional[int] = None, *,
                     command: Optional[Command] = None, user: Optional[str] = None) -> None:
@@ -203,30 +246,60 @@ class Proxy:
         With a name for `host` it also says that the client left the name to the proxy: else it would have
         written an address.
         """
+        __tracebackhide__ = True
         count = len([session for session in self.find(host, port, command, user) if session.command is not None])
         if count != times if times is not None else not count:
             wanted = "never asked" if times is None else f"asked {count} times, not {times},"
             raise AssertionError(f"the proxy was {wanted}{selection(host, port, command, user)}\n{self.report()}")
 
     def assert_not_used(self, host: Optional[str] = None, port: Optional[int] = None) -> None:
-        """No client has asked for this; without arguments, none has come at all."""
+        """No client has asked for this; without arguments, none has connected at all."""
+        __tracebackhide__ = True
         if self.find(host, port):
             raise AssertionError(f"the proxy was used{selection(host, port, None, None)}\n{self.report()}")
 
     def report(self) -> str:
-        """All sessions, a line for each."""
+        """All sessions, a line for each, and the faults that have never struck."""
         sessions = self.sessions
-        head = f"{self} has had {len(sessions)} session{'' if len(sessions) == 1 else 's'}"
-        return "\n".join([head, *(f"  {session}" for session in sessions)])
+        head = f"{self.headline} {len(sessions)} session{'' if len(sessions) == 1 else 's'}"
+        return "\n".join([head, *(f"  {session}" for session in sessions), *(f"  {armed}" for armed in self.injected.idle())])
+
+    @property
+    def headline(self) -> str:
+        """What a report() begins with: who has seen it in a message need not see it again."""
+        return f"{self} has had"
 
     def __repr__(self) -> str:
         return f"<Proxy {Address.named(self.host, self.port)}{'' if self.server else ' stopped'}>"
 
     # --- what goes wrong ---
 
-    def inject(self, fault: Fault) -> None:
-        """Let this go wrong from now on, after the faults that are there already."""
-        self.faults.add(fault)
+    @property
+    def faults(self) -> List[Fault]:
+        """Those that are there now, in their order; each says how often it has `struck`."""
+        return [armed.fault for armed in list(self.injected.armed)]
+
+    def inject(self, fault: AnyFault) -> AnyFault:
+        """Let this go wrong from now on, after the faults that are there already.  Returns the fault, whose `struck` counts then."""
+        self.injected.add(fault)
+        return fault
+
+    def assert_faults_struck(self) -> None:
+        """Each fault has struck, also those that clear() took away, but for those with ``optional=True``."""
+        __tracebackhide__ = True
+        complaint = self.idle_faults()
+        if complaint:
+            raise AssertionError(complaint)
+
+    def idle_faults(self) -> str:
+        """The complaint of faults that have never struck, made once; "" if there are none."""
+        idle = self.injected.idle()
+        if not idle:
+            return ""
+        words = "\n".join([*map(str, idle), "A fault that need not strike takes optional=True."])
+        for armed in idle:
+            armed.reported = True
+        return f"{words}\n{self.report()}"
 
     # --- for the handlers ---
 
@@ -234,6 +307,8 @@ class Proxy:
         """There is news of a session."""
         with self.news:
             self.news.notify_all()
+            for wake in self.wakers:
+                wake()
 
     def keep(self, error: BaseException) -> None:
         """For stop() to raise."""
@@ -271,6 +346,17 @@ def as_place(name: str, place: Place) -> Tuple[Any, ...]:
         raise ValueError(f"hosts: {name!r} has to be an IP address as text, or (IP address, port), not {place!r}") from None
 
 
+def refuse_unknown(settings: Mapping[str, Any]) -> None:
+    """TypeError, with what may have been meant, if one of them is no setting of a server."""
+    for name in settings:
+        if not is_setting(name):
+            own = [each for each, kind in inspect.signature(Proxy).parameters.items() if kind.kind is not kind.VAR_KEYWORD]
+            known = [*own, *filter(is_setting, dir(Socks5Server))]
+            similar = get_close_matches(name, known, 1)
+            meant = f"; did you mean {similar[0]!r}?" if similar else ", which is no setting of Socks5Server either"
+            raise TypeError(f"start() got an unexpected keyword {name!r}{meant}")
+
+
 def is_setting(name: str) -> bool:
     """Whether a Socks5Server has this setting.  (What any socketserver has is none of ours.)"""
     known = hasattr(Socks5Server, name) and not hasattr(socketserver.ThreadingTCPServer, name)
@@ -289,6 +375,25 @@ def selection(host: Optional[str], port: Optional[int], command: Optional[Comman
     words = [("host", host), ("port", port), ("command", command.name if command else None), ("user", user)]
     told = ", ".join(f"{name} {value}" for name, value in words if value is not None)
     return f" for {told}" if told else ""
+
+
+class Wanted:
+    """The sessions that somebody waits for."""
+
+    def __init__(self, proxy: Proxy, closed: bool, selectors: Selectors) -> None:
+        self.proxy = proxy
+        self.closed = closed
+        self.selectors = selectors
+
+    def found(self) -> List[Session]:
+        return [
+            session for session in self.proxy.find(*self.selectors)
+            if session.seconds is not None or (not self.closed and session.reply is not None)
+        ]
+
+    def complaint(self, count: int, timeout: float) -> str:
+        asked = selection(*self.selectors) + (" closed" if self.closed else " answered")
+        return f"{len(self.found())} of {count} sessions{asked} within {timeout:g} s\n{self.proxy.report()}"
 
 
 class Server(Socks5Server):
@@ -391,7 +496,7 @@ class Faulty(Socks5Handler):
 
     def striking(self, message: MessageClass) -> Iterator[Fault]:
         destination = self.session.destination
-        return self.proxy.faults.striking(message, destination.host if destination else "")
+        return self.proxy.injected.striking(message, destination.host if destination else "")
 
     def receive(self, message: Any) -> Any:
         received = super().receive(message)
@@ -420,9 +525,9 @@ class Faulty(Socks5Handler):
         """The reply to UDP ASSOCIATE, with the address of a lossy link if datagrams are to have one."""
         if not isinstance(message, Reply) or message.code is not ReplyCode.SUCCEEDED:
             return message
-        if self.session.command is not Command.UDP_ASSOCIATE or not any(Datagram in armed.fault.about for armed in list(self.proxy.faults.armed)):
+        if self.session.command is not Command.UDP_ASSOCIATE or not any(Datagram in armed.fault.about for armed in list(self.proxy.injected.armed)):
             return message
-        self.link = LossyLink(message.bound, self.session.client.zoned, self.proxy.faults.pass_on)
+        self.link = LossyLink(message.bound, self.session.client.zoned, self.proxy.injected.pass_on)
         self.server.links.append(self.link)
         return Reply(message.code, self.link.bound)
 

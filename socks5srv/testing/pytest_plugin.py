@@ -12,7 +12,12 @@ Fixtures for pytest: a proxy for each test, and what is behind it.
 
 Each test gets its own, and its end stops them.  ``@pytest.mark.socks5(...)`` gives keywords of start() to all
 proxies of a test: without ``internet=True`` nothing leaves this computer.  When a test fails its report shows
-the sessions of its proxies.
+the sessions of its proxies.  A test that has passed fails nevertheless if a fault of its proxies has never struck.
+
+    socks5_proxy_session        one proxy for the whole run, for a program that is started once
+    make_socks5_proxy_session   a function that starts such proxies
+
+Their sessions and faults are of one test: each test that uses them begins without any.  Connections go on.
 
 pytest imports this in each run of each project that has the package installed, so it imports nothing else before
 a fixture is used.
@@ -20,6 +25,7 @@ a fixture is used.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, List
 
 import pytest
@@ -28,7 +34,8 @@ if TYPE_CHECKING:
     from .proxy import Proxy
     from .targets import DnsServer, EchoServer, FtpServer, WebServer
 
-proxies_of = pytest.StashKey[List["Proxy"]]()
+proxies_of = pytest.StashKey[List["Proxy"]]()       # of a test, or of the session
+has_passed = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,13 +45,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
-    """The sessions of a test that has failed, in a section of its report."""
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, None]:
+    """What the session's proxies tell is of this test alone, if it uses them."""
+    shared = []
+    if "make_socks5_proxy_session" in getattr(item, "fixturenames", ()):
+        shared = item.session.stash.setdefault(proxies_of, [])
+        for proxy in shared:
+            proxy.clear()
+    outcome = yield
+    if outcome.excinfo is None:
+        for proxy in shared:
+            item.stash.setdefault(proxies_of, []).append(proxy)
+            item.addfinalizer(partial(check_faults, item, proxy))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    """The sessions of a test that has failed, in a section of its report, unless its last words have shown them."""
     outcome = yield
     report = outcome.get_result()
+    item.stash[has_passed] = report.passed
     proxies = item.stash.get(proxies_of, [])
-    if report.failed and proxies:
-        report.sections.append(("socks5", "\n".join(proxy.report() for proxy in proxies)))
+    shown = str(call.excinfo.value) if call.excinfo else ""
+    sections = [proxy.report() for proxy in proxies if proxy.headline not in shown]
+    if report.failed and sections:
+        report.sections.append(("socks5", "\n".join(sections)))
+
+
+def check_faults(item: pytest.Item, proxy: Proxy) -> None:
+    """A test that has passed fails for a fault that has never struck.  (One that has failed may not have come so far.)"""
+    if item.stash.get(has_passed, False):
+        complaint = proxy.idle_faults()
+        if complaint:
+            pytest.fail(complaint, pytrace=False)
 
 
 @pytest.fixture
@@ -54,16 +87,41 @@ def make_socks5_proxy(request: pytest.FixtureRequest) -> Callable[..., Proxy]:
 
     marked: Dict[str, Any] = {}
     for mark in reversed(list(request.node.iter_markers("socks5"))):        # the nearest is the last to speak
+        if mark.args:
+            raise TypeError(f"pytest.mark.socks5 takes keywords only, such as internet=True, not {mark.args[0]!r}")
         marked.update(mark.kwargs)
     started = request.node.stash.setdefault(proxies_of, [])
 
     def make(*arguments: Any, **keywords: Any) -> Proxy:
         proxy = start(*arguments, **{**marked, **keywords})
         started.append(proxy)
-        request.addfinalizer(proxy.stop)
+        request.addfinalizer(partial(check_faults, request.node, proxy))
+        request.addfinalizer(proxy.end)         # which comes first
         return proxy
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_socks5_proxy_session(request: pytest.FixtureRequest) -> Callable[..., Proxy]:
+    """A function that starts proxies for the whole run, with the keywords of socks5srv.testing.start()."""
+    from .proxy import start
+
+    started = request.session.stash.setdefault(proxies_of, [])
+
+    def make(*arguments: Any, **keywords: Any) -> Proxy:
+        proxy = start(*arguments, **keywords)
+        started.append(proxy)
+        request.addfinalizer(proxy.end)
+        return proxy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def socks5_proxy_session(make_socks5_proxy_session: Callable[..., Proxy]) -> Proxy:
+    """A SOCKS5 proxy for the whole run, without a login.  Each test finds it without sessions and faults."""
+    return make_socks5_proxy_session()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ What goes wrong on demand, octet by octet.  (What real clients make of it is in 
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from io import BytesIO
@@ -272,11 +273,85 @@ def test_several_strike_one_message(proxy: Proxy, client: Client, echo: EchoServ
     assert client.rest() == b""
 
 
-def test_the_same_object_serves_several_proxies(echo: EchoServer) -> None:
+def test_the_same_object_serves_several_proxies_and_counts_in_the_latest(echo: EchoServer) -> None:
     fault = ReplyWith(5, times=1)
     with start(faults=[fault]) as one, start(faults=[fault]) as other:
         assert codes(one, echo, "localhost", "localhost") == [5, 0]
+        assert fault.struck == 0
         assert codes(other, echo, "localhost", "localhost") == [5, 0]
+        assert fault.struck == 1
+
+
+def test_it_counts_how_often_it_has_struck(proxy: Proxy, echo: EchoServer) -> None:
+    refused, lost = proxy.inject(ReplyWith(5, host="localhost")), proxy.inject(Drip(Reply, times=2))
+    codes(proxy, echo, "localhost", LOCALHOST, "localhost")
+    assert (proxy.faults, refused.struck, lost.struck) == ([refused, lost], 2, 2)
+    proxy.clear()
+    assert (proxy.faults, refused.struck) == ([], 2)
+
+
+# --- those that never strike ---
+
+def complaint_of(fault: Fault, echo: EchoServer, *hosts: str) -> str:
+    """What stop() says of it, when requests for these hosts have come."""
+    proxy = start(faults=[fault])
+    codes(proxy, echo, *hosts)
+    with pytest.raises(AssertionError) as raised:
+        proxy.stop()
+    proxy.stop()        # once is enough
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("fault", "near_miss"), [
+    (CloseAfter(Request, host="localhots", times=1), "the host was 127.0.0.1 or localhost; did you mean host='localhost'?"),
+    (Truncate(Reply, 3, host="api.example.com"), "the host was 127.0.0.1 or localhost"),
+    (LoginStatus(1), "no CredentialsReply reached it"),
+    (Drip(SecondReply), "no SecondReply reached it"),
+    (DropDatagrams(every=2), "no Datagram reached it"),
+], ids=repr)
+def test_one_that_never_strikes_is_an_error_that_says_what_came_near(fault: Fault, near_miss: str, echo: EchoServer) -> None:
+    first, second, *sessions = complaint_of(fault, echo, "localhost", LOCALHOST).splitlines()
+    assert (first, second) == (f"{fault!r} never struck: {near_miss}", "A fault that need not strike takes optional=True.")
+    assert re.match(r"<Proxy .*> has had 2 sessions", sessions[0])
+    assert len(sessions) == 3
+
+
+def test_so_is_one_of_every_few_that_met_too_few(echo: EchoServer) -> None:
+    proxy = start(faults=[DropDatagrams("up", every=3)])
+    with Talker(proxy, echo) as talker:
+        talker.say(b"1")
+        talker.hear()
+    with pytest.raises(AssertionError, match="it strikes one Datagram in 3, and met 1"):
+        proxy.stop()
+
+
+def test_many_hosts_that_a_fault_was_not_for_are_not_kept(echo: EchoServer) -> None:
+    said = complaint_of(ReplyWith(5, host="elsewhere.invalid"), echo, *(f"{number}.example" for number in range(9)))
+    assert said.splitlines()[0].endswith("the host was 0.example or 1.example or 2.example or 3.example or 4.example")
+
+
+def test_one_that_was_taken_away_or_shadowed_is_told_as_well(echo: EchoServer) -> None:
+    with start(faults=[Drip(CredentialsReply)]) as proxy:
+        proxy.clear()
+        proxy.inject(ReplyWith(5))
+        proxy.inject(ReplyWith(4))
+        assert codes(proxy, echo, "localhost") == [5]
+        for _ in range(2):
+            assert [line.partition("(")[0] for line in proxy.report().splitlines()[-2:]] == ["  Drip", "  ReplyWith"]
+        with pytest.raises(AssertionError, match=r"(?s)^Drip\(CredentialsReply\) never.*\nReplyWith\(.*HOST_UNREACHABLE\) never.*no Request reached it"):
+            proxy.assert_faults_struck()
+        proxy.assert_faults_struck()
+
+
+def test_one_that_is_optional_need_not_strike(echo: EchoServer) -> None:
+    with start(faults=[ReplyWith(5, host="elsewhere.example", optional=True)]) as proxy:
+        assert codes(proxy, echo, "localhost") == [0]
+
+
+def test_an_exception_that_is_under_way_is_not_hidden_by_it() -> None:
+    with pytest.raises(LookupError) as raised, start(faults=[ReplyWith(5)]):
+        raise LookupError
+    assert raised.value.__context__ is None
 
 
 def test_one_of_the_tests_own(proxy: Proxy, client: Client, echo: EchoServer) -> None:
@@ -293,7 +368,10 @@ def test_one_of_the_tests_own(proxy: Proxy, client: Client, echo: EchoServer) ->
 
 
 @pytest.mark.parametrize(("make", "complaint"), [
-    (lambda: SelectMethod(256), "range"), (lambda: ReplyWith(-1), "range"),
+    (lambda: ReplyWith(300), r"^ReplyWith\(300\): a reply code is one octet, 0 to 255$"), (lambda: ReplyWith(-1), r"^ReplyWith\(-1\): "),
+    (lambda: SelectMethod(256), r"^SelectMethod\(256\): a method is one octet"),
+    (lambda: LoginStatus(256), r"^LoginStatus\(256\): a status is one octet"),
+    (lambda: Truncate(Reply, -1), r"^Truncate\(Reply, -1\): "), (lambda: Delay(Reply, -1), r"^Delay\(Reply, -1\): "),
     (lambda: Truncate(Request, 3), "Request.*MethodSelection, CredentialsReply, Reply"),
     (lambda: Raw(Greeting, b""), "Greeting"),
     (lambda: CloseAfter(Datagram), "Datagram"),
@@ -321,7 +399,7 @@ def test_what_is_no_fault_is_an_error_at_once(proxy: Proxy) -> None:
     (Delay(Greeting, 0.5), "Delay(Greeting, 0.5)"),
     (Raw(MethodSelection, b"\0"), "Raw(MethodSelection, b'\\x00')"),
     (Drip(), "Drip()"), (BoundTo("::1", 80), "BoundTo('::1', 80)"),
-    (DropDatagrams("up", every=3), "DropDatagrams('up', every=3)"),
+    (DropDatagrams("up", every=3), "DropDatagrams('up', every=3)"), (Drip(optional=True), "Drip(optional=True)"),
 ])
 def test_it_says_what_it_is(fault: Fault, text: str) -> None:
     assert repr(fault) == text
@@ -366,7 +444,7 @@ class Talker:
     (DropDatagrams("down", every=3), "1234", "124"), (DropDatagrams(times=1), "234", "234"),
     (DuplicateDatagrams("up", times=1), "11234", "11234"), (DuplicateDatagrams("down", every=4), "1234", "12344"),
     (ReorderDatagrams("up"), "2143", "2143"), (ReorderDatagrams("down", times=1), "1234", "2134"),
-    (ReorderDatagrams("up", host="elsewhere.example"), "1234", "1234"),
+    (ReorderDatagrams("up", host="elsewhere.example", optional=True), "1234", "1234"),
 ], ids=repr)
 def test_datagrams_go_astray(fault: Fault, sent: str, heard: str, echo: EchoServer) -> None:
     with start(faults=[fault]) as proxy, Talker(proxy, echo) as talker:
@@ -416,7 +494,7 @@ def test_what_is_no_datagram_passes(echo: EchoServer) -> None:
 
 
 def test_without_such_a_fault_there_is_no_lossy_link(echo: EchoServer) -> None:
-    with start(faults=[ReplyWith(5, host="elsewhere.example")]) as proxy, Talker(proxy, echo) as talker:
+    with start(faults=[ReplyWith(5, host="elsewhere.example", optional=True)]) as proxy, Talker(proxy, echo) as talker:
         talker.say(b"1")
         talker.hear()
         assert talker.relay == proxy.last().bound

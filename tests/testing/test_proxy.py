@@ -4,6 +4,7 @@ A proxy in the background, as test suites use it: start(), and what it tells.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import statistics
 import time
@@ -106,10 +107,13 @@ def test_keywords_are_settings_of_the_server() -> None:
         assert client.ask(Command.CONNECT, (LOCALHOST, 1)).code is ReplyCode.COMMAND_NOT_SUPPORTED
 
 
-@pytest.mark.parametrize("keyword", ["timeout", "shutdown", "_private", "connect"])
-def test_a_setting_that_there_is_not_is_an_error(keyword: str) -> None:
-    with pytest.raises(TypeError, match=f"no {keyword}="):
+@pytest.mark.parametrize(("keyword", "suggestion"), [
+    ("interent", "did you mean 'internet'?"), ("idel_timeout", "did you mean 'idle_timeout'?"), ("setings", ""), ("shutdown", ""), ("_private", ""),
+])
+def test_a_setting_that_there_is_not_is_an_error(keyword: str, suggestion: str) -> None:
+    with pytest.raises(TypeError, match=rf"start\(\) got an unexpected keyword '{keyword}'") as raised:
         start(**{keyword: 1})
+    assert str(raised.value).endswith(suggestion or "is no setting of Socks5Server either")
 
 
 def test_two_of_them_know_nothing_of_each_other(echo: EchoServer) -> None:
@@ -316,6 +320,52 @@ def test_to_wait_looks_for_what_is_asked_for(proxy: Proxy, client: Client, echo:
         assert proxy.wait_for(port=echo.port) == [proxy.last()]
 
 
+def test_a_coroutine_waits_while_others_go_on(proxy: Proxy, echo: EchoServer) -> None:
+    async def talk() -> Any:
+        waiting = asyncio.ensure_future(proxy.wait_for_async(2, port=echo.port))
+        for _ in range(2):
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            with Client(proxy.address) as client:
+                client.connect(echo.address)
+        return await waiting
+
+    assert asyncio.run(talk()) == proxy.sessions
+    assert proxy.wakers == []
+
+
+def test_a_coroutine_that_waits_in_vain_has_its_time_or_is_cancelled(proxy: Proxy) -> None:
+    async def wait_in_vain() -> None:
+        with pytest.raises(AssertionError, match=r"0 of 1 sessions for host a.example closed within 0.02 s\n.*0 sessions"):
+            await proxy.wait_for_async(timeout=0.02, closed=True, host="a.example")
+        waiting = asyncio.ensure_future(proxy.wait_for_async(timeout=60))
+        await asyncio.sleep(0)
+        assert len(proxy.wakers) == 1
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    began, busy = time.monotonic(), time.process_time()
+    asyncio.run(wait_in_vain())
+    assert 0.02 <= time.monotonic() - began < within(1)
+    assert time.process_time() - busy < within(0.1)
+    assert proxy.wakers == []
+
+
+def test_a_loop_that_has_ended_in_the_middle_of_it_harms_nobody(proxy: Proxy, echo: EchoServer) -> None:
+    loop = asyncio.new_event_loop()
+    waiting = proxy.wait_for_async()
+    task = loop.create_task(waiting)
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    loop.close()
+    with Client(proxy.address) as client:
+        client.connect(echo.address)
+    assert proxy.wait_for()
+    waiting.close()
+    task._log_destroy_pending = False       # type: ignore[attr-defined]    # else asyncio complains of it
+
+
 def test_sessions_can_be_found(echo: EchoServer) -> None:
     with start(users={"anna": "a", "ben": "b"}) as proxy:
         for user, command in [("anna", Command.CONNECT), ("ben", Command.UDP_ASSOCIATE)]:
@@ -332,7 +382,7 @@ def test_sessions_can_be_found(echo: EchoServer) -> None:
 
 
 def test_a_wrong_assertion_shows_the_sessions_that_there_were(proxy: Proxy, echo: EchoServer) -> None:
-    with pytest.raises(AssertionError, match="nobody has come"):
+    with pytest.raises(AssertionError, match="nobody has connected"):
         proxy.last()
     with pytest.raises(AssertionError, match=r"never asked for host nowhere.example\n.* 0 sessions"):
         proxy.assert_used("nowhere.example")

@@ -180,6 +180,20 @@ class TestMine:
 """, passed=2)
 
 
+@pytest.mark.parametrize(("words", "complaint"), [
+    ("interent=True", "start() got an unexpected keyword 'interent'; did you mean 'internet'?"),
+    ("True", "pytest.mark.socks5 takes keywords only, such as internet=True, not True"),
+])
+def test_a_mark_that_is_misspelt_is_an_error(run: Any, words: str, complaint: str) -> None:
+    assert f"TypeError: {complaint}\n" in run(f"""
+import pytest
+
+@pytest.mark.socks5({words})
+def test_mine(socks5_proxy):
+    pass
+""", error=1)
+
+
 def test_the_mark_is_registered(tmp_path: Path) -> None:
     done = python("-m", "pytest", "-p", PLUGIN, "--markers", cwd=tmp_path)
     assert "@pytest.mark.socks5(**keywords)" in done.stdout, done.stderr
@@ -213,6 +227,123 @@ def test_mine(make_socks5_proxy):
     assert ask(make_socks5_proxy(Checked), "localhost", 80) == 1
 """, passed=1, error=1)
     assert 'assert address.port != 80, "no HTTP"' in printed
+
+
+FAULT = """
+import pytest
+from socks5srv.testing.faults import *
+
+def test_one(socks5_proxy):
+    socks5_proxy.inject(ReplyWith(5, host="api.exmaple.com", times=1))
+    assert ask(socks5_proxy, "api.example.com", 80) == 4
+
+@pytest.mark.socks5(faults=[ReplyWith(5)])
+def test_two(make_socks5_proxy):
+    make_socks5_proxy()
+    make_socks5_proxy(faults=[ReplyWith(5, optional=True)]).clear()
+
+def test_good(socks5_proxy):
+    socks5_proxy.inject(ReplyWith(5, times=1))
+    assert ask(socks5_proxy, "api.example.com", 80) == 5
+"""
+
+
+def test_a_fault_that_never_struck_fails_the_test_that_has_passed(run: Any) -> None:
+    printed = run(FAULT, passed=3, error=2)
+    assert re.search(r"""_ ERROR at teardown of test_one _+
+ReplyWith.*, times=1, host='api.exmaple.com'\) never struck: the host was api.example.com; did you mean host='api.example.com'\?
+A fault that need not strike takes optional=True.
+<Proxy .*> has had 1 session
+  #1 .*
+_+ ERROR at teardown of test_two _+
+.* never struck: no Request reached it
+""", printed), printed
+    assert printed.count("has had") == 3
+
+
+def test_but_not_one_that_has_failed_or_was_skipped(run: Any) -> None:
+    printed = run("""
+import pytest
+from socks5srv.testing.faults import *
+
+@pytest.mark.parametrize("end", [pytest.fail, pytest.skip])
+def test_mine(socks5_proxy, end):
+    socks5_proxy.inject(ReplyWith(5))
+    end("for another reason")
+""", failed=1, skipped=1)
+    assert "  ReplyWith(ReplyCode.CONNECTION_REFUSED) never struck: no Request reached it" in printed
+
+
+def test_an_assertion_is_shown_where_the_test_makes_it_and_the_sessions_once(run: Any) -> None:
+    lines = ['proxy.assert_used("b.example")', "proxy.assert_not_used()", "proxy.wait_for(2, 0.01)", "proxy.assert_faults_struck()", "proxy.stop()"]
+    tests = "".join(f"""
+def test_{number}(make_socks5_proxy):
+    proxy = make_socks5_proxy(faults=[ReplyWith(5, host="c.example")])
+    ask(proxy, "a.example", 80)
+    {line}
+""" for number, line in enumerate(lines))
+    printed = run(f"""
+from socks5srv.testing.faults import *
+{tests}
+async def waits(proxy):
+    await proxy.wait_for_async(1, 0.01)
+
+def test_async(socks5_proxy):
+    import asyncio
+    asyncio.run(waits(socks5_proxy))
+
+def test_last(socks5_proxy):
+    socks5_proxy.last()
+""", failed=7)
+    assert "proxy.py" not in printed
+    for line in [*lines, "await proxy.wait_for_async(1, 0.01)", "socks5_proxy.last()"]:
+        assert re.search(rf">\s+{re.escape(line)}\nE ", printed), printed
+    assert printed.count("has had 1 session\n") == len(lines)
+
+
+# --- for the whole run ---
+
+SESSION = """
+import socket
+import pytest
+from socks5srv.protocol import *
+from socks5srv.testing.faults import *
+
+@pytest.fixture(scope="session")
+def program(make_socks5_proxy_session):
+    # It is started once, and keeps its connection.
+    proxy = make_socks5_proxy_session(hosts={"a.example": "127.0.0.1"})
+    with socket.create_connection(proxy.address, 5) as connection:
+        connection.sendall(bytes(Greeting(b"\\0")))
+        assert connection.recv(2) == bytes(MethodSelection(0))
+        yield proxy, connection
+
+def test_one(program, socks5_proxy_session, socks5_targets):
+    proxy, _connection = program
+    assert ask(proxy, "a.example", socks5_targets.web.port) == 0
+    assert ask(socks5_proxy_session, "a.example", 1) == 4
+    proxy.inject(ReplyWith(5))
+
+def test_two(program, socks5_proxy_session, socks5_targets):
+    proxy, connection = program
+    proxy.assert_not_used()
+    assert (proxy.faults, socks5_proxy_session.sessions) == ([], [])
+    connection.sendall(bytes(Request(Command.CONNECT, Address.named("a.example", socks5_targets.web.port))))
+    assert Reply.read(connection.makefile("rb", 0)).code == 0
+
+def test_bad(socks5_proxy_session):
+    ask(socks5_proxy_session, "b.example", 1)
+    assert 0
+
+def test_last(program):
+    program[0].inject(ReplyWith(5, optional=True))
+"""
+
+
+def test_a_proxy_for_the_whole_run_forgets_between_tests_and_keeps_its_connections(run: Any) -> None:
+    printed = run(SESSION, passed=3, failed=1, error=1)
+    assert "ERROR at teardown of test_one" in printed
+    assert re.search(r"-- socks5 --+\n(<Proxy .*> has had 0 sessions\n)?<Proxy .*> has had 1 session\n  #\d+ .* b.example:1", printed), printed
 
 
 # --- with others ---
