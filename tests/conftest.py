@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import select
+import signal
 import socket
 import socketserver
 import threading
@@ -40,6 +41,7 @@ pytest_plugins = ["socks5srv.testing.pytest_plugin", "tests.program"]      # the
 
 TIMEOUT = 10.0              # seconds after which something that was waited for does not come
 LOCALHOST = "127.0.0.1"
+IGNORED = "SOCKS5SRV_TESTS_IGNORE"      # an environment variable with the numbers of signals
 
 # No database: its files have no place in the checkout.
 settings.register_profile("socks5srv", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
@@ -52,6 +54,20 @@ Place = Union[Address, Tuple[Any, ...]]
 def pytest_configure(config: pytest.Config) -> None:
     # A socket left to the garbage collector, or a thread that died of an exception, is a failure.
     config.addinivalue_line("filterwarnings", "error")
+    hear_signals_that_are_ignored()
+
+
+def hear_signals_that_are_ignored() -> None:
+    """
+    Programs that the tests start can be interrupted, even where a shell's & or nohup has us ignore that.
+
+    A child inherits that a signal is ignored, but no handler; and one that does nothing ignores it as well.  The workers of
+    pytest-xdist, our children, are told to go on ignoring it.
+    """
+    for number in [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]:
+        if signal.getsignal(number) is signal.SIG_IGN or str(int(number)) in os.environ.get(IGNORED, "").split():
+            signal.signal(number, lambda _number, _frame: None)
+            os.environ[IGNORED] = f"{os.environ.get(IGNORED, '')} {int(number)}"
 
 
 def socket_for(host: str) -> socket.socket:

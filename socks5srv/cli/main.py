@@ -23,7 +23,7 @@ from ..users import BadUsersFile
 from .banner import banner, listening
 from .child import Destinations, run_command
 from .options import parse
-from .signals import stop_on_signals
+from .signals import hear_ctrl_c, stop_on_signals
 from .startup import check, port_file, refuse_to_be_its_own_upstream, status_address
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     """Run the server; returns the exit code."""
     if sys.stderr is None:      # started with it closed
         sys.stderr = open(os.devnull, "w")      # noqa: SIM115
+    hear_ctrl_c()
     task = parse(words)
     try:
         return run(task) if isinstance(task, Settings) else task()

@@ -40,6 +40,12 @@ def stop_on_signals(node: Node, settings: Settings) -> None:
     answer_hangup(node, settings, stop)
 
 
+def hear_ctrl_c() -> None:
+    """Let it end a prompt, or the wait for a named pipe, also where a shell script ignores SIGINT for what it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def answer(names: Iterable[str], handler: Callable[[int, Any], None]) -> None:
     """Have it called at these signals, as far as this system has them."""
     for name in names:

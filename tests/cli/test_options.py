@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, List, Optional, Tuple
 
 import pytest
-from tests.program import AtTerminal, Run
+from tests.program import COMMAND, AtTerminal, Run, by_shell
 
 from socks5srv import Socks5Server, __version__
 from socks5srv.protocol import Command
@@ -83,8 +83,9 @@ def test_at_a_terminal_the_password_is_asked_for_and_not_shown(at_terminal: AtTe
     assert "sesame" not in text
 
 
-def test_ctrl_c_at_the_prompt_is_no_crash(at_terminal: AtTerminal) -> None:
-    code, text = at_terminal("-u", "anna", "0").talk("Password for anna: ", "\x03")
+@pytest.mark.parametrize("command", [COMMAND, by_shell('trap "" INT; exec "$@"', "/bin/sh")], ids=["as usual", "ignored by a script"])
+def test_ctrl_c_at_the_prompt_is_no_crash(command: Tuple[str, ...], at_terminal: AtTerminal) -> None:
+    code, text = at_terminal("-u", "anna", "0", command=command).talk("Password for anna: ", "\x03")
     assert code == 2
     assert "no password was given" in text
 
