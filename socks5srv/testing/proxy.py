@@ -112,10 +112,10 @@ class Proxy:
         assert_faults_struck() does.  Each of them is raised once.
         """
         __tracebackhide__ = True
-        self.end()
+        self._end()
         self.assert_faults_struck()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """stop(), whatever the faults have done."""
         self.close()
         errors, self.errors = self.errors, []       # which count as told then
@@ -139,8 +139,8 @@ class Proxy:
         __tracebackhide__ = True
         if error is None:
             self.stop()
-        elif isinstance(error, Exception):      # which may well have come from what end() raises
-            self.end()
+        elif isinstance(error, Exception):      # which may well have come from what _end() raises
+            self._end()
         else:
             self.close()
 
@@ -261,11 +261,11 @@ class Proxy:
     def report(self) -> str:
         """All sessions, a line for each, and the faults that have never struck."""
         sessions = self.sessions
-        head = f"{self.headline} {len(sessions)} session{'' if len(sessions) == 1 else 's'}"
+        head = f"{self._headline} {len(sessions)} session{'' if len(sessions) == 1 else 's'}"
         return "\n".join([head, *(f"  {session}" for session in sessions), *(f"  {armed}" for armed in self.injected.idle())])
 
     @property
-    def headline(self) -> str:
+    def _headline(self) -> str:
         """What a report() begins with: who has seen it in a message need not see it again."""
         return f"{self} has had"
 
@@ -287,11 +287,11 @@ class Proxy:
     def assert_faults_struck(self) -> None:
         """Each fault has struck, also those that clear() took away, but for those with ``optional=True``."""
         __tracebackhide__ = True
-        complaint = self.idle_faults()
+        complaint = self._idle_faults()
         if complaint:
             raise AssertionError(complaint)
 
-    def idle_faults(self) -> str:
+    def _idle_faults(self) -> str:
         """The complaint of faults that have never struck, made once; "" if there are none."""
         idle = self.injected.idle()
         if not idle:

@@ -67,7 +67,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     item.stash[has_passed] = report.passed
     proxies = item.stash.get(proxies_of, [])
     shown = str(call.excinfo.value) if call.excinfo else ""
-    sections = [proxy.report() for proxy in proxies if proxy.headline not in shown]
+    sections = [proxy.report() for proxy in proxies if proxy._headline not in shown]
     if report.failed and sections:
         report.sections.append(("socks5", "\n".join(sections)))
 
@@ -75,7 +75,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def check_faults(item: pytest.Item, proxy: Proxy) -> None:
     """A test that has passed fails for a fault that has never struck.  (One that has failed may not have come so far.)"""
     if item.stash.get(has_passed, False):
-        complaint = proxy.idle_faults()
+        complaint = proxy._idle_faults()
         if complaint:
             pytest.fail(complaint, pytrace=False)
 
@@ -96,7 +96,7 @@ def make_socks5_proxy(request: pytest.FixtureRequest) -> Callable[..., Proxy]:
         proxy = start(*arguments, **{**marked, **keywords})
         started.append(proxy)
         request.addfinalizer(partial(check_faults, request.node, proxy))
-        request.addfinalizer(proxy.end)         # which comes first
+        request.addfinalizer(proxy._end)         # which comes first
         return proxy
 
     return make
@@ -112,7 +112,7 @@ def make_socks5_proxy_session(request: pytest.FixtureRequest) -> Callable[..., P
     def make(*arguments: Any, **keywords: Any) -> Proxy:
         proxy = start(*arguments, **keywords)
         started.append(proxy)
-        request.addfinalizer(proxy.end)
+        request.addfinalizer(proxy._end)
         return proxy
 
     return make
