@@ -55,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A socket left to the garbage collector, or a thread that died of an exception, is a failure.
     config.addinivalue_line("filterwarnings", "error")
     hear_signals_that_are_ignored()
+    if getattr(config.option, "dist", None) == "load":      # pytest-xdist: long tests at the end would be waited for
+        config.option.dist = "worksteal"
 
 
 def hear_signals_that_are_ignored() -> None:

@@ -362,7 +362,7 @@ def find(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     monkeypatch.setattr(check, "CLOSING", 0.5)
 
     def found(name: str, handler: Any, verdict: str, words: str, users: Any = None) -> None:
-        examiner = Examiner(proxy_of(start_server(handler, users=users), login=bool(users)), timeout=1)
+        examiner = Examiner(proxy_of(start_server(handler, users=users), login=bool(users)), timeout=0.5)
         examiner.wants_a_login = bool(users)
         answer = examiner.answer(BY_NAME[name])
         assert answer.verdict == verdict, answer
@@ -413,6 +413,12 @@ def program(address: Tuple[str, int], *argv: object) -> Iterator[Tuple[str, int]
         process.wait(TIMEOUT)
 
 
+def differing(server: Any, expected: Dict[str, str], login: bool = False) -> Dict[str, str]:
+    """Where the server differs; if that is not where it is expected to, it is given more time, since the computer may be busy."""
+    found = complaints(examine(server, login, timeout=0.5))
+    return found if found == expected else complaints(examine(server, login, timeout=3))
+
+
 def listens(address: Tuple[str, int]) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(address) == 0
@@ -424,7 +430,7 @@ def listens(address: Tuple[str, int]) -> bool:
 def test_microsocks_differs_where_we_know_it(closed_port: Any, login: bool, differences: Dict[str, str]) -> None:
     host, port = closed_port()
     with program((host, port), need("microsocks"), "-i", host, "-p", port, *["-u", "anna", "-P", "sesame"] * login) as server:
-        assert complaints(examine(server, login, timeout=3)) == differences
+        assert differing(server, differences, login) == differences
 
 
 @pytest.fixture
@@ -448,7 +454,7 @@ def dante(tmp_path: Path, closed_port: Any) -> Iterator[Tuple[str, int]]:
 @needs_ipv6
 @needs_neighbour
 def test_dante_differs_where_we_know_it(dante: Any) -> None:
-    assert complaints(examine(dante, timeout=3)) == DANTE
+    assert differing(dante, DANTE) == DANTE
 
 
 def in_front_of(server: Any) -> Type[UpstreamHandler]:
@@ -464,8 +470,8 @@ def test_a_server_behind_ours_makes_no_difference_if_it_is_ours(start_server: An
 @needs_ipv6
 @needs_neighbour
 def test_dante_behind_our_server(start_server: Any, dante: Any) -> None:
-    differences = complaints(examine(start_server(in_front_of(dante)), timeout=3))
-    assert differences == {"connect_ipv6": "warn", "udp_ipv6": "warn", "reset": "warn"}
+    differences = {"connect_ipv6": "warn", "udp_ipv6": "warn", "reset": "warn"}
+    assert differing(start_server(in_front_of(dante)), differences) == differences
 
 
 # --- the program ---

@@ -24,7 +24,8 @@ from socks5srv.testing.targets import EchoServer
 from .conftest import TIMEOUT
 from .test_readme import blocks, section
 
-PATIENCE = 3.0          # seconds that the examiner waits for an answer
+PATIENCE = 3.0          # seconds that the examiner waits for an answer, and an association for a datagram
+IMPATIENCE = 0.4        # the same, in a first try: most answers that do not come are mistakes that are meant
 
 CLASS = " ".join(section("In your class").split())
 
@@ -281,16 +282,22 @@ def served(handler: Type[Homework]) -> Iterator[int]:
             thread.join(TIMEOUT)
 
 
-def red(handler: Type[Homework]) -> List[str]:
-    """The questions that such a server fails; but for BIND and UDP over IPv6, which nobody has asked it to have."""
+def red(handler: Type[Homework], expected: List[str]) -> List[str]:
+    """The questions that such a server fails; if they are not the expected ones, a busy computer is given more time."""
+    found = failed(handler, IMPATIENCE)
+    return found if found == expected else failed(handler, PATIENCE)
+
+
+def failed(handler: Type[Homework], patience: float) -> List[str]:
+    """But for BIND and UDP over IPv6, which nobody has asked it to have."""
     with served(handler) as port:
-        examiner = Examiner(Proxy("127.0.0.1", port), timeout=PATIENCE)
+        examiner = Examiner(Proxy("127.0.0.1", port), timeout=patience)
         answers = [examiner.answer(question) for question in QUESTIONS if "bind" not in question.name and question.name != "udp_ipv6"]
     return [answer.question for answer in answers if answer.verdict == "fail"]
 
 
 def test_a_right_one_fails_no_question() -> None:
-    assert red(Homework) == []
+    assert red(Homework, []) == []
 
 
 MISTAKES = {
@@ -308,14 +315,14 @@ MISTAKES = {
 def test_a_typical_mistake_fails_the_questions_that_the_readme_says(handler: Type[Homework]) -> None:
     if handler is ServesEverybody and not can_bind("127.0.0.2"):
         pytest.skip("not on this platform: 127.0.0.1 is the only loopback address")
-    assert red(handler) == MISTAKES[handler]
+    assert red(handler, MISTAKES[handler]) == MISTAKES[handler]
     for question in MISTAKES[handler]:
         assert f"*{question}*" in CLASS
 
 
 def test_one_code_for_all_failures_is_a_warning_and_no_answer_to_bind() -> None:
     with served(OneErrorForAll) as port:
-        answers = Examiner(Proxy("127.0.0.1", port), timeout=PATIENCE).examine()
+        answers = Examiner(Proxy("127.0.0.1", port), timeout=1).examine()
     odd = {answer.question: answer.observed for answer in answers if answer.verdict == "warn"}
     assert odd["CONNECT to a target that refuses"] == "01 general SOCKS server failure"
     assert "CONNECT to a name that does not exist" in odd
@@ -342,7 +349,7 @@ def test_the_grades_in_the_readme_are_what_is_printed() -> None:
     (block,) = [block for block in blocks("text") if block.startswith("$ python3 -m socks5srv.check ")]
     promised = [line.split() for line in block.splitlines() if line.strip().startswith(("fail ", "warn "))]
     with served(EndsWithTheFirst) as port:
-        answers = Examiner(Proxy("127.0.0.1", port), timeout=PATIENCE).examine()
+        answers = Examiner(Proxy("127.0.0.1", port), timeout=1).examine()
     printed = [line.split() for line in table(answers).splitlines()]
     assert promised
     assert [line for line in printed if line in promised] == promised

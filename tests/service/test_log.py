@@ -593,9 +593,9 @@ def lines_of(text: str) -> Iterator[str]:
         yield formatter.format(logging.LogRecord("socks5srv", logging.ERROR, "", 0, "a bug", (), sys.exc_info()))
 
 
-def test_ten_thousand_hostile_names_ban_nobody_but_the_client_that_has_failed_to_log_in() -> None:
+def test_thousands_of_hostile_names_ban_nobody_but_the_client_that_has_failed_to_log_in() -> None:
     dice = random.Random(1929)
-    for text in (*FORGERIES, *(hostile_name(dice) for _ in range(10_000))):
+    for text in (*FORGERIES, *(hostile_name(dice) for _ in range(2_000))):
         for lines in lines_of(text):
             assert banned(lines) == [], lines
             assert not lines.startswith("|")
