@@ -60,7 +60,7 @@ BOUNDED = {
         protocol.py:CODES,COMMANDS,LOOPBACK,METHODS,REPLY_CODES relay.py:TUNING,WORDS resolver.py:NO_SUCH_NAME
         rules.py:METADATA server.py:Socks5Server.listeners,Socks5Server.relays service/affinity.py:CoreAffinity.cores
         service/build.py:Service.observers,Single.addresses service/explaining.py:__all__ service/log.py:COLORS
-        service/node.py:Node.private session.py:COMMAND_WORDS workers/channel.py:WorkerConfig.listeners
+        service/node.py:Node.private session.py:COMMAND_NAMES,COMMAND_WORDS workers/channel.py:WorkerConfig.listeners
         workers/supervisor.py:Supervisor.addresses,Supervisor.private
     """,
     "one answer of the resolver, or one message, and it goes with that": """
@@ -283,7 +283,7 @@ def the_summary(filling: Filling) -> Sizes:
         other.ended(session)
         other.ended(session_of(1000 + number))
     summary.merge(other)
-    assert "from at least 100 clients" in summary.text()
+    assert "from at least 100 client addresses" in summary.text()
     return [(len(each), 100) for each in (summary.clients, summary.octets, summary.failures)]
 
 

@@ -342,7 +342,7 @@ FAULTS = [
 
 LOGIN_FAULTS = [
     ("no_login", ALWAYS_00, "warn", "no password is asked for"),
-    ("right_login", sends(CredentialsReply, with_octet(0, VER)), "fail", "VER of the login's reply is 05"),
+    ("right_login", sends(CredentialsReply, with_octet(0, VER)), "fail", "VER of the reply to the credentials is 05"),
     ("right_login", sends(CredentialsReply, with_octet(1, 1)), "fail", "status 01"),
     ("wrong_password", GENEROUS, "fail", "accepted"),
     ("wrong_password", SILENT, "warn", "without a status"),

@@ -349,7 +349,7 @@ def test_a_login_that_nobody_wants_does_no_harm(start_server: Any, echo: Any) ->
 
 
 def test_the_version_of_the_logins_reply_is_looked_at(proxy_that: Any) -> None:
-    with pytest.raises(ProtocolError, match="VER of the login's reply"):
+    with pytest.raises(ProtocolError, match="VER of the reply to the credentials"):
         connect(proxy_that(says(MethodSelection(Method.USERNAME_PASSWORD), b"\x05\x00"), "anna:sesame@"), "h", 80)
 
 

@@ -233,7 +233,7 @@ def test_a_bug_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCapture
     writer.thread.join(TIMEOUT)
     assert writer.over
     stopped = "recording stopped: integer division or modulo by zero; serving goes on"
-    assert caplog.messages == ["a bug, met while recording", stopped]
+    assert caplog.messages == ["unhandled exception while recording", stopped]
     writer.close()
 
 

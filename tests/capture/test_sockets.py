@@ -199,7 +199,7 @@ def test_a_call_that_is_refused_is_one(recorded: Record, refusing: Callable[...,
         ours = client.socket.getsockname()
         assert client.ask(Command.CONNECT, nobody).code is ReplyCode.CONNECTION_REFUSED
         assert client.rest() == b""
-    packets = server.packets("failed(05)")
+    packets = server.packets("failed (reply 05)")
     (knock,) = [packet for packet in packets if packet.destination == nobody]
     assert (knock.flags, knock.source[0]) == ("S", LOCALHOST)
     assert knock.source[1] > 0
@@ -212,7 +212,7 @@ def test_a_call_that_nobody_answers_stays_one(recorded: Record, silent: Callable
     server, nobody = recorded("--connect-timeout", "0.3"), silent()
     with Client(server.place) as client:
         assert client.ask(Command.CONNECT, nobody).code is ReplyCode.TTL_EXPIRED
-    packets = server.packets("failed(06)")
+    packets = server.packets("failed (reply 06)")
     (knock,) = [packet for packet in packets if packet.destination == nobody]
     assert story(packets, knock.source, nobody) == [">S"]
 
@@ -267,7 +267,7 @@ def test_two_clients_at_a_time_are_kept_apart(recorded: Record, echo: Place) -> 
             exchange(one, b"one %d;" % number)
             exchange(other, b"other %d;" % number)
         names = {client.socket.getsockname(): text for client, text in ((one, b"one"), (other, b"other"))}
-    server.service.wait_until(lambda: server.service.stderr.count(" ok ") == 2, "both")
+    server.service.wait_until(lambda: server.service.stderr.count(" ok, ") == 2, "both")
     octets = said(server.packets())
     for name, text in names.items():
         assert octets[server.place, name].endswith(b"".join(b"%s %d;" % (text, number) for number in range(20)))
@@ -336,7 +336,7 @@ def test_who_explains_or_watches_takes_nothing_away(recorded: Record, words: Lis
         through.ask_and_answer()
     with Client(server.place) as client:
         over_udp(client, new_udp(), target, b"hello")
-    packets = server.packets(" udp ")
+    packets = server.packets(" UDP ASSOCIATE ")
     assert (said(packets)[through.outside], said(packets)[through.outside[::-1]]) == (b"question", b"answer")
     assert story(packets, *through.outside)[:4] == [">S", "<SA", ">8", "<6"]
     datagram = bytes(Datagram(address_of(target.getsockname()), b"hello"))
