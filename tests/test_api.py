@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pydoc
 import re
-import socket
 import socketserver
 from typing import Any, Dict, Set, Type
 
@@ -23,12 +22,8 @@ from tests.conftest import LOCALHOST, eventually, handler_with, needs_ipv6
 # --- the settings ---
 
 def test_settings_are_passed_by_name_or_are_attributes_of_a_subclass() -> None:
-    class Guarded(Socks5Server):
-        users = {"anna": "sesame"}
-        rules = ["deny :25"]
-        allow_from = ["10.0.0.0/8"]     # type: ignore[assignment]
-        motto = "of the subclass"
-
+    attributes = {"users": {"anna": "sesame"}, "rules": ["deny :25"], "allow_from": ["10.0.0.0/8"], "motto": "of the subclass"}
+    Guarded: Any = type("Guarded", (Socks5Server,), attributes)
     observer = Observer()
     with Guarded((LOCALHOST, 0), idle_timeout=3, motto="by name", observers=[observer]) as server:
         assert (server.idle_timeout, server.connect_timeout, server.motto, server.observers) == (3, 10, "by name", (observer,))
