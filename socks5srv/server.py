@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from difflib import get_close_matches
+from inspect import signature
 from ipaddress import ip_network
 from sysconfig import get_config_var
 from typing import Any, Callable, Deque, FrozenSet, Iterable, List, Optional, Sequence, Tuple, Type, Union, cast
@@ -121,7 +122,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
                  RequestHandlerClass: Type[Socks5Handler] = Socks5Handler, bind_and_activate: bool = True,
                  *, users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = (),
                  sockets: Sequence[socket.socket] = (), **settings: Any) -> None:
-        refuse_unknown(settings, type(self), "Socks5Server", ["users", "rules", "sockets"])
+        refuse_unknown(settings, type(self), "Socks5Server", Socks5Server)
         self.observers = ()
         for name, value in settings.items():
             setattr(self, name, value)
@@ -361,13 +362,14 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
             return relay
 
 
-def refuse_unknown(settings: Iterable[str], server: Type[Socks5Server], function: str, parameters: Sequence[str]) -> None:
-    """TypeError, with what may have been meant, for a keyword of `function` that is neither a parameter nor a setting of the server."""
-    for name in settings:
-        if not is_setting(server, name):
-            similar = get_close_matches(name, [*parameters, *(each for each in dir(server) if is_setting(server, each))], 1)
+def refuse_unknown(keywords: Iterable[str], server: Type[Socks5Server], called: str, function: Callable[..., Any]) -> None:
+    """TypeError, with what may have been meant, for a keyword that is no setting of the server (nor a parameter of `function`)."""
+    for keyword in keywords:
+        if not is_setting(server, keyword):
+            known = [name for name, parameter in signature(function).parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+            similar = get_close_matches(keyword, [*known, *(name for name in dir(server) if is_setting(server, name))], 1)
             hint = f"did you mean {similar[0]!r}?" if similar else "help(Socks5Server) lists the settings"
-            raise TypeError(f"{function}() got an unexpected keyword {name!r}; {hint}")
+            raise TypeError(f"{called}() got an unexpected keyword {keyword!r}; {hint}")
 
 
 def is_setting(server: Type[Socks5Server], name: str) -> bool:

@@ -17,13 +17,10 @@ No pytest here: pytest_plugin.py has that.
 
 from __future__ import annotations
 
-import inspect
 import os
-import socketserver
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from ipaddress import ip_address
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 from urllib.parse import quote
@@ -33,7 +30,7 @@ from ..names import canonical
 from ..observer import Observer
 from ..protocol import Address, Command, Datagram, Message, Reply, ReplyCode, Request, RequestFailed, Socks5Error
 from ..rules import Rule
-from ..server import Socks5Server
+from ..server import Socks5Server, refuse_unknown
 from ..session import Session
 from ..upstream import UpstreamHandler
 from ..users import Users
@@ -60,7 +57,8 @@ class Proxy:
     `upstream`  the URL of another proxy, to go out through; names that `hosts` does not have are left to it
 
     Any other keyword is a setting of Socks5Server, such as `commands` or `idle_timeout`.  OSError if it cannot
-    listen there; TypeError for a setting that there is not, ValueError for `hosts` that are no addresses.
+    listen there; TypeError for a setting that there is not, ValueError for `hosts` that are no addresses, and for a `host`
+    beyond loopback without `users`, unless ``allow_open_proxy=True``.
 
     Attributes to read: `host` and `port`; `user` and `password`, of the first of its users (None if it has none, or
     keeps hashes); `errors`, what the handler's methods have raised and nothing has been told of yet.  Its list of
@@ -71,7 +69,7 @@ class Proxy:
                  hosts: Optional[Mapping[str, Place]] = None, internet: bool = False,
                  users: Union[Users, Mapping[str, str], None] = None, rules: Iterable[Union[str, Rule]] = (),
                  faults: Iterable[Fault] = (), upstream: Optional[str] = None, **settings: Any) -> None:
-        refuse_unknown(settings)
+        refuse_unknown(settings, Socks5Server, "start", Proxy)
         self.handler = handler
         self.upstream = upstream
         self.host = host
@@ -346,23 +344,6 @@ def as_place(name: str, place: Place) -> Tuple[Any, ...]:
         raise ValueError(f"hosts: {name!r} has to be an IP address as text, or (IP address, port), not {place!r}") from None
 
 
-def refuse_unknown(settings: Mapping[str, Any]) -> None:
-    """TypeError, with what may have been meant, if one of them is no setting of a server."""
-    for name in settings:
-        if not is_setting(name):
-            own = [each for each, kind in inspect.signature(Proxy).parameters.items() if kind.kind is not kind.VAR_KEYWORD]
-            known = [*own, *filter(is_setting, dir(Socks5Server))]
-            similar = get_close_matches(name, known, 1)
-            meant = f"; did you mean {similar[0]!r}?" if similar else ", which is no setting of Socks5Server either"
-            raise TypeError(f"start() got an unexpected keyword {name!r}{meant}")
-
-
-def is_setting(name: str) -> bool:
-    """Whether a Socks5Server has this setting.  (What any socketserver has is none of ours.)"""
-    known = hasattr(Socks5Server, name) and not hasattr(socketserver.ThreadingTCPServer, name)
-    return known and not name.startswith("_") and not callable(getattr(Socks5Server, name))
-
-
 def is_about(session: Session, host: Optional[str], port: Optional[int], command: Optional[Command], user: Optional[str]) -> bool:
     where = session.destination
     found = (where and canonical(where.host), where and where.port, session.command, session.user)
@@ -403,11 +384,11 @@ class Server(Socks5Server):
         self.proxy = proxy
         self.halted = threading.Event()         # for those that pause
         self.links: List[LossyLink] = []
-        super().__init__((proxy.host, proxy.port), in_front_of(proxy.handler, proxy.upstream), users=proxy.users, rules=proxy.rules)
-        self.upstream = proxy.upstream
-        self.observers = (Sessions(proxy),)
-        for name, value in proxy.settings.items():
-            setattr(self, name, value)
+        handler = in_front_of(proxy.handler, proxy.upstream)
+        super().__init__(
+            (proxy.host, proxy.port), handler, users=proxy.users, rules=proxy.rules, upstream=proxy.upstream, **proxy.settings,
+        )
+        self.observers = (Sessions(proxy), *self.observers)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]

@@ -14,6 +14,7 @@ import pytest
 
 import socks5srv.testing
 from socks5srv import resolver
+from socks5srv.observer import Observer
 from socks5srv.protocol import Address, AddressType, Command, MethodSelection, ReplyCode, Request, RequestFailed
 from socks5srv.handler import Socks5Handler
 from socks5srv.testing.proxy import Proxy, start
@@ -103,8 +104,16 @@ def test_a_port_in_use_is_an_error_of_the_caller(proxy: Proxy) -> None:
 
 
 def test_keywords_are_settings_of_the_server() -> None:
-    with start(commands=frozenset({Command.BIND})) as proxy, Client(proxy.address) as client:
+    with start(commands=frozenset({Command.BIND}), observers=[Observer()]) as proxy, Client(proxy.address) as client:
         assert client.ask(Command.CONNECT, (LOCALHOST, 1)).code is ReplyCode.COMMAND_NOT_SUPPORTED
+        assert len(proxy.sessions) == 1
+
+
+def test_for_other_computers_a_proxy_asks_for_a_password_or_says_that_it_is_open() -> None:
+    with pytest.raises(ValueError, match="allow_open_proxy=True"):
+        start(host="0.0.0.0")
+    start(host="0.0.0.0", allow_open_proxy=True).stop()
+    start(host="0.0.0.0", users={"anna": "sesame"}).stop()
 
 
 @pytest.mark.parametrize(("keyword", "suggestion"), [
@@ -113,7 +122,7 @@ def test_keywords_are_settings_of_the_server() -> None:
 def test_a_setting_that_there_is_not_is_an_error(keyword: str, suggestion: str) -> None:
     with pytest.raises(TypeError, match=rf"start\(\) got an unexpected keyword '{keyword}'") as raised:
         start(**{keyword: 1})
-    assert str(raised.value).endswith(suggestion or "is no setting of Socks5Server either")
+    assert str(raised.value).endswith(suggestion or "help(Socks5Server) lists the settings")
 
 
 def test_two_of_them_know_nothing_of_each_other(echo: EchoServer) -> None:
