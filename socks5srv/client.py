@@ -177,26 +177,26 @@ class Waiting(ContextManager["Waiting"]):
     """A proxy that listens for us: at `address`, which the peer has to be told."""
 
     def __init__(self, conversation: Conversation, bound: Address, timeout: float) -> None:
-        self.conversation: Optional[Conversation] = conversation
-        self.timeout = timeout
+        self._conversation: Optional[Conversation] = conversation
+        self._timeout = timeout
         self.address = conversation.here(bound)
 
     def accept(self) -> Tuple[socket.socket, Address]:
         """Wait for the peer: a blocking socket, which is the caller's from now on, and where it calls from."""
-        if self.conversation is None:
+        if self._conversation is None:
             raise ValueError("BIND is for one connection, and it has been taken, or closed")
-        self.conversation.until = time.monotonic() + self.timeout
+        self._conversation.until = time.monotonic() + self._timeout
         with on_error(self.close):
-            peer = self.conversation.success()
-        sock, self.conversation = self.conversation.socket, None
+            peer = self._conversation.success()
+        sock, self._conversation = self._conversation.socket, None
         sock.settimeout(None)
         return sock, peer
 
     def close(self) -> None:
         """Wait no more; the proxy closes its port."""
-        if self.conversation is not None:
-            self.conversation.socket.close()
-            self.conversation = None
+        if self._conversation is not None:
+            self._conversation.socket.close()
+            self._conversation = None
 
     def __exit__(self, *_exception: object) -> None:
         self.close()

@@ -48,7 +48,7 @@ class Route(NamedTuple):
 
     def udp(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
         """A non-blocking UDP socket at this address of ours, with room to queue bursts."""
-        sock = self.new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        sock = self._new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
         with on_error(sock.close):
             sock.bind(with_scope(sockaddr))
             enlarge(sock)
@@ -56,13 +56,13 @@ class Route(NamedTuple):
 
     def listener(self, host: str) -> socket.socket:
         """A non-blocking socket that listens on a free port of this address of ours, which has its zone with it if it has one."""
-        listener = self.new(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = self._new(socket.AF_INET6 if ":" in host else socket.AF_INET)
         with on_error(listener.close):
             listener.bind(with_scope((host, 0)))
             listener.listen(16)     # other peers may queue before the expected one
         return listener
 
-    def new(self, family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    def _new(self, family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """A non-blocking socket; `kind` may reach the factory with SOCK_NONBLOCK in it."""
         if hasattr(socket, "SOCK_NONBLOCK"):        # Linux: born so, which saves a call
             return self.socket_factory(family, kind | socket.SOCK_NONBLOCK)
@@ -75,7 +75,7 @@ class Route(NamedTuple):
         family, source = family_of(address), self.source_towards(address)
         if self.family not in (socket.AF_UNSPEC, family):
             raise RequestFailed(ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED, f"{address} is not of the family in use")
-        sock = self.new(family, kind)
+        sock = self._new(family, kind)
         try:
             if kind == socket.SOCK_STREAM:
                 tune(sock)          # before it is connected, or each option would set its timer anew

@@ -5,6 +5,7 @@ what help() tells.
 
 from __future__ import annotations
 
+import inspect
 import pydoc
 import re
 import socketserver
@@ -160,7 +161,7 @@ def test_all_that_is_public_is_documented_and_nothing_else_is_public(documented:
 
 
 def test_each_setting_is_told_with_its_default() -> None:
-    listed = dict(re.findall(r"^        (\w+): .*\((.*)\)$", Socks5Server.__doc__ or "", re.M))
+    listed = dict(re.findall(r"^    (\w+): .*\((.*)\)$", inspect.getdoc(Socks5Server) or "", re.M))
     assert set(listed) - {"observers"} == set(API[Socks5Server]["settings"].split()) == {
         name for name in dir(Socks5Server) if is_setting(Socks5Server, name)} - {"observers"}
     for name, told in listed.items():

@@ -301,30 +301,30 @@ class Proxy:
 
     # --- for the handlers ---
 
-    def tell(self) -> None:
+    def _tell(self) -> None:
         """There is news of a session."""
         with self.news:
             self.news.notify_all()
             for wake in self.wakers:
                 wake()
 
-    def keep(self, error: BaseException) -> None:
+    def _keep(self, error: BaseException) -> None:
         """For stop() to raise."""
         if not any(error is known for known in self.errors):
             self.errors.append(error)
 
     @contextmanager
-    def keeping_bugs(self, *answers: Type[BaseException]) -> Iterator[None]:
+    def _keeping_bugs(self, *answers: Type[BaseException]) -> Iterator[None]:
         """Keep whatever is raised, but for these, which have a meaning there."""
         try:
             yield
         except answers:
             raise
         except BaseException as error:
-            self.keep(error)
+            self._keep(error)
             raise
 
-    def may_be_reached(self, address: Address) -> bool:
+    def _may_be_reached(self, address: Address) -> bool:
         """Whether the test has said that this may be reached, or it is on this computer anyway."""
         literal = address.literal
         if self.internet or literal is None or literal.is_unspecified or ip_address(literal.host).is_loopback:
@@ -393,7 +393,7 @@ class Server(Socks5Server):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if error is not None:
-            self.proxy.keep(error)
+            self.proxy._keep(error)
 
 
 class Sessions(Observer):
@@ -405,10 +405,10 @@ class Sessions(Observer):
     def started(self, session: Session) -> None:
         with self.proxy.news:
             self.proxy.seen.append(session)
-            self.proxy.tell()
+            self.proxy._tell()
 
     def sending(self, session: Session, message: Message, error: Optional[Socks5Error]) -> None:
-        self.proxy.tell()
+        self.proxy._tell()
 
 
 def in_front_of(handler: Type[Socks5Handler], upstream: Optional[str]) -> Type[Socks5Handler]:
@@ -440,20 +440,20 @@ class Faulty(Socks5Handler):
         try:
             super().handle()
         except BaseException as error:      # an assertion in a method of the test's, for instance
-            self.proxy.keep(error)
+            self.proxy._keep(error)
 
     def close(self) -> None:
         if self.link is not None:
             self.link.close()
         super().close()
-        self.proxy.tell()
+        self.proxy._tell()
 
     # --- where it leads ---
 
     def allow(self, command: Command, address: Address) -> bool:
-        if not self.proxy.may_be_reached(address):
+        if not self.proxy._may_be_reached(address):
             raise RequestFailed(ReplyCode.NOT_ALLOWED, f"{address} is beyond loopback, where only internet=True leads")
-        with self.proxy.keeping_bugs(Socks5Error):
+        with self.proxy._keeping_bugs(Socks5Error):
             return super().allow(command, address)
 
     def resolve(self, host: str) -> Sequence[str]:
@@ -463,7 +463,7 @@ class Faulty(Socks5Handler):
         own = self.proxy.handler.resolve is not Socks5Handler.resolve
         if not (own or self.proxy.internet or canonical(host) == "localhost"):
             raise RequestFailed(ReplyCode.HOST_UNREACHABLE, f"{host} is not in hosts=, and only internet=True looks further")
-        with self.proxy.keeping_bugs(Socks5Error, OSError, UnicodeError):
+        with self.proxy._keeping_bugs(Socks5Error, OSError, UnicodeError):
             return super().resolve(host)
 
     def connect(self, request: Request) -> Any:

@@ -233,8 +233,8 @@ def test_with_internet_it_leads_anywhere() -> None:
 
 def test_an_address_that_the_test_gives_may_be_beyond_loopback() -> None:
     with start(hosts={"db.example.com": "192.0.2.1"}) as proxy:
-        assert proxy.may_be_reached(Address.numeric("192.0.2.1", 80))
-        assert not proxy.may_be_reached(Address.numeric("192.0.2.2", 80))
+        assert proxy._may_be_reached(Address.numeric("192.0.2.1", 80))
+        assert not proxy._may_be_reached(Address.numeric("192.0.2.2", 80))
 
 
 # --- through another one ---
