@@ -100,7 +100,7 @@ def test_a_dead_worker_is_replaced_and_the_tunnels_of_the_others_live_on(start: 
 @pytest.mark.parametrize("option", ["--max-clients", "--max-per-client"])
 def test_the_clients_of_a_dead_worker_do_not_count(option: str, supervise: Supervise, client_at: Any, new_client: Any) -> None:
     # The first one that dies is replaced at once, the next one so late that no successor can have forgotten its clients.
-    supervisor = supervise(option, "6", restart_backoff=60)
+    supervisor = supervise(option, "6", restart_backoff=60, min_uptime=1000)      # however busy the computer is
     assert supervisor.start()
     done = in_thread(supervisor.serve_forever)
     killed, other = workers_of(supervisor)
