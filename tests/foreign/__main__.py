@@ -119,9 +119,9 @@ FROM_NPM = {
 
 def fetch_from_pypi(folder: Path) -> None:
     """What the tests need, in an environment in the folder, and the sources of the suites, unpacked beside it."""
-    venv.create(folder / "venv", with_pip=True)
-    pip = [str(folder / "venv" / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-qq"]
-    subprocess.run([*pip, "install", *FROM_PYPI], check=True)
+    venv.create(folder / "venv", symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "venv" / "bin" / "python"), "--disable-pip-version-check", "-qq"]
+    subprocess.run([*pip, "install", "--no-compile", *FROM_PYPI], check=True)
     sources = [suite.folder.replace("-", "==") for suite in SUITES if suite.folder != NODE]
     subprocess.run([*pip, "download", "--no-deps", "--no-build-isolation", "--no-binary=:all:", f"--dest={folder}", *sources], check=True)
     for archive in folder.glob("*.tar.gz"):
