@@ -2,7 +2,7 @@
 What goes wrong between a client and its proxy, octet by octet, on demand.
 
 Goal: to see what each fault of `socks5srv.testing.faults` looks like to a client, and that a program has to be
-ready for more than a failure reply.  (What real clients make of them is in socks5srv/testing/FAULTS.rst.)
+ready for more than a failure reply.  (What real clients make of them is in docs/faults.rst.)
 
 Run it:
 

@@ -21,7 +21,7 @@ from typing import Dict, List, Set, Tuple
 import pytest
 
 from .clients.harness import need_module
-from .test_readme import table
+from .docs.pages import page, table
 from .conftest import within
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,8 +247,8 @@ def test_a_lab_checks_all_that_it_has_found_out(path: Path) -> None:
             lab["check"](*facts[:i], None, *facts[i + 1:])
 
 
-def test_the_course_in_the_readme_has_all_labs_in_order() -> None:
-    weeks = table("Week", "In your class")
+def test_the_course_in_the_manual_has_all_labs_in_order() -> None:
+    weeks = table("course/index", "Week")
     assert [int(lab) for _week, numbers, _files, _assignment in weeks for lab in numbers.split(",")] == list(range(1, len(LABS) + 1))
     for _week, _numbers, files, _assignment in weeks:
         for file in re.findall(r"``(\w+\.py)``", files):

@@ -1,5 +1,5 @@
 """
-Homework: what `socks5srv.check` says of a right one, and of the typical mistakes that README.rst tells teachers of.
+Homework: what `socks5srv.check` says of a right one, and of the typical mistakes that docs/course/teachers.rst tells teachers of.
 
 The right one is a server of a hundred lines, as a student would write it; each wrong one is the same with one mistake.
 """
@@ -22,12 +22,12 @@ from socks5srv.protocol import RequestFailed
 from socks5srv.testing.targets import EchoServer
 
 from .conftest import TIMEOUT
-from .test_readme import blocks, section
+from .docs.pages import blocks, page
 
 PATIENCE = 3.0          # seconds that the examiner waits for an answer, and an association for a datagram
 IMPATIENCE = 0.4        # the same, in a first try: most answers that do not come are mistakes that are meant
 
-CLASS = " ".join(section("In your class").split())
+TEACHERS = " ".join(page("course/teachers").split())
 
 
 class Closed(Exception):
@@ -312,12 +312,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("handler", MISTAKES, ids=lambda handler: handler.__name__)
-def test_a_typical_mistake_fails_the_questions_that_the_readme_says(handler: Type[Homework]) -> None:
+def test_a_typical_mistake_fails_the_questions_that_teachers_are_told(handler: Type[Homework]) -> None:
     if handler is ServesEverybody and not can_bind("127.0.0.2"):
         pytest.skip("not on this platform: 127.0.0.1 is the only loopback address")
     assert red(handler, MISTAKES[handler]) == MISTAKES[handler]
     for question in MISTAKES[handler]:
-        assert f"*{question}*" in CLASS
+        assert f"*{question}*" in TEACHERS
 
 
 def test_one_code_for_all_failures_is_a_warning_and_no_answer_to_bind() -> None:
@@ -345,8 +345,8 @@ def code_of(url: str, port: int) -> Optional[int]:
     return None
 
 
-def test_the_grades_in_the_readme_are_what_is_printed() -> None:
-    (block,) = [block for block in blocks("text") if block.startswith("$ python3 -m socks5srv.check ")]
+def test_the_grades_in_the_manual_are_what_is_printed() -> None:
+    (block,) = [block for block in blocks("text", "course/teachers") if block.startswith("$ python3 -m socks5srv.check ")]
     promised = [line.split() for line in block.splitlines() if line.strip().startswith(("fail ", "warn "))]
     with served(EndsWithTheFirst) as port:
         answers = Examiner(Proxy("127.0.0.1", port), timeout=1).examine()

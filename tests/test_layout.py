@@ -123,7 +123,7 @@ def test_every_module_has_its_place():
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_what_the_table_says(room):
-    """README.rst has the same as a picture: test_readme.py."""
+    """docs/architecture.rst has the same as a picture: tests/docs/test_architecture.py."""
     imports = {room_of(name) for path in MODULES if room_of(name_of(path)) == room for name in ours(path)}
     assert (imports if room in CORE else imports - {room, *CORE}) == {**CORE, **ABOVE}[room]
 

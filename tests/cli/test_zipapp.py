@@ -1,4 +1,4 @@
-"""The whole package in one file, made as README.rst says."""
+"""The whole package in one file, made as docs/install.rst says."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.program import ROOT, environment
 
 @pytest.fixture
 def pyz(tmp_path: Path) -> Path:
-    """socks5srv.pyz, by the commands of the README, in a copy of what they need."""
+    """socks5srv.pyz, by the commands of the manual, in a copy of what they need."""
     if os.name != "posix":
-        pytest.skip("not on this platform: the README's commands are for a POSIX shell")
-    text = (ROOT / "README.rst").read_text(encoding="utf-8")
+        pytest.skip("not on this platform: the manual's commands are for a POSIX shell")
+    text = (ROOT / "docs" / "install.rst").read_text(encoding="utf-8")
     block = re.search(r"\.\. code-block:: console\n\n((?:   [^\n]*\n)*   [^\n]*zipapp[^\n]*\n)", text)
     assert block is not None
     commands = [line.strip()[2:] for line in block.group(1).splitlines()]

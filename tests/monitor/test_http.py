@@ -259,9 +259,9 @@ def test_the_password_is_nowhere(watch: Start, new_client: Any) -> None:
         assert password.hex().encode() not in everything
 
 
-def test_the_readme_has_every_path(page: Watched) -> None:
-    from tests.test_readme import literals, table
+def test_the_manual_has_every_path(page: Watched) -> None:
+    from tests.docs.pages import literals, table
 
-    paths = [literals(path)[0] for path, _what in table("Path", "Status page")]
+    paths = [literals(path)[0] for path, _what in table("observing", "Path")]
     assert len(paths) == 7
     assert {page.ask(path).status for path in set(paths) - {"/events", "/conversations/ID.json"}} == {200}

@@ -163,10 +163,10 @@ def test_without_the_extra_it_says_what_to_install(page: Watched, monkeypatch: p
     assert page.ask("/healthz").body == b"ok\n"
 
 
-def test_the_readme_has_every_metric_and_every_label(page: Watched) -> None:
-    from tests.test_readme import literals, table
+def test_the_manual_has_every_metric_and_every_label(page: Watched) -> None:
+    from tests.docs.pages import literals, table
 
-    rows = table("Metric", "Status page")
+    rows = table("observing", "Metric")
     documented = {name[:-len("_total")] if name.endswith("_total") else name for names, _labels in rows for name in literals(names)}
     assert documented == {name for name in families(page) if name.startswith("socks5srv_")}
     labels = {label for _names, cell in rows for label in literals(cell)}

@@ -174,11 +174,11 @@ def test_a_bug_while_looking_ends_nothing(page: Watched, monkeypatch: pytest.Mon
     assert page.ask("/healthz").body == b"ok\n"
 
 
-def test_the_readme_has_every_name_of_the_json(page: Watched) -> None:
-    from tests.test_readme import literals, table
+def test_the_manual_has_every_name_of_the_json(page: Watched) -> None:
+    from tests.docs.pages import literals, table
 
     status = page.status()
-    rows = table("Name", "Status page")
+    rows = table("observing", "Name")
     told = {name for row in rows for cell in row for name in literals(cell)}
     assert {literals(name)[0] for name, _meaning in rows} <= set(status)
     assert set(status) | set(status["counters"]) | set(status["rates"]) <= told

@@ -510,7 +510,7 @@ def test_a_request_is_shown_as_the_rfc_names_its_fields() -> None:
 
 # --- what a log watcher sees ---
 
-# As README.rst gives it to fail2ban, which puts a pattern for addresses in place of <HOST>.
+# As docs/rules-users-upstream.rst gives it to fail2ban, which puts a pattern for addresses in place of <HOST>.
 FAIL2BAN = r"^\s*(?:\S+ \S+\[\d+\]: )?[-:\d ]*#\d+ \[?<HOST>\]?:\d+ (?:user \S+ )?login failed: "
 HOST = r"(?P<host>[\w.:^-]*\w)"      # as fail2ban has it, or wider
 PLACES = ("2026-01-02 03:04:05 ", " ", "", "03:04:05 ", "host socks5srv[17]: 03:04:05 ")      # a file, and without its date; a terminal; the journal
@@ -529,7 +529,7 @@ def test_the_documented_fail2ban_filter_finds_the_address_of_a_failed_login(star
 
 
 def test_the_fail2ban_filter_is_the_one_that_the_manual_gives() -> None:
-    assert f"failregex = {FAIL2BAN}\n" in (ROOT / "README.rst").read_text(encoding="utf-8")
+    assert f"failregex = {FAIL2BAN}\n" in (ROOT / "docs" / "rules-users-upstream.rst").read_text(encoding="utf-8")
 
 
 def banned(lines: str, pattern: str = FAIL2BAN) -> List[str]:

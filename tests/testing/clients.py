@@ -1,7 +1,7 @@
 """
-What each client makes of each fault: found by running them, and written down in FAULTS.rst.
+What each client makes of each fault: found by running them, and written down in docs/faults.rst.
 
-    python -m tests.testing.clients         # writes socks5srv/testing/FAULTS.rst anew
+    python -m tests.testing.clients         # writes docs/faults.rst anew
 
 Each client asks for a page, through a proxy that has one fault, with a timeout of a second; those that know UDP
 ask an echo as well.  The table has what they say then, less what is another each time.
@@ -34,7 +34,7 @@ from socks5srv.testing.faults import (
 from socks5srv.testing.proxy import Proxy, start
 from socks5srv.testing.targets import EchoServer, WebServer
 
-TABLE = Path(__file__).resolve().parent.parent.parent / "socks5srv" / "testing" / "FAULTS.rst"
+TABLE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.rst"
 PAGE = "It works."
 HOST = "web.example.com"
 PATIENCE = 1.0      # seconds that a client waits
@@ -236,9 +236,11 @@ HEAD = """\
 What clients make of faults
 ===========================
 
+After this page you know what your client library raises, or whether it waits, when a proxy misbehaves.
+
 Each client has asked for a page, by name, through a proxy with the fault on the left, and was given a second for it.  *works*: it
 got the page; *waits*: until its time was up, or *for ever*, whatever its timeout; the rest is what it raised, or said.  What the
-faults do is told in faults.py.
+faults do is in :ref:`faults-on-purpose`.
 
 Written by ``python -m tests.testing.clients``, on Python {python}; a test runs it again, and compares.
 

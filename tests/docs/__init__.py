@@ -1,0 +1,1 @@
+"""What README.rst and the manual say, compared with what is there."""
