@@ -25,7 +25,7 @@ You should see (the ports are others each time):
 The log has a line for each client: its number and address; its user (- for nobody, see lab 4); what it asked for
 and where that was; how it went; how many octets went up to the web server and came down from it; and who hung up first.
 
-Questions (answers in examples/README.rst): Who is 40004, and why is it not 40003?  Which of the three programs finds
+Questions (answers in docs/course/labs.rst): Who is 40004, and why is it not 40003?  Which of the three programs finds
 out where "localhost" is?  How many of the 73 octets are SOCKS?  How could the web server learn of 40003?
 """
 

@@ -71,7 +71,7 @@ You should see (the ports are others each time):
 
     hello goes up, and comes back: hello
 
-Questions (answers in examples/README.rst): Why does the greeting need NMETHODS, when each method has one octet?  What would a
+Questions (answers in docs/course/labs.rst): Why does the greeting need NMETHODS, when each method has one octet?  What would a
 name of 300 octets look like?  When is it wrong to read ten octets of reply, and when to read 4096?  Whose is 40002?
 """
 

@@ -33,7 +33,7 @@ You should see (the ports are others each time):
 printer.office is known where the proxy is, not here.  And urllib knows no SOCKS: it finds ALL_PROXY, cannot use it, and
 goes direct without a word.  (DNS here is a stand-in, so that this lab asks nobody on the Internet.)
 
-Questions (answers in examples/README.rst): Where could an eavesdropper read the name, in each of the five?  Why does the
+Questions (answers in docs/course/labs.rst): Where could an eavesdropper read the name, in each of the five?  Why does the
 proxy's log of the second one not have the name?  What is wrong with "it works, so it goes through the proxy"?
 """
 

@@ -49,7 +49,7 @@ You should see:
 The table hides the password, as all that this server prints does.  The wire does not.  Against those who listen there only
 encryption helps (ssh, a VPN), or a password that is worth nothing the second time.
 
-Questions (answers in examples/README.rst): Which octets are the password?  Why is VER 01 here, and 05 in every other message?
+Questions (answers in docs/course/labs.rst): Which octets are the password?  Why is VER 01 here, and 05 in every other message?
 Why does the proxy not tell a wrong name from a wrong password?  Would it help to send a hash of the password instead?
 """
 

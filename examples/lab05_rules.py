@@ -36,7 +36,7 @@ You should see (the ports are others each time):
 The games are at port 40001 of 127.0.0.1, also under the name mirror.example; the news are at another port of it.  What
 stands to the right is the proxy's log: the client gets the number only.
 
-Questions (answers in examples/README.rst): What did the proxy know of games.example in the two dodges?  What does the
+Questions (answers in docs/course/labs.rst): What did the proxy know of games.example in the two dodges?  What does the
 second list cost, if the games move, and if they share their address with others?  Why is the third one the safest?  Why does
 the proxy judge the addresses that it has found, and then connect to one of these, instead of to the name?
 """

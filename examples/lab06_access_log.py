@@ -27,7 +27,7 @@ You should see (the ports are others each time):
 Nobody can read what Anna said, and yet the operator knows with which bank, when, for how long, and how much.  The last
 part is a real ClientHello, with which TLS begins: the server's name is in it.
 
-Questions (answers in examples/README.rst): What can be guessed from octets and times alone?  How could a client keep the
+Questions (answers in docs/course/labs.rst): What can be guessed from octets and times alone?  How could a client keep the
 destination from the operator, too?  For how long would you keep such a log, and who may read it?
 """
 

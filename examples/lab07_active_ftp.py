@@ -33,7 +33,7 @@ The last six octets of a reply are an address and a port (BND.ADDR, BND.PORT), e
 on: 9c 42 is 156 * 256 + 66 = 40002.  PORT writes the same six in decimal.  What follows the second reply is no SOCKS any
 more: it comes from the FTP server.
 
-Questions (answers in examples/README.rst): Why are there two replies?  What does the client know after the first one that
+Questions (answers in docs/course/labs.rst): Why are there two replies?  What does the client know after the first one that
 it could not have known before?  BIND names a host (DST.ADDR): what is it for, and what happens to anybody else who calls?
 Why is FTP's passive mode, in which the client connects twice, the usual one today?
 """

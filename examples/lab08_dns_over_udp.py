@@ -27,7 +27,7 @@ The header is RSV 00 00 (reserved), FRAG 00 (a whole datagram, not a fragment), 
 way there it says where to send the rest: to the DNS server, 127.0.0.1:40003.  On the way back it says who has sent it.
 The DNS server sees the relay's other side (40004) only, and no header.
 
-Questions (answers in examples/README.rst): Why does the client write zeros (0.0.0.0:0) into its request?  Why is a UDP relay
+Questions (answers in docs/course/labs.rst): Why does the client write zeros (0.0.0.0:0) into its request?  Why is a UDP relay
 tied to a TCP connection?  What is FRAG for, and what does it cost?  Which of the two ways of lab 3 is this, and who would
 resolve the DNS server's name if the header had one (ATYP 03)?
 """

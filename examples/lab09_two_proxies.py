@@ -30,7 +30,7 @@ and has none to lose.  The target sees B only.  Each hop sees its two neighbours
 In the circle every request makes a new one, until somebody has no sockets left.  Nothing in SOCKS5 forbids that, or counts
 hops.  When 32 clients wait, B asks its upstream for a name that it has made up a moment ago; and is asked for it itself.
 
-Questions (answers in examples/README.rst): Who knows both ends, the client's address and the target's?  What does it take to
+Questions (answers in docs/course/labs.rst): Who knows both ends, the client's address and the target's?  What does it take to
 find out who has talked to whom all the same?  IP has a field against circles: which, and what would it be here?
 """
 

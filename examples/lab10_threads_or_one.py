@@ -25,7 +25,7 @@ Each proxy is a process of its own; this one is all clients and all targets.  Wi
 With many, the relay thread finds many sockets ready each time it looks, and serves them in a row; the threads have to be
 woken one by one, and wait for one lock: one at a time runs Python (the GIL).
 
-Questions (answers in examples/README.rst): What must the relay thread never do, if all tunnels are to go on?  What does an
+Questions (answers in docs/course/labs.rst): What must the relay thread never do, if all tunnels are to go on?  What does an
 idle tunnel cost in each design?  Where would threads win?  When does ThreadEach hang, in a sendall() that never returns?
 """
 

@@ -2,7 +2,7 @@
 A unit test of a program that uses a SOCKS5 proxy: a proxy in setUp(), names of its own, and no Internet.
 
 Goal: to see how a test proves that a program really goes through the proxy, leaves names to it, logs in, and
-copes with a refusal.  With pytest there are fixtures for that (README.rst, "In your tests"); unittest does
+copes with a refusal.  With pytest there are fixtures for that (docs/testing.rst); unittest does
 as well.
 
 Run it:

@@ -27,7 +27,7 @@ from .conftest import within
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LABS = [path for path in EXAMPLES if path.name.startswith("lab")]
-INDEX = (ROOT / "examples" / "README.rst").read_text(encoding="utf-8")
+INDEX, COURSE = page("examples/README.rst"), page("course/labs")
 
 examples = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 labs = pytest.mark.parametrize("path", LABS, ids=lambda path: path.name)
@@ -83,8 +83,8 @@ def promised_output(path: Path) -> str:
 
 def questions(text: str) -> List[str]:
     """The questions at the end of a docstring."""
-    _before, _found, after = text.partition("\nQuestions (answers in examples/README.rst): ")
-    return re.findall(r"\S.*?\?", " ".join(after.split()))
+    _before, _found, after = text.partition("\nQuestions (answers in ")
+    return re.findall(r"\S.*?\?", " ".join(after.partition("): ")[2].split()))
 
 
 def environment() -> Dict[str, str]:
@@ -136,13 +136,13 @@ def test_the_index_lists_every_example() -> None:
 
 
 def answered(path: Path) -> str:
-    """What the index has under the name of this example."""
-    _before, _name, after = INDEX.partition(f"\n{path.name}\n~~~")
+    """What the course has under the name of this lab, or the index under that of another example."""
+    _before, _name, after = (COURSE if path in LABS else INDEX).partition(f"\n{path.name}\n{'-' * len(path.name) if path in LABS else '~~~'}")
     return re.split(r"\n\n\S.*\n[~-]{3,}\n", after)[0]
 
 
 @examples
-def test_the_questions_of_an_example_are_answered_in_the_index(path: Path) -> None:
+def test_the_questions_of_an_example_are_answered(path: Path) -> None:
     asked = [" ".join(question.split()) for question in re.findall(r"^\*([^*]+\?)\*\s+\S", answered(path), re.MULTILINE)]
     assert asked == questions(docstring(path))
 
@@ -165,7 +165,7 @@ def test_a_lab_has_its_number_and_three_to_five_questions(path: Path) -> None:
 
 
 @labs
-def test_a_lab_has_its_goal_command_and_output_in_the_index(path: Path) -> None:
+def test_a_lab_has_its_goal_command_and_output_in_the_course(path: Path) -> None:
     text = answered(path)
     assert "**Goal**" in text
     assert f"python examples/{path.name}" in text
