@@ -29,7 +29,7 @@ On this page you can look up what every option does, what its default is, and wh
 
 ``socks5srv`` and ``python3 -m socks5srv`` are the same program.  All of this, shorter, is printed by ``socks5srv --help``.
 
-.. code-block:: console
+.. code-block:: text
 
    $ socks5srv [options] [PORT | ADDRESS:PORT]
    $ socks5srv check HOST:PORT
@@ -146,7 +146,7 @@ def entries(parser: ArgumentParser, more: Dict[str, str]) -> Iterator[str]:
 def questions() -> str:
     """The options of ``socks5srv check``, all under one heading."""
     title = "Options of socks5srv check"
-    parser = check.build_parser()
+    parser = check.build_parser("socks5srv check")
     listed = [entry(action, "") for action in parser._actions if action.dest != "help"]
     return "\n".join([title, "-" * len(title), "", ".. program:: socks5srv check", "", *listed, ".. program:: socks5srv", ""])
 

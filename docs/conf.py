@@ -7,8 +7,10 @@ say when they are out of date.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any, List
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,3 +44,23 @@ html_css_files = ["manual.css"]
 html_copy_source = False
 html_show_copyright = False
 pygments_style = "friendly"
+
+
+def list_names(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: List[str]) -> None:
+    """Docstrings align the meanings of names behind them, which reads well in a terminal; here they become a list."""
+    found: List[str] = []
+    inside = False
+    for line in lines:
+        item = re.match(r"(`\w+`(?:, `\w+`)*)  +(\S.*)", line)
+        if item:
+            found += [""] * (not inside) + [f"- {item[1]}: {item[2]}"]
+        elif inside and line.startswith(" "):
+            found.append(f"  {line.strip()}")
+        else:
+            found += [""] * (inside and bool(line)) + [line]
+        inside = bool(item) or (inside and line.startswith(" "))
+    lines[:] = found
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", list_names)

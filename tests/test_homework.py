@@ -301,13 +301,13 @@ def test_a_right_one_fails_no_question() -> None:
 
 
 MISTAKES = {
-    EndsWithTheFirst: ["Can the client end its way and still hear the answer?", "Can the target end its way and still hear the client?"],
-    RecvIsAMessage: ["May messages come octet by octet?", "Are octets right behind the request kept for the target?"],
-    ForgetsTheLength: ["CONNECT to a name (ATYP 03)", "CONNECT to an address written as a name, as browsers do"],
-    TenOctets: ["Datagrams to a name, and the answers", "Fragments (FRAG not 00)", "Does the relay outlive datagrams without a sense?"],
-    IgnoresFrag: ["Fragments (FRAG not 00)"],
-    OutlivesItsClient: ["Does the association end with its TCP connection?"],
-    ServesEverybody: ["Are datagrams of another host than the client's dropped?"],
+    EndsWithTheFirst: ["The client can half-close and still receive the answer", "The target can half-close and still receive from the client"],
+    RecvIsAMessage: ["Messages may come octet by octet", "Octets right behind the request reach the target"],
+    ForgetsTheLength: ["CONNECT to a name (ATYP 03) works", "CONNECT to an address written as a name (browsers) works"],
+    TenOctets: ["Datagrams reach a name, and its answers the client", "Fragments are dropped, or reassembled", "The relay survives malformed datagrams"],
+    IgnoresFrag: ["Fragments are dropped, or reassembled"],
+    OutlivesItsClient: ["The association ends with its TCP connection"],
+    ServesEverybody: ["Datagrams from another host than the client's are dropped"],
 }
 
 
@@ -324,9 +324,9 @@ def test_one_code_for_all_failures_is_a_warning_and_no_answer_to_bind() -> None:
     with served(OneErrorForAll) as port:
         answers = Examiner(Proxy("127.0.0.1", port), timeout=1).examine()
     odd = {answer.question: answer.observed for answer in answers if answer.verdict == "warn"}
-    assert odd["CONNECT to a target that refuses"] == "01 general SOCKS server failure"
-    assert "CONNECT to a name that does not exist" in odd
-    assert [answer.verdict for answer in answers if answer.question == "Is there BIND?"] == ["fail"]
+    assert odd["A target that refuses is reported as such"] == "01 general SOCKS server failure"
+    assert "A name that does not exist is reported as such" in odd
+    assert [answer.verdict for answer in answers if answer.question == "BIND is supported"] == ["fail"]
 
 
 @pytest.mark.parametrize(("handler", "code"), [(DeniesNames, None), (DeniesAddresses, 2)])

@@ -68,7 +68,7 @@ def test_for_every_promise_it_is_said_where_it_holds() -> None:
     assert re.findall(r"^   \* - (.*)$", security("Where it holds", "What is not"), re.M) == ["Promise", *promises()]
 
 
-def test_as_started_it_serves_this_computer_only() -> None:
+def test_by_default_it_serves_this_computer_only() -> None:
     assert startup.listen_addresses(options.parse([]).hosts) == [LOCALHOST]
     with Socks5Server((LOCALHOST, 0)) as server:
         assert server.server_address[0] == LOCALHOST
@@ -274,7 +274,7 @@ def test_a_name_that_rules_judge_is_not_completed_by_the_system(start_server: An
 
 
 @needs_neighbour
-def test_every_datagram_and_every_caller_of_bind_is_judged(start_server: Any, new_client: Any) -> None:
+def test_every_datagram_and_every_peer_of_bind_is_judged(start_server: Any, new_client: Any) -> None:
     judged: List[Any] = []
 
     class Judging(Socks5Handler):
@@ -554,7 +554,7 @@ def test_the_status_page_can_only_be_looked_at_and_only_from_this_computer(run_c
         assert answered(status_page, "/status.json", method, host) == status, (method, host)
 
 
-def test_to_connect_to_the_status_page_and_say_nothing_keeps_out_nobody(status_page: str) -> None:
+def test_to_connect_to_the_status_page_and_send_nothing_keeps_out_nobody(status_page: str) -> None:
     host, _, port = status_page.rpartition(":")
     with ExitStack() as stack:
         for _ in range(60):

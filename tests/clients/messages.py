@@ -27,6 +27,8 @@ What clients print
 
 .. Written by python3 -m tests.clients.messages, which runs these clients: do not edit it.
 
+After this page you can tell from the words of a client why the proxy has refused it.
+
 A client that is refused puts the reason into its own words.  These are the words of
 {versions}, which ask for ``localhost``.
 What the proxy knows beyond that is in its log, and with ``--explain`` step by step.

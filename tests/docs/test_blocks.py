@@ -119,7 +119,7 @@ def test_every_command_in_the_manual_can_be_typed(monkeypatch: pytest.MonkeyPatc
     for command in commands():
         program, *words = words_of(command)
         if program == "socks5srv" and words[:1] == ["check"]:
-            check.build_parser().parse_args(words[1:])
+            check.build_parser("socks5srv check").parse_args(words[1:])
         elif program == "socks5srv" and words[:1] == ["explain"]:
             assert explain(words[1:]) == 0
         elif program == "socks5srv" and words[:1] != ["hash-password"]:
