@@ -14,7 +14,7 @@ from typing import Any, List
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from socks5srv import __version__  # noqa: E402  (it is found by the line above)
+from socks5srv import __version__
 
 SOURCE = "https://github.com/socks5srv/socks5srv"
 

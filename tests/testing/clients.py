@@ -245,6 +245,7 @@ faults do is in :ref:`faults-on-purpose`.
 Written by ``python -m tests.testing.clients``, on Python {python}; a test runs it again, and compares.
 
 .. list-table::
+   :class: wide
    :header-rows: 1
 
    * - Fault
