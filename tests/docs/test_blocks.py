@@ -173,7 +173,7 @@ def test_the_first_screen_is_what_is_printed(name: str) -> None:
 def served(session: Session, seconds: float, up: int, down: int) -> Session:
     session.user, session.command, session.reply = "", Command.CONNECT, ReplyCode.SUCCEEDED
     session.up, session.down = up, down
-    session.end("target closed")
+    session.end("closed by target")
     session.seconds = seconds
     return session
 
