@@ -34,7 +34,7 @@ on: 9c 42 is 156 * 256 + 66 = 40002.  PORT writes the same six in decimal.  What
 more: it comes from the FTP server.
 
 Questions (answers in docs/course/labs.rst): Why are there two replies?  What does the client know after the first one that
-it could not have known before?  BIND names a host (DST.ADDR): what is it for, and what happens to anybody else who calls?
+it could not have known before?  BIND names a host (DST.ADDR): what is it for, and what happens to anybody else who connects?
 Why is FTP's passive mode, in which the client connects twice, the usual one today?
 """
 

@@ -4,7 +4,7 @@ socks5srv: a SOCKS5 proxy server in plain Python (RFC 1928 and RFC 1929).
     from socks5srv import Socks5Server, Socks5Handler
 
 To read the source, begin with protocol.py, then handler.py, outbound.py, relay.py and
-datagrams.py; README.rst has the order of all rooms, and what there is to learn in each.
+datagrams.py; docs/architecture.rst has the order of all modules, and what there is to learn in each.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class Publisher:
         return self.status(self.stats.snapshots())
 
     def status(self, snapshots: Mapping[int, Snapshot]) -> Dict[str, Any]:
-        """What /status.json says; its names are documented in the README, and stable."""
+        """What /status.json says; its names are documented in docs/observing.rst, and stable."""
         reason = self.stats.not_ready()
         up, down = sum_of_rates(snapshots)
         sessions = [{**row, "worker": number} for number, snapshot in snapshots.items() for row in snapshot.sessions]

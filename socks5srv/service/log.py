@@ -58,7 +58,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line.  Its names are documented in the README, and stable."""
+    """One object a line.  Its names are documented in docs/observing.rst, and stable."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(self.facts(record))
