@@ -33,7 +33,8 @@ nitpick_ignore_regex = [("py:.*", ".*")]      # types of the library, and those 
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = sys.version_info >= (3, 9)     # before, it fails with named tuples
+napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 
@@ -46,7 +47,7 @@ html_show_copyright = False
 pygments_style = "friendly"
 
 
-def list_names(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: List[str]) -> None:
+def list_names(_app: Any, what: str, _name: str, _object: Any, _options: Any, lines: List[str]) -> None:
     """Docstrings align the meanings of names behind them, which reads well in a terminal; here they become a list."""
     found: List[str] = []
     inside = False
@@ -59,8 +60,9 @@ def list_names(_app: Any, _what: str, _name: str, _object: Any, _options: Any, l
         else:
             found += [""] * (inside and bool(line)) + [line]
         inside = bool(item) or (inside and line.startswith(" "))
-    lines[:] = found
+    # napoleon takes what stands before a colon in the first line of a property for its type
+    lines[:] = ["..", "", *found] if what == "property" else found
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", list_names)
+    app.connect("autodoc-process-docstring", list_names, priority=400)      # before napoleon
