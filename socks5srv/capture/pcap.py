@@ -78,6 +78,7 @@ class CaptureWriter:
         self.events: List[Tuple[int, Callable[..., Packets], Tuple[Any, ...]]] = []
         self.buffered = 0           # octets in events that are not written yet
         self.over = False           # nothing is added any more
+        self.failed = False         # the file lacks something
         self.patience = self.timeout        # seconds that close() has
         self.thread = threading.Thread(target=self.run, name="socks5srv-capture", daemon=True)
         self.thread.start()
@@ -94,10 +95,10 @@ class CaptureWriter:
 
     def give_up(self, reason: object) -> None:
         """Serving matters more.  To be called with the lock."""
-        if not self.over:
-            self.over = True
+        if not self.failed:
+            logger.error("recording stopped: %s%s", reason, "" if self.over else "; serving goes on")
+            self.failed = self.over = True
             self.changed.notify_all()
-            logger.error("recording stopped: %s; serving goes on", reason)
 
     def close(self) -> None:
         """Write the rest, if `timeout` is enough for it.  May be called again, and does not wait again."""

@@ -237,6 +237,18 @@ def test_a_bug_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCapture
     writer.close()
 
 
+def test_that_the_last_packets_are_missing_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+    reader, pipe = os.pipe()
+    writer = CaptureWriter(open(pipe, "wb", buffering=0))       # noqa: SIM115
+    assert os.read(reader, 100) == pcap.FILE_HEADER
+    with writer.changed:            # it writes when this is over, and so at its end
+        writer.add(lambda: [b"x" * 100])
+        writer.over = True
+        os.close(reader)
+    writer.thread.join(TIMEOUT)
+    assert caplog.messages == ["recording stopped: Broken pipe"]
+
+
 # --- packets ---
 
 @given(st.lists(st.binary(max_size=40).filter(lambda octets: len(octets) % 2 == 0), max_size=3), st.binary(max_size=41))
