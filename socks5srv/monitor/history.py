@@ -21,7 +21,7 @@ from ..outbound import failure
 from ..protocol import Command, in_brackets
 from ..relay import reason_of
 from ..rules import Verdict
-from ..session import Session, shown
+from ..session import Session, rfc3339, shown
 
 STEPS = 40              # of each session; the last one says that there were more
 LABEL = 120             # characters of a label at most
@@ -29,8 +29,8 @@ OCTETS = 300            # of one box, in what is kept of a message
 
 
 def describe(session: Session) -> Dict[str, Any]:
-    """What the log tells of it, but for the time, which would be another one before and after its end."""
-    return {name: value for name, value in session.as_dict().items() if name != "time"}
+    """What the log tells of it, but since when instead of its time, which would be another one before and after its end."""
+    return {"started": rfc3339(session.started), **{name: value for name, value in session.as_dict().items() if name != "time"}}
 
 
 class Timeline(NamedTuple):
@@ -44,7 +44,7 @@ class Timeline(NamedTuple):
         if len(self.steps) >= STEPS:
             return
         if len(self.steps) == STEPS - 1:
-            label, more = "... and more, which is not kept", {"kind": "note"}
+            label, more = "... and more steps, which are not kept", {"kind": "note"}
         at = time.monotonic() - self.session.clock if at is None else at
         label = label if len(label) <= LABEL else label[:LABEL - 3] + "..."
         self.steps.append({"kind": "event", "from": sender, "to": receiver, "label": label, "at": round(at, 6), **more})
@@ -120,7 +120,7 @@ class History(Observer):
 
     def judged(self, session: Session, verdict: Verdict) -> None:
         if session.command is Command.BIND and session.bound is not None:       # the first reply is sent, so this is the peer
-            self.add(session, "target", "proxy", f"{verdict.address} calls", failed=not verdict.allowed)
+            self.add(session, "target", "proxy", f"{verdict.address} connects", failed=not verdict.allowed)
 
     def add(self, session: Session, sender: str, receiver: str, label: str, at: Optional[float] = None, failed: bool = False) -> None:
         if timeline := self.timelines.get(session.id):

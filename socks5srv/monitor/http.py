@@ -14,6 +14,7 @@ Not here: what there is to tell (stats.py), the sessions step by step (history.p
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -54,6 +55,7 @@ FILES = {
 }
 PAGES = {"/status.json": "get_status", "/events": "get_events", "/metrics": "get_metrics", "/readyz": "get_readiness"}
 PROBES = ("/healthz", "/readyz")        # whose answers are so short that sending them never waits for the reader
+METRICS_LINK = b'<a href="metrics">metrics</a> '      # in the page's foot
 NO_METRICS = 'the metrics need a package that is not installed: pip install "socks5srv[metrics]"\n'
 
 
@@ -100,12 +102,11 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         refusal = self.refusal(path)
         if not self.server.has_asked(self.connection, is_probe=path in PROBES):
-            self.answer("too many are looking at this page\n", status=HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="1")
+            self.answer("too many requests at a time\n", status=HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="1")
         elif refusal:
             self.answer(refusal[1] + "\n", status=refusal[0])
         elif path in FILES:
-            name, kind = FILES[path]
-            self.answer(get_data(__package__ or "", name) or b"", kind)
+            self.get_file(*FILES[path])
         elif path.startswith("/conversations/"):
             self.get_session(path[len("/conversations/"):])
         elif path == "/healthz":
@@ -113,12 +114,12 @@ class Handler(BaseHTTPRequestHandler):
         elif path in PAGES:
             getattr(self, PAGES[path])()
         else:
-            self.answer("there is no such page\n", status=HTTPStatus.NOT_FOUND)
+            self.answer("no such page\n", status=HTTPStatus.NOT_FOUND)
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        self.answer("this page can only be looked at\n", status=HTTPStatus.METHOD_NOT_ALLOWED, Allow="GET, HEAD")
+        self.answer("only GET and HEAD are allowed\n", status=HTTPStatus.METHOD_NOT_ALLOWED, Allow="GET, HEAD")
 
     do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
 
@@ -128,14 +129,14 @@ class Handler(BaseHTTPRequestHandler):
         """The status and the sentence, if this is not to be answered."""
         old, self.request_version = self.request_version == "HTTP/0.9", self.protocol_version    # or it would get no headers
         if self.stream.left <= 0:       # and what is cut off may be its Host
-            return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "this is too long"
+            return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the request is too long"
         if old:
-            return HTTPStatus.BAD_REQUEST, "the version of HTTP is lacking"
+            return HTTPStatus.BAD_REQUEST, "the version of HTTP is missing"
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1:
-            return HTTPStatus.BAD_REQUEST, "one Host is enough"
+            return HTTPStatus.BAD_REQUEST, "more than one Host"
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and self.headers.get("Sec-Fetch-Mode") != "navigate":
-            return HTTPStatus.FORBIDDEN, "this is not for other web pages"
+            return HTTPStatus.FORBIDDEN, "requests from other web pages are rejected"
         if hosts and not self.server.is_called(hosts[0], path):
             return HTTPStatus.MISDIRECTED_REQUEST, f"this page is at {self.server.url}"
         return None
@@ -161,13 +162,19 @@ class Handler(BaseHTTPRequestHandler):
         self.command, self.request_version = self.command or "GET", self.protocol_version
         self.answer(HTTPStatus(code).phrase + "\n", status=HTTPStatus(code))
 
+    def get_file(self, name: str, kind: str) -> None:
+        octets = get_data(__package__ or "", name) or b""
+        if importlib.util.find_spec("prometheus_client") is None:
+            octets = octets.replace(METRICS_LINK, b"")
+        self.answer(octets, kind)
+
     def get_status(self) -> None:
         self.answer(json.dumps(self.server.publisher.now()) + "\n", "application/json")
 
     def get_session(self, name: str) -> None:
         id = name[:-len(".json")] if name.endswith(".json") else ""
         found = self.server.stats.session(int(id)) if id.isascii() and id.isdigit() and len(id) < 19 else None
-        body = json.dumps(found or {"error": "it is not kept"}) + "\n"
+        body = json.dumps(found or {"error": "no such session is kept"}) + "\n"
         self.answer(body, "application/json", HTTPStatus.OK if found else HTTPStatus.NOT_FOUND)
 
     def get_metrics(self) -> None:
@@ -187,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         publisher = self.server.publisher
         with publisher.watching() as may_watch:
             if not may_watch:
-                self.answer("too many are watching\n", status=HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="10")
+                self.answer("too many readers at a time\n", status=HTTPStatus.SERVICE_UNAVAILABLE, Retry_After="10")
                 return
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Type", "text/event-stream")
@@ -304,9 +311,9 @@ class StatusPage(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            logger.debug("status page: %s has gone, or is too slow: %s", client_address[0], error)
+            logger.debug("status page: %s closed the connection, or is too slow: %s", client_address[0], error)
         else:
-            logger.exception("a bug, met while showing the status page")
+            logger.exception("unhandled exception while serving the status page")
 
 
 def shut(connection: socket.socket) -> None:

@@ -25,17 +25,17 @@ from .stats import Snapshot, Stats, sum_of_counters
 
 # Counts that become a metric as they are: name in Counters, name, what it is, labels.
 COUNTERS: List[Tuple[str, str, str, Tuple[str, ...]]] = [
-    ("clients", "socks5srv_connections", "Connections of clients, by what became of them: taken, turned_away.", ("result",)),
-    ("sessions", "socks5srv_sessions_ended", "Sessions that have ended, by how far they came.", ("event",)),
+    ("clients", "socks5srv_connections", "Connections of clients, accepted (taken) or rejected (turned_away).", ("result",)),
+    ("sessions", "socks5srv_sessions_ended", "Sessions that have ended, by outcome.", ("event",)),
     ("requests", "socks5srv_requests", "Requests, by command and final reply.", ("command", "reply")),
-    ("handshake_failures", "socks5srv_handshake_failures", "Clients that never came to a login or request, by reason.", ("reason",)),
-    ("auth_attempts", "socks5srv_auth_attempts", "Logins, by method and result.", ("method", "result")),
+    ("handshake_failures", "socks5srv_handshake_failures", "Connections that ended before authentication or a request, by reason.", ("reason",)),
+    ("auth_attempts", "socks5srv_auth_attempts", "Authentication attempts, by method and result.", ("method", "result")),
     ("accept_errors", "socks5srv_accept_errors", "Calls of accept() that failed, by errno.", ("errno",)),
     ("octets", "socks5srv_relay_bytes", "Bytes of payload moved: up from clients, down to them.", ("direction",)),
 ]
 HISTOGRAMS: List[Tuple[str, str, str]] = [
     ("connecting", "socks5srv_connect_duration_seconds", "How long it took to connect to a target, once its addresses were known."),
-    ("resolving", "socks5srv_dns_duration_seconds", "How long a name's look-up took, successful or not."),
+    ("resolving", "socks5srv_dns_duration_seconds", "How long DNS resolution took, successful or not."),
 ]
 
 
@@ -64,15 +64,15 @@ class Collector:
         yield from self.gauges(snapshots)
 
     def gauges(self, snapshots: Mapping[int, Snapshot]) -> Iterator[Metric]:
-        sessions = GaugeMetricFamily("socks5srv_sessions", "Sessions that live, by command; none: has not asked yet.", labels=["command"])
+        sessions = GaugeMetricFamily("socks5srv_sessions", "Open sessions, by command; none: no request yet.", labels=["command"])
         for command in [*COMMAND_WORDS.values(), "none"]:
             sessions.add_metric([command], sum(snapshot.live[command] for snapshot in snapshots.values()))
         yield sessions
         threads, workers = sum(snapshot.threads for snapshot in snapshots.values()), sum(number >= 0 for number in snapshots)
         yield GaugeMetricFamily("socks5srv_threads", "Threads of all processes that serve.", threads)
         yield GaugeMetricFamily("socks5srv_workers", "Processes that serve.", workers)
-        yield GaugeMetricFamily("socks5srv_ready", "1 if more clients may come, as /readyz has it.", float(not self.stats.not_ready()))
-        yield GaugeMetricFamily("socks5srv_limit_connections", "How many connections of clients may be open at a time; +Inf for no limit.", self.stats.capacity()[1])
+        yield GaugeMetricFamily("socks5srv_ready", "1 if more connections are accepted, as /readyz says.", float(not self.stats.not_ready()))
+        yield GaugeMetricFamily("socks5srv_limit_connections", "How many connections of clients may be open at a time; +Inf: no limit.", self.stats.capacity()[1])
 
 
 def exposition(stats: Stats, accept: str) -> Tuple[bytes, str]:

@@ -192,7 +192,7 @@ class Publisher:
             try:
                 self.look()
             except Exception:
-                logger.exception("a bug, met while looking what there is to tell")
+                logger.exception("unhandled exception while collecting the status")
             self.pause()
 
     def look(self) -> None:

@@ -77,14 +77,14 @@ def test_each_address_that_is_tried_is_an_arrow(history: History, session: Sessi
     ]
 
 
-def test_a_caller_of_bind_is_an_arrow_but_not_an_address_that_was_judged_before(history: History, session: Session) -> None:
+def test_a_peer_of_bind_is_an_arrow_but_not_an_address_that_was_judged_before(history: History, session: Session) -> None:
     session.command = Command.BIND
     caller = Address.numeric("192.0.2.7", 20)
     history.judged(session, Verdict(caller))
     session.bound = Address.numeric("192.0.2.1", 1025)
     history.judged(session, Verdict(caller._replace(port=21), "rule: deny :21"))
     history.judged(session, Verdict(caller))
-    assert steps(history) == [("target", "proxy", "192.0.2.7:21 calls", True), ("target", "proxy", "192.0.2.7:20 calls", False)]
+    assert steps(history) == [("target", "proxy", "192.0.2.7:21 connects", True), ("target", "proxy", "192.0.2.7:20 connects", False)]
 
 
 def test_of_a_session_that_is_not_kept_nothing_is_recorded(history: History) -> None:
@@ -128,10 +128,10 @@ def test_a_conversation_is_told_arrow_by_arrow(watch: Start, echo: Any, new_clie
     assert [(field["name"], field["octets"]) for field in greeting["fields"]] == [("VER", "05"), ("NMETHODS", "01"), ("METHODS", "02")]
 
 
-def test_the_caller_of_bind_is_an_arrow_that_comes_in(page: Watched, new_client: Any) -> None:
+def test_the_peer_of_bind_is_an_arrow_that_comes_in(page: Watched, new_client: Any) -> None:
     bound = new_client(page).ask(Command.BIND, (LOCALHOST, 21)).bound
     with socket.create_connection(bound[:2], TIMEOUT) as caller:
-        assert ("target", "proxy", "{}:{} calls".format(*caller.getsockname())) in arrows(kept(page, 6))
+        assert ("target", "proxy", "{}:{} connects".format(*caller.getsockname())) in arrows(kept(page, 6))
 
 
 def test_a_target_that_refuses_is_told(page: Watched, new_client: Any, refusing: Any) -> None:
@@ -163,7 +163,7 @@ def test_only_the_last_conversations_are_kept_and_of_each_the_first_steps(page: 
     timeline = page.history.timelines[most + 3]
     for number in range(2 * STEPS):
         timeline.add("client", "proxy", 1000 * "x" + str(number))
-    assert (len(timeline.steps), timeline.steps[-1]["label"]) == (STEPS, "... and more, which is not kept")
+    assert (len(timeline.steps), timeline.steps[-1]["label"]) == (STEPS, "... and more steps, which are not kept")
     assert max(len(step["label"]) for step in timeline.steps) <= 120
 
 

@@ -131,7 +131,7 @@ def test_the_page_loads_and_says_whose_it_is(page: Watched, show: Show) -> None:
     address = f"socks5h://127.0.0.1:{page.server_address[1]}"
     assert browser.text("h1") == address
     assert address in browser.driver.title
-    assert re.match(r"up \d+ s · no login · connect, bind, udp$", browser.text("#about"))
+    assert re.match(r"up \d+ s · no authentication · CONNECT, BIND, UDP ASSOCIATE$", browser.text("#about"))
     assert re.match(r"\d+\.\d+\.\d+$", browser.text("#version"))
     assert browser.text("#try") == f"curl -x {address} example.com"
     visited = browser.script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
@@ -206,14 +206,16 @@ def test_a_conversation_that_is_chosen_stays_while_others_come(page: Watched, sh
     new_client(page).ask(Command.CONNECT, refusing())
     talk(page)
     browser = show(page)
-    eventually(lambda: browser.texts("nav strong") == [f"#2 127.0.0.1:{echo[1]}", browser.texts("nav strong")[-1]])
+    eventually(lambda: browser.texts("nav strong span") == [f"#2 127.0.0.1:{echo[1]}", browser.texts("nav strong span")[-1]])
+    assert all(re.match(r"\d\d:\d\d:\d\d$", text) for text in browser.texts("nav time"))
     browser.find("nav li:last-child button").click()
     browser.arrow("REPLY connection refused")
     talk(page)
     eventually(lambda: len(browser.texts("nav li")) == 3)
     assert browser.of_all("nav [aria-current=true]", "e.parentNode.dataset.id") == ["1"]
     assert browser.find("#diagram svg").get_attribute("aria-label").startswith("Conversation 1 in ")
-    assert browser.texts("nav small")[-1].startswith("connect · failed (reply 05)")
+    assert re.match("(?i)connection refused · failed \\(reply 05\\)$", browser.texts("nav small")[-1])      # the reason first, without the address
+    assert re.match("(?i)#1 · .* · client 127.* · CONNECT 127.* · failed .* connection refused$", browser.text("#told"))
     assert [text.partition(" ")[0] for text in browser.texts("#diagram .bad .label")] == ["not", "REPLY"]
 
 
@@ -309,6 +311,13 @@ def test_it_fits_and_can_be_read(page: Watched, show: Show, talk: Talk, scheme: 
     eventually(lambda: browser.script(drawn))       # it is drawn again where there is less room
     browser.arrow("REQUEST").click()
     assert browser.script("return document.documentElement.scrollWidth") <= width
+    # Labels are whole, within the diagram, and no lane runs through one: each has a ground of its own.
+    assert browser.texts("#diagram g:not(.note) .label") == browser.texts("#diagram g:not(.note) title")
+    boxes = browser.of_all("#diagram g", "['.label', '.ground'].flatMap((name) => { const box = e.querySelector(name).getBBox(); return [box.x, box.x + box.width, box.y, box.y + box.height]; })")
+    drawn_width = browser.script("return document.querySelector('#diagram svg').viewBox.baseVal.width")
+    for left, right, top, bottom, *ground in boxes:
+        assert 0 <= ground[0] < left < right < ground[1] <= drawn_width
+        assert ground[2] < top < bottom <= ground[3] + 1
     colors = browser.script("""
         const lightness = (text) => text.match(/[0-9.]+/g).slice(0, 3).map(Number).map((c) => c / 255)
             .map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
@@ -336,7 +345,7 @@ def test_a_screen_reader_finds_its_way(page: Watched, show: Show, talk: Talk) ->
     found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node.get("ignored") and "role" in node]
     for role, name in [
         ("banner", ""), ("main", ""), ("contentinfo", ""), ("navigation", "The last conversations"), ("complementary", "The chosen message"),
-        ("table", "Live sessions"), ("columnheader", "Destination"), ("columnheader", "Up"),
+        ("table", "Open connections"), ("columnheader", "Destination"), ("columnheader", "Up"),
     ]:
         assert (role, name) in found, (role, name)
     assert next(name for role, name in found if role == "heading").startswith("socks5h://")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import sys
 from typing import Any, Dict, Tuple
@@ -148,19 +147,18 @@ def test_openmetrics_is_spoken_to_who_asks_for_it(page: Watched) -> None:
 
 
 def test_without_the_extra_it_says_what_to_install(page: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def importing(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name.startswith("prometheus_client"):
-            raise ImportError(name)
-        return real(name, *arguments, **keywords)
-
     monkeypatch.delitem(sys.modules, "socks5srv.monitor.prometheus", raising=False)
-    monkeypatch.setattr(builtins, "__import__", importing)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)         # so that it cannot be imported
     answer = page.ask("/metrics")
     assert (answer.status, answer.body.count(b"\n")) == (501, 1)
     assert b'pip install "socks5srv[metrics]"' in answer.body
+    assert b'"metrics"' not in page.ask("/").body
     assert page.ask("/healthz").body == b"ok\n"
+
+
+def test_with_the_extra_the_page_links_to_the_metrics(page: Watched) -> None:
+    need_module("prometheus_client")
+    assert b'<a href="metrics">metrics</a>' in page.ask("/").body
 
 
 def test_the_manual_has_every_metric_and_every_label(page: Watched) -> None:
@@ -183,4 +181,4 @@ def test_a_version_that_is_none_is_no_bug_and_comes_not_back(page: Watched, capl
     answer = page.raw(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%s\r\n\r\n" % (page.port, accept))
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert (b"socks5srv_build_info" in answer, b"X: y" in answer) == (True, False)
-    assert "a bug" not in caplog.text
+    assert "unhandled exception" not in caplog.text

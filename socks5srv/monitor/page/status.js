@@ -37,11 +37,11 @@ function say(element, text) {
 function amount(octets) {
   let number = octets, unit = "B";
   for (const next of ["kB", "MB", "GB", "TB"]) {
-    if (number < 999.5) break;
+    if (number < (unit === "B" ? 999.5 : 999.95)) break;
     number /= 1000;
     unit = next;
   }
-  return `${unit === "B" || number >= 99.95 ? Math.round(number) : number.toFixed(1)} ${unit}`;
+  return `${unit === "B" ? Math.round(number) : number.toFixed(1)} ${unit}`;
 }
 
 const rate = (octets) => `${amount(octets)}/s`;
@@ -55,7 +55,14 @@ function duration(seconds) {
   return `${Math.floor(whole / 86400)} d ${two(Math.floor(whole / 3600) % 24)} h`;
 }
 
-const words = (name) => name.replaceAll("_", " ");
+/* When it was by the clock, like the time of a line in the log; of another day with its date. */
+function timeOfDay(rfc3339) {
+  const then = new Date(rfc3339), isToday = then.toDateString() === new Date().toDateString();
+  return (isToday ? "" : `${then.toLocaleDateString("en", { month: "short", day: "numeric" })} `) + then.toLocaleTimeString("en-GB");
+}
+
+const words = (name) => ({ close: "served", crowded_out: "evicted" })[name] || name.replaceAll("_", " ");
+const commandOf = (word) => ({ connect: "CONNECT", bind: "BIND", udp: "UDP ASSOCIATE" })[word] || word;
 const inHost = (host) => (host.includes(":") && !host.startsWith("[") ? `[${host}]` : host);
 const place = (row) => (row.host === null ? "" : `${inHost(row.host)}:${row.port}`);
 const spaced = (hex) => (hex.match(/../g) || []).join(" ");
@@ -69,7 +76,7 @@ function showHead(status) {
   say($("version"), status.version);
   say($("address"), status.listening.join("  "));
   say($("about"), [
-    `up ${duration(status.uptime)}`, status.auth === "password" ? "login required" : "no login", status.commands.join(", "),
+    `up ${duration(status.uptime)}`, status.auth === "password" ? "password required" : "no authentication", status.commands.map(commandOf).join(", "),
     ...(status.workers > 1 ? [`${status.workers} processes`] : []), ...(status.ready ? [] : [`not ready: ${status.reason}`]),
   ].join(" \u00b7 "));
   say($("try"), `curl -x ${address} example.com`);
@@ -79,14 +86,14 @@ function showCounters(status) {
   const counters = status.counters, sessions = counters.sessions;
   const failed = (sessions.failed || 0) + (sessions.denied || 0);
   showPairs($("counters"), [
-    ["Open now", count(status.live)], ["Connections", count(counters.connections)], ["Up", amount(counters.up)], ["Down", amount(counters.down)],
+    ["Open now", count(status.live)], ["Connections", count(counters.connections)], ["Up, total", amount(counters.up)], ["Down, total", amount(counters.down)],
     ["Denied or failed", count(failed)], ["Failed logins", count(counters.failed_logins)],
   ], true);
   const table = (numbers, kept) => {
     const rows = Object.entries(numbers).filter(([name, number]) => number || kept.includes(name));
     return rows.map(([name, number]) => [words(name), count(number)]);
   };
-  showPairs($("by-event"), table({ close: 0, ...sessions }, ["close"]).map(([name, number]) => [name === "close" ? "served" : name, number]));
+  showPairs($("by-event"), table({ close: 0, ...sessions }, ["close"]));
   showPairs($("by-reply"), table(counters.replies, ["succeeded"]));
   showPairs($("by-failure"), table(counters.handshake_failures, []));
 }
@@ -167,8 +174,8 @@ function showSession(row, session, workers) {
   say(client, session.client);
   say(user, session.user || "\u2013");
   user.classList.toggle("nobody", !session.user);
-  say(command, session.command || "\u2013");
-  const asked = session.command === "udp" ? "any, by datagrams" : place(session) || "has not asked yet";
+  say(command, commandOf(session.command) || "\u2013");
+  const asked = session.command === "udp" ? "any, by datagrams" : place(session) || "no request yet";
   say(target.firstChild, asked);
   say(target.lastChild, session.peer && session.peer !== asked ? `\u2192 ${session.peer}` : "");
   for (const [cell, octets, speed] of [[up, session.up, session.up_rate], [down, session.down, session.down_rate]]) {
@@ -222,18 +229,19 @@ function showList(recent) {
 const key = (summary, steps) => [steps, summary.event, summary.command, summary.peer, summary.reply].join();
 
 function newItem(id) {
-  const button = make("button", { type: "button" }, make("strong"), make("small"));
+  const button = make("button", { type: "button" }, make("strong", {}, make("span"), make("time")), make("small"));
   button.addEventListener("click", () => choose(id));
   return make("li", { "data-id": id }, button);
 }
 
 function showItem(item, summary) {
   const button = item.firstChild, [what, how] = button.children;
-  say(what, `#${summary.id} ${summary.command === "udp" ? "datagrams" : place(summary) || "no request"}`);
-  const text = (summary.command ? `${summary.command} \u00b7 ` : "") + outcome(summary) + (summary.user ? ` \u00b7 ${summary.user}` : "") + (summary.reason && summary.event !== "close" ? ` \u00b7 ${summary.reason}` : "");
-  say(how, text);
-  how.className = { open: "good", close: "" }[summary.event] ?? "bad";
-  button.title = text;
+  say(what.firstChild, `#${summary.id} ${summary.command === "udp" ? "datagrams" : place(summary) || "no request"}`);
+  say(what.lastChild, timeOfDay(summary.started));
+  const first = isFailed(summary) ? summary.reason.replace(/^\S+:\d+: /, "") : commandOf(summary.command);      // without the address
+  say(how, [first, outcome(summary), summary.user && `user ${summary.user}`].filter(Boolean).join(" \u00b7 "));
+  how.className = isFailed(summary) ? "bad" : summary.event === "open" ? "good" : "";
+  button.title = whole(summary);
   button.setAttribute("aria-current", String(summary.id === chosen));
 }
 
@@ -241,6 +249,17 @@ function outcome(summary) {
   if (summary.event === "open") return "open";
   if (summary.event === "close") return `served in ${short(summary.seconds)}`;
   return words(summary.event) + (summary.reply ? ` (reply ${summary.reply.toString(16).padStart(2, "0")})` : "");
+}
+
+const isFailed = (summary) => !["open", "close"].includes(summary.event);
+
+/* All of it, and nothing cut: its parts are in the order of a line in the log. */
+function whole(summary) {
+  const where = summary.command === "udp" ? "" : ` ${place(summary)}`;
+  return [
+    `#${summary.id}`, timeOfDay(summary.started), `client ${summary.client}`, summary.user && `user ${summary.user}`,
+    summary.command && commandOf(summary.command) + where, outcome(summary), summary.reason,
+  ].filter(Boolean).join(" \u00b7 ");
 }
 
 const short = (seconds) => (seconds < 1 ? `${(seconds * 1000).toFixed(1)} ms` : seconds < 60 ? `${seconds.toFixed(1)} s` : duration(seconds));
@@ -275,9 +294,10 @@ async function load(id) {
 
 // --- the diagram ---
 
-const ROW = 46, HEAD = 50;
+const HEAD = 50, ROW = 30, LINE = 16;     // of a row: what its lines of text are put on top of
+const LABEL = 160;                         // that a label has at least before it is wrapped
 
-let drawn = { id: null, width: 0, names: [] };      // what the diagram shows, so that it can grow without being drawn again
+let drawn = { id: null, width: 0, names: [], steps: 0, y: 0 };      // what the diagram shows, so that it can grow without being drawn again
 
 /* The resolver has a lane only if it was asked. */
 function participants(steps) {
@@ -289,22 +309,20 @@ function showDiagram() {
   const box = $("diagram"), width = Math.max(280, box.clientWidth || 600), steps = loaded.steps, names = participants(steps);
   const isSame = drawn.id === loaded.id && drawn.width === width && drawn.names.length === names.length;
   const svg = isSame ? box.firstChild : newDiagram(box, width, names);
-  const height = HEAD + Math.max(1, steps.length) * ROW + 10;
+  say($("told"), whole(loaded));
+  for (const step of steps.slice(drawn.steps)) svg.append(drawStep(step, drawn.steps++, drawn.lanes, width, drawn.gutter));
+  const height = Math.max(drawn.y, HEAD + ROW + LINE) + 10;
   fill(svg, { viewBox: `0 0 ${width} ${height}`, height, "aria-label": `Conversation ${loaded.id} in ${steps.length} steps` }, []);
   svg.querySelectorAll(".lane").forEach((lane) => lane.setAttribute("y2", height));
   const places = { client: loaded.client, target: loaded.command === "udp" ? "any" : loaded.peer || place(loaded) };
   svg.querySelectorAll(".where").forEach((text, index) => say(text, clip(places[names[index]] || "", drawn.gutter ? 24 : 21)));
-  for (let index = svg.querySelectorAll("[data-step]").length; index < steps.length; index++) {
-    const step = drawStep(steps[index], index, drawn.lanes, width, drawn.gutter);
-    svg.append(step);
-    step.querySelectorAll("[data-room]").forEach(fit);
-  }
 }
 
 function newDiagram(box, width, names) {
-  const gutter = width > 480 ? 66 : 0, edge = gutter ? 62 : 30, gap = (width - gutter - 2 * edge) / (names.length - 1);
+  const gutter = (width - 190) / (names.length - 1) >= LABEL - 10 ? 66 : 0, edge = gutter ? 62 : 30, gap = (width - gutter - 2 * edge) / (names.length - 1);
   const lanes = Object.fromEntries(names.map((name, index) => [name, gutter + edge + index * gap]));
-  drawn = { id: loaded.id, width, names, gutter, lanes };
+  drawn = { id: loaded.id, width, names, gutter, lanes, steps: 0, y: HEAD };
+  pen.font = `13px ${getComputedStyle(document.body).fontFamily}`;
   const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.step : undefined;
   const svg = draw("svg", { role: "group" });
   for (const name of names) {
@@ -328,46 +346,75 @@ function laneText(style, x, y, text, lane, gutter) {
   return draw("text", { class: style, x: x + { start: -30, middle: 0, end: 30 }[anchor], y, "text-anchor": anchor }, text);
 }
 
-/* Takes letters away until the text has room; the whole of it is in the title, and in what is read aloud. */
-function fit(text) {
-  const last = text.lastChild, room = Number(text.dataset.room);
-  while (text.getComputedTextLength() > room && last.textContent.length > 1) {
-    last.textContent = clip(last.textContent, last.textContent.length - 1);
+const pen = document.createElement("canvas").getContext("2d");     // measures text that is not drawn yet
+const NAME = 1.12;      // how much wider bold letters are than others, at most
+
+/* The words in lines that have room, each with its words, its style and its width; a word that is too long for any line is cut. */
+function wrapped(name, rest, room) {
+  const lines = [{ name: "", rest: "", wide: 0 }];
+  for (const [style, text] of [["name", name], ["rest", rest]]) {
+    const most = room / (style === "name" ? NAME : 1);
+    for (const word of text.split(" ").filter(Boolean).flatMap((long) => pieces(long, most))) {
+      const wide = pen.measureText(`${word} `).width * (style === "name" ? NAME : 1);
+      let line = lines[lines.length - 1];
+      if (line.wide && line.wide + wide > room) lines.push(line = { name: "", rest: "", wide: 0 });
+      line[style] += (line.wide ? " " : "") + word;
+      line.wide += wide;
+    }
   }
+  return lines;
+}
+
+function pieces(word, most) {
+  const found = [""];
+  for (const letter of word) {
+    if (pen.measureText(found[found.length - 1] + letter).width > most) found.push("");
+    found[found.length - 1] += letter;
+  }
+  return found;
+}
+
+/* Lines of text in the middle of a place, on a ground of their own where a lane would run through them. */
+function textBlock(style, lines, middle, y) {
+  const wide = Math.max(...lines.map((line) => line.wide)) + 4;
+  const text = draw("text", { class: style, y, "text-anchor": "middle" }, ...lines.flatMap((line, index) => [
+    index ? " " : "",
+    draw("tspan", { x: middle, y: y + index * LINE }, draw("tspan", { class: "name" }, line.name), line.rest),
+  ]));
+  return [draw("rect", { class: "ground", x: middle - wide / 2, y: y - 13, width: wide, height: lines.length * LINE + 1, rx: 3 }), text];
 }
 
 function drawStep(step, index, lanes, width, gutter) {
-  const y = HEAD + index * ROW, group = draw("g", {
+  const from = lanes[step.from] || lanes.client, to = lanes[step.to] || lanes.proxy, isNote = step.kind === "note";
+  const title = (isNote ? step.title : step.exhibit && step.exhibit.title) || "";
+  const rest = isNote && title.endsWith("OPEN") ? "" : step.label.slice(title.length);    // its ends are those of the diagram
+  const span = isNote ? lanes.target - lanes.client - 20 : Math.max(Math.abs(to - from) - 14, LABEL);
+  const lines = wrapped(title, rest, Math.min(span, width - gutter - 8)), half = Math.max(...lines.map((line) => line.wide)) / 2 + 4;
+  const middle = isNote ? (lanes.client + lanes.target) / 2 : Math.max(gutter + half, Math.min(width - half, (from + to) / 2));
+  const y = drawn.y, high = ROW + lines.length * LINE;
+  drawn.y += high;
+  const group = draw("g", {
     role: "button", tabindex: 0, "data-step": index, "aria-controls": "detail", "aria-pressed": String(index === opened), "aria-label": aloud(step, index),
     class: `${step.kind} ${isBad(step) ? "bad" : ""}`,
-  }, draw("title", {}, step.label), draw("rect", { class: "hit", x: 1, y: y + 1, width: width - 2, height: ROW - 3, rx: 6 }));
-  if (step.kind === "note") drawNote(group, step, y, lanes, width);
-  else drawArrow(group, step, y, lanes, width);
-  if (gutter) group.append(draw("text", { class: "at", x: gutter - 8, y: y + 29, "text-anchor": "end" }, after(step.at)));
+  }, draw("title", {}, step.label), draw("rect", { class: "hit", x: 1, y: y + 1, width: width - 2, height: high - 3, rx: 6 }));
+  if (isNote) {
+    group.append(draw("rect", { class: "band", x: lanes.client - 12, y: y + 10, width: lanes.target - lanes.client + 24, height: high - 20, rx: 13 }));
+  } else {
+    group.append(...arrow(from, to, y + high - 13));
+  }
+  group.append(...textBlock("label", lines, middle, y + (isNote ? 27 : 22)));
+  if (gutter) group.append(draw("text", { class: "at", x: gutter - 8, y: y + high - 17, "text-anchor": "end" }, after(step.at)));
   group.addEventListener("click", () => open(index));
   group.addEventListener("keydown", (event) => pressed(event, index));
   return group;
 }
 
-function drawArrow(group, step, y, lanes, width) {
-  const from = lanes[step.from] || lanes.client, to = lanes[step.to] || lanes.proxy, way = Math.sign(to - from) || 1, line = y + 33;
-  const toTarget = Math.max(from, to) === lanes.target;      // its label ends there, others begin at the left of their arrow
-  const x = toTarget ? lanes.target - 10 : Math.min(from, to) + 10;
-  const room = toTarget ? x - lanes.client - 10 : width - x - 4;
-  const name = step.kind === "message" ? step.exhibit.title : "", rest = step.label.slice(name.length);
-  group.append(
-    draw("path", { class: "arrow", d: `M${from + way * 3} ${line}H${to - way * 8}` }),
-    draw("path", { class: "tip", d: `M${to - way * 2} ${line}l${-way * 9} -4.5v9z` }),
-    draw("text", { class: "halo label", x, y: y + 22, "text-anchor": toTarget ? "end" : "start", "data-room": room },
-      draw("tspan", { class: "name" }, name), draw("tspan", {}, rest)));
-}
-
-function drawNote(group, step, y, lanes, width) {
-  const x = lanes.client - 12, wide = lanes.target - lanes.client + 24, title = step.title || "";
-  const rest = title.endsWith("OPEN") ? "" : step.label.slice(title.length);     // its ends are those of the diagram
-  group.append(
-    draw("rect", { class: "band", x, y: y + 10, width: wide, height: 26, rx: 13 }),
-    draw("text", { x: x + wide / 2, y: y + 27, "text-anchor": "middle", "data-room": wide - 20 }, draw("tspan", { class: "name" }, title), draw("tspan", {}, rest)));
+function arrow(from, to, y) {
+  const way = Math.sign(to - from) || 1;
+  return [
+    draw("path", { class: "arrow", d: `M${from + way * 3} ${y}H${to - way * 8}` }),
+    draw("path", { class: "tip", d: `M${to - way * 2} ${y}l${-way * 9} -4.5v9z` }),
+  ];
 }
 
 const after = (seconds) => (seconds < 10 ? `+${(seconds * 1000).toFixed(1)} ms` : `+${duration(seconds)}`);
@@ -398,6 +445,8 @@ function open(index) {
     step.setAttribute("aria-pressed", String(Number(step.dataset.step) === index));
   }
   showDetail();
+  const isBelow = getComputedStyle($("detail")).position === "static";
+  if (isBelow) $("detail").scrollIntoView({ block: "nearest" });       // or nothing would seem to happen on a phone
 }
 
 // --- a message ---
@@ -409,7 +458,7 @@ function showDetail() {
   const which = `${loaded && loaded.id}.${step ? opened : ""}`;
   if (which === detailOf) return;
   detailOf = which;
-  if (!step) $("detail").replaceChildren(make("p", { class: "hint" }, "Choose an arrow, with the mouse or with Tab and Enter: its message is shown here, field by field."));
+  if (!step) $("detail").replaceChildren(make("p", { class: "hint" }, "Choose an arrow (click or tap it, or Tab and Enter): its message is shown here, field by field."));
   else if (step.kind === "message") $("detail").replaceChildren(...messageDetail(step.exhibit));
   else $("detail").replaceChildren(make("h3", {}, step.kind === "note" ? "What happened" : `${step.from} \u2192 ${step.to}`), make("p", { class: "line" }, after(step.at)), make("p", {}, step.label));
 }
