@@ -59,7 +59,7 @@ class Stats(Protocol):
 
     def not_ready(self) -> str: """Why no more clients should be sent here; empty if they may come."""
 
-    def capacity(self) -> Tuple[int, float]: """How many clients there are, and how many there may be."""
+    def capacity(self) -> Tuple[int, float]: """How many connections of clients are open, and how many may be."""
 
 
 class LocalStats:

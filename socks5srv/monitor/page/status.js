@@ -295,7 +295,7 @@ async function load(id) {
 // --- the diagram ---
 
 const HEAD = 50, ROW = 30, LINE = 16;     // of a row: what its lines of text are put on top of
-const LABEL = 160;                         // that a label has at least before it is wrapped
+const LABEL = 176;                         // that a label has at least before it is wrapped
 
 let drawn = { id: null, width: 0, names: [], steps: 0, y: 0 };      // what the diagram shows, so that it can grow without being drawn again
 
@@ -319,7 +319,7 @@ function showDiagram() {
 }
 
 function newDiagram(box, width, names) {
-  const gutter = (width - 190) / (names.length - 1) >= LABEL - 10 ? 66 : 0, edge = gutter ? 62 : 30, gap = (width - gutter - 2 * edge) / (names.length - 1);
+  const gutter = (width - 190) / (names.length - 1) >= 150 ? 66 : 0, edge = gutter ? 62 : 30, gap = (width - gutter - 2 * edge) / (names.length - 1);
   const lanes = Object.fromEntries(names.map((name, index) => [name, gutter + edge + index * gap]));
   drawn = { id: loaded.id, width, names, gutter, lanes, steps: 0, y: HEAD };
   pen.font = `13px ${getComputedStyle(document.body).fontFamily}`;
@@ -365,13 +365,19 @@ function wrapped(name, rest, room) {
   return lines;
 }
 
+/* At a dot or a dash, if there is one. */
 function pieces(word, most) {
-  const found = [""];
+  const found = [];
+  let piece = "";
   for (const letter of word) {
-    if (pen.measureText(found[found.length - 1] + letter).width > most) found.push("");
-    found[found.length - 1] += letter;
+    if (pen.measureText(piece + letter).width > most) {
+      const end = piece.search(/[^-.:/]*$/) || piece.length;
+      found.push(piece.slice(0, end));
+      piece = piece.slice(end);
+    }
+    piece += letter;
   }
-  return found;
+  return [...found, piece];
 }
 
 /* Lines of text in the middle of a place, on a ground of their own where a lane would run through them. */
