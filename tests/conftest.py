@@ -34,6 +34,7 @@ from socks5srv.handler import Socks5Handler
 from socks5srv.outbound import Route
 from socks5srv.server import Socks5Server
 from socks5srv.session import Session
+from socks5srv.users import Hash
 
 from .networks import LinkLocal, link_local_address, network_of_its_own
 
@@ -202,6 +203,12 @@ def link_local() -> Iterator[LinkLocal]:
 
 
 # --- servers ---
+
+def cheap_hash(password: str, rounds: int = 1000) -> str:
+    """A hash as --hash-password makes it, but quick to compute."""
+    blank = Hash("pbkdf2_sha256", (rounds,), os.urandom(16), bytes(32))
+    return str(blank._replace(digest=blank.of(password)))
+
 
 class Names:
     """

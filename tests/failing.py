@@ -12,7 +12,7 @@ import errno
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import socks5srv
 
@@ -28,7 +28,7 @@ class FailingCalls:
         self.spared = spared            # functions that are the guard, not what is guarded
         self.errors = errors
         self.over = False
-        self.failed: List[Tuple[str, str, int, int]] = []
+        self.failed: Dict[Tuple[str, str, int, int], None] = {}        # in this order; it is looked into at every call
         self.quiet = 0                  # times in a row that nothing new was called
 
     def arm(self) -> None:
@@ -45,7 +45,7 @@ class FailingCalls:
             return
         for number, error in enumerate(self.errors):
             if (*place, number) not in self.failed:
-                self.failed.append((*place, number))
+                self.failed[(*place, number)] = None
                 self.quiet = 0
                 sys.setprofile(None)
                 raise error()

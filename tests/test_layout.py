@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ A_PROGRAMS_BUSINESS = {"argparse", "signal", "getpass", "sys", "subprocess", "at
 modules = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
+@lru_cache(maxsize=None)
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -66,8 +68,13 @@ def calls(path):
         yield getattr(node.func, "id", None) or getattr(node.func, "attr", None), node
 
 
+@lru_cache(maxsize=None)
 def imported(path):
     """The modules that a module imports, wherever in it and for whatever: absolute as they are, our own as ``room`` or ``room.module``."""
+    return list(found_imports(path))
+
+
+def found_imports(path):
     package = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):

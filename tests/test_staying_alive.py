@@ -28,13 +28,13 @@ from socks5srv.server import Socks5Server
 from socks5srv.service.affinity import CoreAffinity
 from socks5srv.service.build import Single, listening_sockets
 from socks5srv.service.settings import Settings
-from socks5srv.users import UsersFile, hash_password
+from socks5srv.users import UsersFile
 from socks5srv.workers.channel import Channel, LoginFailed, UsersChanged, WorkerConfig
 from socks5srv.workers.shared import Scoreboard
 from socks5srv.workers.supervisor import Supervisor
 from socks5srv.workers.worker import WorkerServer
 
-from .conftest import LOCALHOST, TIMEOUT, Client, eventually, server_threads
+from .conftest import LOCALHOST, TIMEOUT, Client, cheap_hash, eventually, server_threads
 from .failing import ERRORS, FailingCalls
 
 QUIET = 20          # turns in a row in which nothing new has been called: then all has failed
@@ -98,8 +98,8 @@ class Turns:
     def go_on_until_all_has_failed(self, functions: Set[str]) -> None:
         until = time.monotonic() + PATIENCE
         while self.calls.quiet <= QUIET or functions - set(self.calls.functions()):
-            assert time.monotonic() < until, f"there is no end: {self.calls.failed[-5:]}, {functions - set(self.calls.functions())}"
-            assert self.thread.is_alive(), f"{self.calls.failed[-1]} has ended it: {self.error}"
+            assert time.monotonic() < until, f"there is no end: {list(self.calls.failed)[-5:]}, {functions - set(self.calls.functions())}"
+            assert self.thread.is_alive(), f"{list(self.calls.failed)[-1]} has ended it: {self.error}"
             visit(self.address)
 
 
@@ -124,7 +124,7 @@ def calls() -> Iterator[FailingCalls]:
 @pytest.fixture
 def users(tmp_path: Path) -> UsersFile:
     path = tmp_path / "users"
-    path.write_text(f"anna:{hash_password('sesame')}\n", encoding="utf-8")
+    path.write_text(f"anna:{cheap_hash('sesame')}\n", encoding="utf-8")
     path.chmod(0o600)
     return UsersFile(str(path))
 
@@ -203,7 +203,7 @@ def test_the_page_survives_the_failure_of_all_that_it_calls(closing: ExitStack, 
     closing.enter_context(page)
     until = time.monotonic() + PATIENCE
     while calls.quiet <= QUIET and time.monotonic() < until:
-        assert page.thread.is_alive(), f"{calls.failed[-1]} has ended it"
+        assert page.thread.is_alive(), f"{list(calls.failed)[-1]} has ended it"
         with suppress(OSError):
             socket.create_connection(page.server_address[:2], 0.2).close()
     calls.stop()

@@ -12,20 +12,13 @@ from typing import Any, List, Tuple
 
 import pytest
 from tests.conftest import (
-    LOCALHOST, TIMEOUT, Client, Place, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, within,
+    LOCALHOST, TIMEOUT, Client, Place, cheap_hash, eventually, exchange, in_thread, name, needs_ipv6, needs_neighbour, within,
 )
 from tests.program import AtTerminal, Run, Service, Start, by_shell, needs_full_disk, needs_hangup, needs_posix, processes_too
 
 from socks5srv.protocol import Command, Credentials, Method, ReplyCode
-from socks5srv.users import Hash
 
 NEIGHBOUR = "127.0.0.2"
-
-
-def cheap_hash(password: str, rounds: int = 1000) -> str:
-    """A hash as --hash-password makes it, but quick to compute."""
-    blank = Hash("pbkdf2_sha256", (rounds,), os.urandom(16), bytes(32))
-    return str(blank._replace(digest=blank.of(password)))
 
 
 def write_users(path: Path, *lines: str, mode: int = 0o600, **users: str) -> Path:
