@@ -35,12 +35,8 @@ class Packet(NamedTuple):
 
 
 def sum_of_words(octets: bytes) -> int:
-    """RFC 1071, word by word."""
-    total = 0
-    for (word,) in struct.iter_unpack("!H", octets + b"\0" * (len(octets) % 2)):
-        total += word
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
+    """The sum that RFC 1071 has in mind: of 16 bits each, with what overflows added again; that is, modulo 65535."""
+    return int.from_bytes(octets + b"\0" * (len(octets) % 2), "big") % 0xFFFF or 0xFFFF
 
 
 def packets_in(octets: bytes) -> List[Packet]:
