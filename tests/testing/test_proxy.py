@@ -339,7 +339,9 @@ def test_a_coroutine_waits_while_others_go_on(proxy: Proxy, echo: EchoServer) ->
                 client.connect(echo.address)
         return await waiting
 
+    began = time.monotonic()
     assert asyncio.run(talk()) == proxy.sessions
+    assert time.monotonic() - began < within(0.5)       # and not when its seconds are over
     assert proxy.wakers == []
 
 
@@ -361,7 +363,7 @@ def test_a_coroutine_that_waits_in_vain_has_its_time_or_is_cancelled(proxy: Prox
     assert proxy.wakers == []
 
 
-def test_a_loop_that_has_ended_in_the_middle_of_it_harms_nobody(proxy: Proxy, echo: EchoServer) -> None:
+def test_a_loop_that_has_ended_in_the_middle_of_it_harms_nobody(proxy: Proxy, echo: EchoServer, bugs: Any) -> None:
     loop = asyncio.new_event_loop()
     waiting = proxy.wait_for_async()
     task = loop.create_task(waiting)
@@ -370,7 +372,8 @@ def test_a_loop_that_has_ended_in_the_middle_of_it_harms_nobody(proxy: Proxy, ec
     loop.close()
     with Client(proxy.address) as client:
         client.connect(echo.address)
-    assert proxy.wait_for()
+    assert proxy.wait_for(closed=True)
+    assert not bugs
     waiting.close()
     task._log_destroy_pending = False       # type: ignore[attr-defined]    # else asyncio complains of it
 
