@@ -35,8 +35,9 @@ class Packet(NamedTuple):
 
 
 def sum_of_words(octets: bytes) -> int:
-    """The sum that RFC 1071 has in mind: of 16 bits each, with what overflows added again; that is, modulo 65535."""
-    return int.from_bytes(octets + b"\0" * (len(octets) % 2), "big") % 0xFFFF or 0xFFFF
+    """The sum that RFC 1071 has in mind: of 16 bits each, with what overflows added again; that is, modulo 65535, and 0 of zeros only."""
+    number = int.from_bytes(octets + b"\0" * (len(octets) % 2), "big")
+    return number and (number % 0xFFFF or 0xFFFF)
 
 
 def packets_in(octets: bytes) -> List[Packet]:
