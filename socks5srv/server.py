@@ -94,7 +94,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
 
     Attributes:
         users: passwords by name, or a UsersFile; None asks for no password, with an empty mapping none is right (None)
-        rules: what may be reached, in lines like "deny *.ads.example": see rules.py (none: everything)
+        rules: what may be reached, in lines like ``"deny *.ads.example"``: see rules.py (none: everything)
         allow_from: networks whose clients need no password; without users, the only ones that are served (none)
         allow_open_proxy: let whoever reaches it use it, beyond loopback and without a password (False)
         allow_local_targets: let other computers reach what only this one should: see rules.py (False)

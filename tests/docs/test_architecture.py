@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from socket import socket
 from typing import List, Tuple
 
 import pytest
 
 from socks5srv import Socks5Handler, Socks5Server, protocol
-from socks5srv.listener import Listener
 from tests.test_layout import ABOVE, MAY_IMPORT
 
 from .pages import ROOT, blocks, literals, table
@@ -46,7 +46,7 @@ def test_no_module_imports_from_a_layer_above() -> None:
 def test_the_life_of_a_connect_has_the_names_of_the_source() -> None:
     life = blocks("text", "architecture")[1]
     for name in re.findall(r"\b(\w+)\(\)", life):
-        assert any(hasattr(owner, name) for owner in (Socks5Handler, Socks5Server, Listener)), name
+        assert any(hasattr(owner, name) for owner in (Socks5Handler, Socks5Server, socket)), name
     messages = set(re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)*\b", life)) - {"Tunnel"}
     assert len(messages) == 6
     assert not [name for name in messages if not hasattr(protocol, name)]
