@@ -46,6 +46,7 @@ does (:ref:`explain`), and print the hash of a password for a users file (:ref:`
 MORE: Dict[str, str] = {
     "PORT": "The default is ``127.0.0.1:1080``.",
     "--bind": "A link-local IPv6 address has its zone with it: ``fe80::1%eth0``.",
+    "--port": "It is that of all addresses.",
     "--port-file": "For scripts; the file is removed at the end.  A pipe must have its reader by then.",
     "--user": "A password on the command line can be seen by other users of the computer.",
     "--users-file": "Also on SIGHUP.  See :ref:`users`.",
