@@ -56,7 +56,6 @@ MORE: Dict[str, str] = {
     "--upstream": "See :ref:`upstream`.",
     "--max-clients": "A connection counts as two descriptors, with BIND or UDP ASSOCIATE as four.",
     "--workers": "See :ref:`workers`.",
-    "--connect-timeout": "The lookup is included.",
     "--idle-timeout": "Keepalive finds peers that are gone.",
     "--explain": "See :ref:`explain`.",
     "--log-format": "The form of lines for people may change; for programs there is :ref:`json-log`.",
@@ -107,7 +106,10 @@ Exit codes
    * - 130
      - a second Ctrl-C, which does not wait for anything
 
-With ``--run`` it is the program's.  ``socks5srv check`` exits with 0 if no question failed, and with 1 if one did.
+With ``--run`` it is the program's.
+
+``socks5srv check`` exits with 0 if nothing failed, with 1 if something
+did or it cannot connect, and with 2 for wrong usage or a server that does not speak SOCKS5.
 """
 
 
