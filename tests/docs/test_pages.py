@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import socks5srv
 from socks5srv import Socks5Handler, Socks5Server, testing
 from socks5srv.cli.banner import listening
 from socks5srv.cli.console import KEYS
@@ -106,6 +107,13 @@ def test_the_table_of_settings_is_right() -> None:
                 assert repr(getattr(server, name)) == literals(default)[0]
         assert server.commands == frozenset(Command)
         assert repr(server.route) == repr(type(server.route)())
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    documented = set(re.findall(r"\w+", page("api")))
+    targets = {"EchoServer", "WebServer", "FtpServer", "DnsServer"}
+    kinds = {name for name in faults.__all__ if isinstance(getattr(faults, name), type) and issubclass(getattr(faults, name), faults.Fault)}
+    assert {*socks5srv.__all__, *testing.__all__, *kinds, *targets} <= documented
 
 
 # --- tests ---
