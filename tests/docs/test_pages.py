@@ -18,6 +18,7 @@ from socks5srv.cli.console import KEYS
 from socks5srv.cli.options import build_parser
 from socks5srv.explain.tables import explanation
 from socks5srv.protocol import Address, AddressType, Command, Request
+from socks5srv.server import Defaults
 from socks5srv.service.summary import Summary
 from socks5srv.session import Session
 from socks5srv.testing import faults
@@ -101,6 +102,7 @@ def test_the_table_of_hooks_is_that_of_the_handler() -> None:
 
 def test_the_table_of_settings_is_right() -> None:
     documented = {literals(name)[0]: default for name, default, _meaning in table("scripting", "Attribute")}
+    assert set(documented) == {name for name in vars(Defaults) if not name.startswith("_")}
     with Socks5Server(("127.0.0.1", 0)) as server:
         for name, default in documented.items():
             if name not in ("commands", "route"):
