@@ -6,6 +6,7 @@ What an option does is its help.  `MORE` has what the help has no room for; test
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from socks5srv import check  # noqa: E402  (they are found by the line above)
 from socks5srv.cli.options import build_parser  # noqa: E402
 
 PAGE = HERE / "cli.rst"
+OPTION = re.compile(r"(?<![\w/-])(--?[a-z][a-z-]*)")
 
 HEAD = """\
 .. Written by python3 docs/cli_page.py, from the parsers: do not edit it.
@@ -133,6 +135,7 @@ def spelled(action: Action) -> str:
 def entry(action: Action, more: str) -> str:
     """One option: its forms, its help as a sentence, and what there is to add."""
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("*", r"\*").rstrip(".")
+    text = OPTION.sub(r"``\1``", text)
     sentences = f"{text[:1].upper()}{text[1:]}.  {more}".rstrip()
     return f".. option:: {spelled(action)}\n\n   {sentences}\n"
 
