@@ -35,9 +35,12 @@ class Packet(NamedTuple):
 
 
 def sum_of_words(octets: bytes) -> int:
-    """The sum that RFC 1071 has in mind: of 16 bits each, with what overflows added again; that is, modulo 65535, and 0 of zeros only."""
-    number = int.from_bytes(octets + b"\0" * (len(octets) % 2), "big")
-    return number and (number % 0xFFFF or 0xFFFF)
+    """RFC 1071, word by word."""
+    total = 0
+    for (word,) in struct.iter_unpack("!H", octets + b"\0" * (len(octets) % 2)):
+        total += word
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
 
 
 def packets_in(octets: bytes) -> List[Packet]:
