@@ -66,10 +66,10 @@ class Proxy(NamedTuple):
             host, port, parts = "", None, urlsplit("")
         if parts.scheme not in ("socks5", "socks5h") or not host or port == 0 or parts.path not in ("", "/") or parts.query or parts.fragment:
             # What was written is not shown: it may have a password in it.
-            raise ValueError("the address of a proxy is socks5h://[NAME:PASSWORD@]HOST:PORT, with %40 for @, %3A for : and %2F for / in a login")
+            raise ValueError("invalid proxy URL: expected socks5h://[NAME:PASSWORD@]HOST:PORT, with %40 for @, %3A for : and %2F for / in NAME and PASSWORD")
         username, password = (unquote_to_bytes(text or "") for text in (parts.username, parts.password))
         if max(len(username), len(password)) > 255:
-            raise ValueError("the name and the password for a proxy have 255 octets at most")
+            raise ValueError("invalid proxy URL: the name and the password have 255 bytes at most")
         return cls(host, 1080 if port is None else port, username, password, parts.scheme == "socks5h")
 
     def __str__(self) -> str:
@@ -124,7 +124,7 @@ class Conversation:
         self.send(Greeting(bytes(ways)))
         method = self.receive(MethodSelection).method
         if method == Method.NO_ACCEPTABLE_METHODS:
-            raise NoAcceptableMethod("the proxy wants a login" + (" of another kind" if proxy.username else ", and there is none in its URL"))
+            raise NoAcceptableMethod("the proxy requires " + ("another kind of authentication" if proxy.username else "authentication, and its URL has no NAME:PASSWORD"))
         if method not in ways:
             raise ProtocolError(f"the proxy has chosen method {method:02x}, which was not offered")
         ways[method](self)
@@ -303,7 +303,7 @@ def dial_address(row: Tuple[Any, ...], until: float) -> socket.socket:
 def destinations(proxy: Proxy, host: str, port: int) -> List[Address]:
     """What to write for a host, at least one: it as it is, or the addresses that it has here."""
     if not 0 <= port < 65536:
-        raise ValueError(f"{port} is no port")
+        raise ValueError(f"invalid port {port}: expected 0-65535")
     if ":" in host:
         host = host.partition("%")[0]       # the zone is one of this computer's, and means nothing to the proxy
     address = Address.named(ascii_form(host), port)

@@ -67,7 +67,7 @@ class Rule(NamedTuple):
         """Read ``allow TARGET`` or ``deny TARGET``; BadRule if it is neither."""
         action, _, target = text.strip().partition(" ")
         if action not in ("allow", "deny") or not target.strip():
-            raise BadRule(f"{text!r} is no rule: allow TARGET or deny TARGET is")
+            raise BadRule(f"invalid rule {text!r}: expected allow TARGET or deny TARGET")
         host, ports = split_target(target.strip())
         name, network = (None, None) if host in ("", "*") else parse_host(host)
         return cls(action == "allow", name, network, ports, text.strip())
@@ -155,7 +155,7 @@ def split_target(text: str) -> Tuple[str, range]:
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket:
-            raise BadRule(f"{text!r} lacks its closing bracket")
+            raise BadRule(f"invalid target {text!r}: its closing bracket is missing")
         bits, colon, ports = rest.partition(":")
         host += bits
     elif text.count(":") > 1:       # IPv6 without brackets has no port
@@ -169,24 +169,24 @@ def parse_ports(text: str, ports: str) -> range:
     first, dash, last = ports.partition("-")
     numbers = (first, last) if dash else (first, first)
     if not all(number.isascii() and number.isdigit() and int(number) < 65536 for number in numbers):
-        raise BadRule(f"{text!r} has no port after its colon: PORT or PORT-PORT, from 0 to 65535")
+        raise BadRule(f"invalid port in {text!r}: expected PORT or PORT-PORT, 0-65535")
     found = range(int(numbers[0]), int(numbers[1]) + 1)
     if not found:
-        raise BadRule(f"{text!r} has its ports the wrong way round: the lower one comes first")
+        raise BadRule(f"invalid ports in {text!r}: the lower one comes first")
     return found
 
 
 def parse_host(host: str) -> Tuple[Optional[str], Optional[Network]]:
     """A name or a network, and None for the other."""
     if "%" in host:
-        raise BadRule(f"{host!r} has a zone, and rules do not know them: leave the % and what follows away")
+        raise BadRule(f"invalid address {host!r}: leave out the zone, which is the % and what follows")
     try:
         network = ip_network(host, strict=False)
     except ValueError:
         star = "*." if host.startswith("*.") else ""
         return star + parse_name(host, host[len(star):]), None
     if ip_interface(host).ip != network.network_address:
-        raise BadRule(f"{host!r} is no network: {network} would be one")
+        raise BadRule(f"invalid network {host!r}: host bits set; did you mean {network}?")
     return None, network
 
 
@@ -197,9 +197,9 @@ def parse_name(host: str, bare: str) -> str:
     except UnicodeError:            # it would never match
         name = ""
     if NUMERIC.fullmatch(name) or "/" in bare or ":" in bare:
-        raise BadRule(f"{host!r} is no address: write it out, as in 127.0.0.1 or 10.0.0.0/8")
+        raise BadRule(f"invalid address {host!r}: write it out, as in 127.0.0.1 or 10.0.0.0/8")
     if not name or "*" in name or not name.isprintable() or " " in name:
-        raise BadRule(f"{host!r} is no host: NAME, *.DOMAIN, an IP address or NETWORK/BITS is")
+        raise BadRule(f"invalid host {host!r}: expected NAME, *.DOMAIN, an IP address or NETWORK/BITS")
     return canonical(name)
 
 

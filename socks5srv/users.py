@@ -140,7 +140,7 @@ class UsersFile(Users):
         if self.uneven:
             self.uneven = False
             logger.warning("the hashes in %s cost more or less, so the time that an answer takes tells who is a user: make the "
-                           "cheaper ones anew with --hash-password", self.path)
+                           "cheaper ones again with socks5srv hash-password", self.path)
 
     def refresh(self) -> Set[str]:
         """Read the file again if it has changed, and has settled since; at once if that is asked for."""
@@ -196,7 +196,7 @@ def read_users(path: str) -> Dict[str, str]:
         with open(path, encoding="utf-8-sig", opener=open_at_once) as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):        # reading it could last, and it cannot be read again
-                raise BadUsersFile(f"users file {path} is no regular file: a pipe or a device has no users")
+                raise BadUsersFile(f"users file {path} is not a regular file")
             lines = stream.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadUsersFile(f"users file {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
@@ -207,7 +207,7 @@ def read_users(path: str) -> Dict[str, str]:
         if line.strip() and not line.startswith("#"):
             name, hash = read_line(line.strip(), f"{path}:{number}")
             if name in users:
-                raise BadUsersFile(f"{path}:{number}: user {name!r} is there twice")
+                raise BadUsersFile(f"{path}:{number}: user {name!r} is listed twice")
             users[name] = hash
     return users
 
@@ -215,7 +215,7 @@ def read_users(path: str) -> Dict[str, str]:
 def read_line(line: str, where: str) -> Tuple[str, str]:
     name, colon, hash = line.partition(":")
     if not colon or not 1 <= len(name.encode()) <= 255:
-        raise BadUsersFile(f"{where}: expected NAME:HASH, with a HASH from --hash-password")
+        raise BadUsersFile(f"{where}: expected NAME:HASH, with a HASH from socks5srv hash-password")
     try:
         Hash.parse(hash)
     except ValueError as error:
@@ -237,14 +237,14 @@ class Hash(NamedTuple):
     def parse(cls, text: str) -> Hash:
         method, *cost, salt, digest = text.split("$") if text.count("$") >= 3 else [text, "", ""]
         if (method, len(cost)) not in (("scrypt", 3), ("pbkdf2_sha256", 1)):
-            raise ValueError("expected a HASH from --hash-password: scrypt$... or pbkdf2_sha256$...")
+            raise ValueError("expected a HASH from socks5srv hash-password: scrypt$... or pbkdf2_sha256$...")
         try:
             numbers = tuple(map(int, cost))
             found = cls(method, numbers, base64.b64decode(salt, validate=True), base64.b64decode(digest, validate=True))
         except ValueError:
-            raise ValueError("this HASH is damaged; make it anew with --hash-password") from None
+            raise ValueError("this HASH is damaged; make another with socks5srv hash-password") from None
         if not found.affordable:
-            raise ValueError("this HASH takes too little or too much to compute; make it anew with --hash-password")
+            raise ValueError("this HASH takes too little or too much to compute; make another with socks5srv hash-password")
         return found
 
     @classmethod

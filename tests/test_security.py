@@ -488,7 +488,7 @@ def test_a_pipe_in_place_of_a_file_stops_nothing(users_file: Path, start_server:
     server = start_server(users=users.UsersFile(str(users_file)), handshake_timeout=0.2)
     users_file.unlink()
     os.mkfifo(str(users_file), 0o600)
-    eventually(lambda: "is no regular file" in " ".join(record.getMessage() for record in bugs))
+    eventually(lambda: "is not a regular file" in " ".join(record.getMessage() for record in bugs))
     bugs.clear()
     assert new_client(server).rest() == b""         # the deadline is kept
     assert "took too long" in server.next_ended().reason

@@ -126,7 +126,7 @@ def test_an_upstream_that_is_down_is_not_mistaken_for_the_socket_that_calls_it(s
 def test_an_upstream_that_wants_another_login_says_so_in_the_log(start_server: Any, login: str) -> None:
     far = start_server(users={"anna": "sesame"})
     reason = refused(start_server(through(far, login))).reason
-    assert ("does not accept the name or the password" if login else "wants a login") in reason
+    assert ("does not accept the name or the password" if login else "requires authentication") in reason
     assert "guessed" not in reason
 
 

@@ -86,7 +86,7 @@ def test_where_there_is_no_scrypt_pbkdf2_is_used(monkeypatch: pytest.MonkeyPatch
     "scrypt$524288$8$1$c2FsdA==$" + "A" * 44, "scrypt$2$1$1$$" + "A" * 44, "scrypt$2$1$1$c2FsdA==$AAAA", "scrypt$-2$1$1$c2FsdA==$" + "A" * 44,
 ])
 def test_what_is_no_hash_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="--hash-password"):
+    with pytest.raises(ValueError, match=r"socks5srv hash-password|too little or too much"):
         Hash.parse(text)
 
 
@@ -189,7 +189,7 @@ def test_a_bad_line_is_reported_with_its_number_and_what_was_expected(write: Wri
 
 
 def test_a_name_may_be_there_once(write: Write) -> None:
-    with pytest.raises(BadUsersFile, match=":2: user 'anna' is there twice"):
+    with pytest.raises(BadUsersFile, match=":2: user 'anna' is listed twice"):
         UsersFile(write(login("anna", "a"), login("anna", "b")))
 
 
@@ -212,7 +212,7 @@ needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="not on this 
 def test_a_pipe_in_place_of_the_file_is_refused_and_not_waited_for(tmp_path: Any) -> None:
     path = str(tmp_path / "users")
     os.mkfifo(path, 0o600)
-    with pytest.raises(BadUsersFile, match="is no regular file"):
+    with pytest.raises(BadUsersFile, match="is not a regular file"):
         in_thread(UsersFile, path)()
 
 
@@ -222,13 +222,13 @@ def test_a_pipe_that_takes_the_place_of_the_file_changes_nothing_and_is_told(wri
     os.mkfifo(file.path + ".pipe", 0o600)
     os.replace(file.path + ".pipe", file.path)
     assert in_thread(file.refresh)() == set()
-    assert "is no regular file" in caplog.text
+    assert "is not a regular file" in caplog.text
     assert file.check("anna", "a")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/null"), reason="not on this platform: devices with a name")
 def test_a_device_in_place_of_the_file_is_refused() -> None:
-    with pytest.raises(BadUsersFile, match="is no regular file"):
+    with pytest.raises(BadUsersFile, match="is not a regular file"):
         UsersFile("/dev/null")
 
 
@@ -612,5 +612,5 @@ def test_only_so_many_hashes_are_computed_at_a_time(write: Write, monkeypatch: p
 
 def test_a_hash_that_scrypt_cannot_compute_is_refused() -> None:
     """RFC 7914 section 6 bounds N by r."""
-    with pytest.raises(ValueError, match="--hash-password"):
+    with pytest.raises(ValueError, match=r"socks5srv hash-password|too little or too much"):
         Hash.parse("scrypt$65536$1$1$c2FsdA==$" + "A" * 44)

@@ -1,4 +1,4 @@
-"""``python -m socks5srv.explain 05 01 00``: any octets as the messages that they may be."""
+"""``socks5srv explain 05 01 00``, or ``python -m socks5srv.explain``: any octets as the messages that they may be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..session import plural
 from .tables import readings
 
 USAGE = """\
-usage: python -m socks5srv.explain HEX...
+usage: {} HEX...
 
 Shows what these octets are as messages of SOCKS5: 050100, 05:01:00, 05 01 00 and
 0x050100 are the same.  With - they are read from standard input.  Messages in a row
@@ -25,7 +25,7 @@ def octets_of(text: str) -> bytes:
     try:
         return bytes.fromhex(digits)
     except ValueError:
-        raise ValueError("this is no hexadecimal: two digits of 0-9a-f for each octet, as in 050100") from None
+        raise ValueError("invalid hex: expected two digits of 0-9a-f for each octet, as in 050100") from None
 
 
 def report(octets: bytes) -> str:
@@ -38,19 +38,22 @@ def report(octets: bytes) -> str:
     return "\n\n".join(parts)
 
 
-def main(words: Optional[Sequence[str]] = None) -> int:
+def main(words: Optional[Sequence[str]] = None, prog: str = "python -m socks5srv.explain") -> int:
     """Print the tables, and return the exit code."""
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="", file=sys.stdout if words else sys.stderr)
+        print(USAGE.format(prog), end="", file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     try:
+        unknown = next((word for word in words if word.startswith("-") and word != "-"), None)
+        if unknown is not None:
+            raise ValueError(f"unknown option {unknown}; see  {prog} --help")
         octets = octets_of(sys.stdin.buffer.read().decode("utf-8-sig", "replace") if list(words) == ["-"] else " ".join(words))
         if not octets:
-            raise ValueError("there is not one octet: write some, as in 050100")
+            raise ValueError("no octets: write some, as in 050100")
         print(report(octets), flush=True)
     except ValueError as error:
-        print(f"socks5srv.explain: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:     # the reader has closed the pipe; at exit Python would write to it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -211,6 +211,12 @@ def unknown(message: Message) -> Explanation:
     return Explanation(plain(type(message).__name__).upper(), "", "client", rows)
 
 
+def lacking(kind: Type[Message], parts: List[FieldOctets]) -> str:
+    """What a message that ends too soon has not, or not all of."""
+    missing = ", ".join(list(LAYOUTS[kind].sizes)[len(parts):])
+    return ", ".join([*(f"{part.name} incomplete" for part in parts if not part.whole), *([f"{missing} missing"] if missing else [])])
+
+
 def broken(kind: Type[Message], octets: bytes) -> Explanation:
     """What came instead of such a message, or only the beginning of one."""
     parts = cut(kind, octets)
@@ -223,7 +229,7 @@ def broken(kind: Type[Message], octets: bytes) -> Explanation:
         rows += [FieldRow(name, size, None, hidden) for name, size in list(LAYOUTS[kind].sizes.items())[len(rows):]]
     remarks = [f"! {text}" for text in deviations(kind, parts)]
     if not remarks and ends_too_soon(kind, parts):
-        remarks.append("! it ends too soon")
+        remarks.append("! truncated" if secret else f"! truncated: {lacking(kind, parts)}")
     elif kind is not Credentials and sum(len(part.octets) for part in parts) < len(octets):
         remarks.append("! what is behind this cannot be read")
     return Explanation(*LAYOUTS[kind][:3], rows, remarks)

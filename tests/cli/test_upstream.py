@@ -27,7 +27,7 @@ def test_the_option_is_a_url(url: str) -> None:
 @pytest.mark.parametrize("url", ["192.0.2.1:1080", "http://192.0.2.1:1080", "socks5h://anna:sesa/me@192.0.2.1:1080", ""])
 def test_what_is_no_url_is_told_without_the_password(url: str, expect_error: Callable[..., str]) -> None:
     message = expect_error(parse, ["--upstream", url])
-    assert "argument --upstream: the address of a proxy is socks5h://[NAME:PASSWORD@]HOST:PORT" in message
+    assert "argument --upstream: invalid proxy URL: expected socks5h://[NAME:PASSWORD@]HOST:PORT" in message
     assert "sesa/me" not in message
 
 

@@ -211,9 +211,9 @@ def test_what_is_not_kept_of_a_datagram_is_counted() -> None:
     (Greeting, "0503000200", "METHODS has 00 more than once (accepted)"),
     (Greeting, "0501ff", "METHODS has ff, which is the answer that there is none (ignored)"),
     (Greeting, "040100", "VER is 04, RFC 1928 section 3 says 05 (refused)"),
-    (Greeting, "050300", "it ends too soon"),
+    (Greeting, "05", "truncated: NMETHODS, METHODS missing"), (Greeting, "050300", "truncated: METHODS incomplete"),
     (Credentials, "0504", "VER is 05, RFC 1929 section 2 says 01 (refused)"),
-    (Credentials, "0104616e", "it ends too soon"),
+    (Credentials, "0104616e", "truncated"),
     (Request, "040100", "VER is 04, RFC 1928 section 4 says 05 (refused with reply 01)"),
     (Request, "05090001010203040050", "CMD is 09, RFC 1928 section 4 knows 01, 02 and 03 (refused with reply 07)"),
     (Request, "05010701010203040050", "RSV is 07, RFC 1928 section 4 says 00 (accepted)"),
@@ -222,8 +222,8 @@ def test_what_is_not_kept_of_a_datagram_is_counted() -> None:
     (Request, "05010003000050", "the name is empty (refused with reply 04)"),
     (Request, "0501000303612e000050", "the name has a zero octet at its end, where RFC 1928 section 5 has none (refused with reply 04)"),
     (Request, "05010003020a610050", "no host can have this name (refused with reply 04)"),
-    (Request, "0501000303", "it ends too soon"),
-    (Request, "050100010102", "it ends too soon"),
+    (Request, "0501000303", "truncated: DST.ADDR incomplete, DST.PORT missing"),
+    (Request, "050100010102", "truncated: DST.ADDR incomplete, DST.PORT missing"),
     (Reply, "05090001010203040050", "REP is 09, RFC 1928 section 6 knows 00 to 08"),
     (Reply, "05000701010203040050", "RSV is 07, RFC 1928 section 6 says 00"),
     (Datagram, "00070001010203040050", "RSV is 00 07, RFC 1928 section 7 says 00 00 (accepted)"),
@@ -329,7 +329,7 @@ def test_what_is_no_hexadecimal_is_told_in_a_line_and_not_repeated(words: List[s
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("socks5srv.explain: error: ")
+    assert err.startswith("python -m socks5srv.explain: error: ")
     assert words[0] in "050 0x" or words[0] not in err
 
 

@@ -215,7 +215,7 @@ def test_a_conversation_in_one_segment_is_cut_where_its_messages_end(explain: An
     ("050100 05010002", "ATYP is 02, RFC 1928 section 5 knows 01, 03 and 04 (refused with reply 08)"),
     ("050100 0501000303612e000050", "the name has a zero octet at its end, where RFC 1928 section 5 has none (refused with reply 04)"),
     ("050100 05010003030d0a610050", "no host can have this name (refused with reply 04)"),
-    ("050100 050100", "it ends too soon"),
+    ("050100 050100", "truncated: ATYP, DST.ADDR, DST.PORT missing"),
     ("0500", "NMETHODS is 00, RFC 1928 section 3 says 1 to 255 methods (refused: there is none to choose)"),
 ])
 def test_what_cannot_be_served_is_shown_as_far_as_it_was_read_and_why(explain: Any, octets: str, deviation: str) -> None:
