@@ -50,7 +50,7 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="n
 # What bounds the containers that no client can fill without end by itself.
 BOUNDED = {
     "it is made once, or by the settings, and no client adds to it": """
-        __init__.py:HOMES,__all__ capture/sockets.py:RESETS,SYN_SENT cli/console.py:KEYS,NUMBERS cli/selftest.py:TESTS
+        __init__.py:HOMES,__all__ capture/sockets.py:RESETS,SYN_SENT cli/console.py:KEYS,NUMBERS cli/selftest.py:TESTS cli/unknown.py:HABITS
         descriptors.py:COMMANDS explain/__init__.py:__all__
         explain/fields.py:COMMAND_WORDS,DEVIATIONS,LAYOUTS,METHOD_WORDS,MessageLayout.sizes,NUMBERS,REPLIES,SENTENCES,TYPE_WORDS
         explain/tables.py:AFTER,HIDDEN handler.py:AUTH,DO,Host.rules listener.py:OUT_OF locality.py:NOBODYS,OWN
@@ -394,7 +394,7 @@ COUNTED = {
     """,
     "before or after serving, or in another program": """
         cli/main.py:main cli/options.py:words_of cli/selftest.py:test_bind,test_connect,test_udp_associate
-        cli/signals.py:has_terminal cli/startup.py:port_file,write_whole explain/__main__.py:main listener.py:Listener.stop
+        cli/signals.py:has_terminal cli/startup.py:port_file explain/__main__.py:main listener.py:Listener.stop
         server.py:Socks5Server.add_listener service/build.py:Single.capture,listening_sockets
         workers/shared.py:SharedListener.connect_until_threads_left
     """,

@@ -42,7 +42,7 @@ CORE = {
 ABOVE = {
     "client": set(), "check": {"client"}, "upstream": {"client"}, "explain": set(), "capture": set(), "monitor": {"explain"},
     "service": {"client", "upstream", "explain", "capture", "monitor"}, "workers": {"monitor", "service"},
-    "cli": {"client", "monitor", "service", "workers"}, "testing": {"upstream"},
+    "cli": {"client", "check", "explain", "monitor", "service", "workers"}, "testing": {"upstream"},
 }
 MAY_IMPORT = {**CORE, **{room: {*CORE, *others} for room, others in ABOVE.items()}}
 FRONT = {"__init__", "__main__"}

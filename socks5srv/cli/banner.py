@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any, Dict, Iterable, Optional, Sequence
+from urllib.parse import quote
 
 from .. import __version__, outbound
 from ..locality import host_with_zone, in_url, with_zone
@@ -35,13 +36,20 @@ WITH_A_LOGIN = """\
 SOCKS5 sends the password unencrypted: use it on trusted networks only."""
 
 
-def banner(addresses: Sequence[Address], users: Optional[int], keys: bool = True, status: Optional[str] = None) -> str:
-    """The lines to paste.  `users`: how many, None if no password is asked for; `keys`: it listens on the keyboard, too."""
+def banner(
+    addresses: Sequence[Address], users: Optional[int], keys: bool = True, status: Optional[str] = None, user: Optional[str] = None,
+) -> str:
+    """
+    The lines to paste.
+
+    `users`: how many, None if no password is asked for; `user`: the name, if there is one only and it is known;
+    `keys`: it listens on the keyboard, too.
+    """
     reachable = reachable_address(addresses[0])
     place = in_url(reachable)
     login, name, browsers = "no password", "", WITHOUT_A_LOGIN
     if users is not None:
-        login, name, browsers = f"password required ({plural(users, 'user')})", "NAME:PASSWORD@", WITH_A_LOGIN
+        login, name, browsers = f"password required ({plural(users, 'user')})", f"{quote(user or 'NAME', safe='')}:PASSWORD@", WITH_A_LOGIN
     return BANNER.format(
         version=__version__, login=login, url=f"socks5h://{name}{place}", keys=", h + Enter shows keys" * keys,
         whom="this computer only" if all(is_loopback(each.host) for each in addresses) else "other computers, too",

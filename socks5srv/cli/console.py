@@ -50,8 +50,12 @@ class Console:
         key = line.strip().lower()
         if not key:
             return
+        key = "h" if key in ("?", "help") else key
+        if key not in KEYS:
+            show(f"unknown key {key!r}, h for help")
+            return
         try:
-            _help, do = KEYS.get(key, KEYS["h"])
+            _help, do = KEYS[key]
             do(self)
         except Exception:
             logger.exception("unhandled exception at the keyboard")
@@ -82,7 +86,7 @@ class Console:
 KEYS: Dict[str, Tuple[str, Callable[[Console], None]]] = {
     "l": ("list the open connections", Console.do_list),
     "s": ("what has happened so far", Console.do_summary),
-    "e": ("explain every message of new clients, or no longer", Console.do_explain),
+    "e": ("switch on or off: explain every message of new clients", Console.do_explain),
     "q": ("stop, as Ctrl-C does", Console.do_quit),
     "h": ("show this", Console.do_help),
 }

@@ -12,9 +12,10 @@ import gc
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Optional, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, List, Optional, Sequence
 
-from ..service.build import CannotStart, Single, cannot_listen, listening_sockets, or_cannot_start
+from ..service.build import CannotStart, Single, listening_sockets, or_cannot_start
 from ..service.log import complain, show
 from ..service.node import Node
 from ..service.settings import Settings
@@ -22,9 +23,9 @@ from ..service.summary import Summary
 from ..users import BadUsersFile
 from .banner import banner, listening
 from .child import Destinations, run_command
-from .options import parse
+from .options import COMMANDS, Parser, parse, print_hash
 from .signals import hear_ctrl_c, stop_on_signals
-from .startup import check, port_file, refuse_to_be_its_own_upstream, status_address
+from .startup import cannot_show, check, port_file, refuse_to_be_its_own_upstream, status_address
 
 if TYPE_CHECKING:
     from ..monitor.http import StatusPage
@@ -37,15 +38,32 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     if sys.stderr is None:      # started with it closed
         sys.stderr = open(os.devnull, "w")      # noqa: SIM115
     hear_ctrl_c()
-    task = parse(words)
+    given = list(sys.argv[1:] if words is None else words)
+    name = given[0] if given[:1] and given[0] in COMMANDS else None
+    prog = "socks5srv" if name is None else f"socks5srv {name}"
     try:
+        task = parse(given) if name is None else partial(command, name, given[1:], prog)
         return run(task) if isinstance(task, Settings) else task()
     except CannotStart as error:
-        complain(*error.args)
+        complain(*error.args, prog=prog)
         return error.code
     except BadUsersFile as error:
-        complain(str(error), "make a HASH with  socks5srv --hash-password")
+        complain(str(error), "make a HASH with  socks5srv hash-password")
         return 2
+
+
+def command(name: str, words: List[str], prog: str) -> int:
+    """``socks5srv NAME WORDS...``: its exit code.  What it takes is imported for it alone."""
+    if name == "check":
+        from .. import check as examination
+
+        return examination.main(words, prog)
+    if name == "explain":
+        from ..explain import __main__ as explain
+
+        return explain.main(words, prog)
+    Parser(prog=prog, description="Ask for a password twice, and print its HASH, for --users-file.").parse_args(words)
+    return print_hash()
 
 
 def run(settings: Settings) -> int:
@@ -75,7 +93,7 @@ def status_page(node: Node, settings: Settings, host: str, port: int) -> StatusP
     address = status_address(host, port, settings.status_open)
     words = listening(node.addresses, node.users, settings.commands)
     facts = {"listening": [f"socks5h://{each}" for each in node.addresses], "auth": words["auth"], "commands": words["commands"], "workers": settings.workers}
-    with or_cannot_start(cannot_listen, address.host, address.port):
+    with or_cannot_start(cannot_show, address, node.addresses):
         page = StatusPage(node.stats, facts, address, settings.status_open)
     node.private.add(page.address)
     return page
@@ -85,8 +103,9 @@ def serve(node: Node, settings: Settings, page: Optional[str]) -> int:
     """Serve until a signal says to stop."""
     stop_on_signals(node, settings)
     if node.start():
-        greet(node, settings, page)
-        with port_file(settings.port_file, node.addresses[0].port):      # a script that waits for it finds the greeting in the log
+        with port_file(settings.port_file, node.addresses[0].port) as write_port:
+            greet(node, settings, page)
+            write_port()            # a script that waits for it finds the greeting in the log
             if at_keyboard():
                 from .console import Console
 
@@ -115,12 +134,18 @@ def serve_command(node: Node, settings: Settings) -> int:
 def greet(node: Node, settings: Settings, page: Optional[str]) -> None:
     facts = {**listening(node.addresses, node.users, settings.commands), **({"status": page} if page is not None else {})}
     if sys.stderr.isatty() and settings.log_format == "text" and not settings.quiet:
-        show(banner(node.addresses, node.users, at_keyboard(), page))
+        show(banner(node.addresses, node.users, at_keyboard(), page, only_user(settings)))
     if settings.log_file or settings.log_format == "json" or not sys.stderr.isatty():
         words = f"listening {' '.join(facts['urls'])} auth={facts['auth']} commands={','.join(facts['commands'])} pid={facts['pid']}"
         logger.info("%s%s", words, f" status={page}" * (page is not None), extra={"event": "listening", "facts": facts})
     if settings.upstream is not None:
         logger.info("going out through %s", settings.upstream)
+
+
+def only_user(settings: Settings) -> Optional[str]:
+    """The name of -u, if there is one."""
+    names = list(settings.users or ())
+    return names[0] if len(names) == 1 else None
 
 
 def at_keyboard() -> bool:

@@ -30,14 +30,23 @@ from ..service.log import complain
 from ..service.settings import DEFAULT_ADDRESS, DEFAULT_PORT, Settings
 from ..session import COMMAND_WORDS
 from ..users import hash_password
+from . import unknown
 from .selftest import self_test
 
 MAX_WORKERS = 256       # more are a typing error
+TEXT = "1 to 255 bytes of printable text"       # that SOCKS5 can carry as a name or a password
 
 DESCRIPTION = """\
 A SOCKS5 proxy server.  Without options it serves this computer only, on
 127.0.0.1 port 1080, and asks for no password.
+
+commands, each with its own --help, which start no server:
+  socks5srv check HOST:PORT          test any SOCKS5 server against the RFCs
+  socks5srv explain HEX              show bytes as the messages of SOCKS5
+  socks5srv hash-password            print the HASH of a password
 """
+
+COMMANDS = ("check", "explain", "hash-password")        # in the place of the first word
 
 EXAMPLES = """\
 examples:
@@ -62,7 +71,7 @@ class Parser(argparse.ArgumentParser):
     """One whose errors look like all others of the program."""
 
     def error(self, message: str) -> NoReturn:
-        complain(message, f"see  {self.prog} --help")
+        complain(message, f"see  {self.prog} --help", prog=self.prog)
         self.exit(2)
 
 
@@ -73,69 +82,69 @@ def build_parser() -> Parser:
         allow_abbrev=False,     # or a new option could break a script that abbreviates
     )
 
-    where = parser.add_argument_group("where to listen")
+    where = parser.add_argument_group("Listening")
     where.add_argument("address", nargs="?", metavar="PORT", type=listen_address, help="port, or ADDRESS:PORT (same as -b and -p)")
     where.add_argument("-b", "--bind", dest="hosts", action="append", default=[], metavar="ADDRESS", help=f"address to listen on; may be repeated (default: {DEFAULT_ADDRESS})")
     where.add_argument("-p", "--port", type=port_number, help=f"port to listen on; 0 picks a free one (default: {DEFAULT_PORT})")
     where.add_argument("--port-file", metavar="FILE", help="write the port to FILE when ready to serve")
 
-    who = parser.add_argument_group("who may use it")
+    who = parser.add_argument_group("Access")
     who.add_argument("-u", "--user", dest="users", action="append", default=[], metavar="NAME[:PASSWORD]",
-                     help="ask clients for this login; may be repeated. Without :PASSWORD it is taken from SOCKS5SRV_PASSWORD, or asked for")
-    who.add_argument("--users-file", metavar="FILE", help="logins, one NAME:HASH a line; read again when it changes")
-    who.add_argument("--hash-password", action="store_true", help="ask for a password, print its HASH, and exit")
+                     help="require this name and password of clients; may be repeated. Without :PASSWORD it is taken from SOCKS5SRV_PASSWORD, or asked for")
+    who.add_argument("--users-file", metavar="FILE", help="users, one NAME:HASH a line; read again when the file changes")
+    who.add_argument("--hash-password", action="store_true", help="the same as the command hash-password")
     who.add_argument("--allow-from", action="append", type=network, metavar="NETWORK",
-                     help="serve clients in NETWORK, such as 192.168.1.0/24, without a login; may be repeated")
-    who.add_argument("--allow-open-proxy", action="store_true", help="serve other computers although nobody has to log in")
+                     help="serve clients in NETWORK, such as 192.168.1.0/24, without authentication; may be repeated")
+    who.add_argument("--allow-open-proxy", action="store_true", help="serve other computers without authentication")
 
-    what = parser.add_argument_group("what it may do")
+    what = parser.add_argument_group("Targets and commands")
     what.add_argument("--allow", dest="rules", action="append", type=partial(rule, "allow"), metavar="TARGET",
                       help="HOST, *.DOMAIN or NETWORK/BITS, each with :PORT or :PORT-PORT, or :PORT alone; may be repeated. With --deny, the first match wins")
     what.add_argument("--deny", dest="rules", action="append", type=partial(rule, "deny"), metavar="TARGET",
                       help="refuse such targets (reply 02)")
     what.add_argument("--allow-local-targets", action="store_true", help="let other computers reach this computer's own addresses")
     what.add_argument("--commands", type=command_list, metavar="LIST",
-                      help="of connect,bind,udp (default: all three)")
+                      help="serve only these, of connect,bind,udp (default: all three)")
 
-    out = parser.add_argument_group("how it goes out")
+    out = parser.add_argument_group("Outgoing")
     family = out.add_mutually_exclusive_group()
     family.add_argument("-4", dest="family", action="store_const", const=socket.AF_INET, help="use IPv4 only")
     family.add_argument("-6", dest="family", action="store_const", const=socket.AF_INET6, help="use IPv6 only")
     out.add_argument("--source", action="append", type=source, metavar="ADDRESS",
-                     help="go out from this address, and by its family only; may be given once for IPv4 and once for IPv6")
+                     help="bind outgoing connections to this address, and use its family only; may be given once for IPv4 and once for IPv6")
     out.add_argument("--upstream", type=proxy_url, metavar="URL",
-                     help="go out through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT; names are left to it. A URL with a password belongs into an @FILE")
+                     help="connect through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT, which resolves names. Put a URL with a password in an @FILE")
 
-    many = parser.add_argument_group("how many")
-    many.add_argument("--max-clients", type=count, metavar="N", help="at most so many clients at a time (default: what the descriptors allow)")
-    many.add_argument("--max-per-client", type=count, metavar="N", help="of those from one address (default: no limit)")
+    many = parser.add_argument_group("Limits")
+    many.add_argument("--max-clients", type=count, metavar="N", help="at most N connections at a time (default: what the file descriptors allow)")
+    many.add_argument("--max-per-client", type=count, metavar="N", help="at most N connections from one address (default: no limit)")
     many.add_argument("--workers", type=workers, default=1, metavar="N|auto",
-                      help="serve with so many processes; auto: one for each CPU (default: 1). Limits are of all together")
+                      help="serve with N processes; auto: one for each CPU (default: 1). Limits apply to all together")
 
-    limit = partial(parser.add_argument_group("how long it waits, in seconds").add_argument, type=seconds, metavar="S")
-    limit("--handshake-timeout", help="for a client to say what it wants (default: 30)")
-    limit("--connect-timeout", help="for a target to answer (default: 10)")
-    limit("--bind-timeout", help="for the peer of BIND to call (default: 120)")
-    limit("--idle-timeout", help="for a silent tunnel (default: for ever)")
+    limit = partial(parser.add_argument_group("Timeouts, in seconds").add_argument, type=seconds, metavar="S")
+    limit("--handshake-timeout", help="longest handshake of a client (default: 30)")
+    limit("--connect-timeout", help="longest wait for a target to answer, lookup included (default: 10)")
+    limit("--bind-timeout", help="longest wait for the incoming connection of BIND (default: 120)")
+    limit("--idle-timeout", help="longest silence of a tunnel (default: no limit)")
 
-    see = parser.add_argument_group("what you see")
-    see.add_argument("-v", "--verbose", action="count", default=0, help="also when clients connect; -vv every message")
-    see.add_argument("--explain", action="store_true", help="each message of each client as the RFC draws it, and why it was answered so")
-    see.add_argument("-q", "--quiet", action="store_true", help="errors only")
-    see.add_argument("--log-format", choices=("text", "json"), help="one line a client, for people or for programs (default: text)")
-    see.add_argument("--log-file", metavar="FILE", help="append log lines to FILE instead")
-    see.add_argument("--pcap", metavar="FILE", help="record everything as packets, for Wireshark; passwords, too. - is standard output")
+    see = parser.add_argument_group("Output")
+    see.add_argument("-v", "--verbose", action="count", default=0, help="log also when clients connect; -vv: every message")
+    see.add_argument("--explain", action="store_true", help="log each message of each client as the RFC draws it, and why it was answered so")
+    see.add_argument("-q", "--quiet", action="store_true", help="log errors only")
+    see.add_argument("--log-format", choices=("text", "json"), help="one line a connection, for people or for programs (default: text)")
+    see.add_argument("--log-file", metavar="FILE", help="append log lines to FILE instead of writing them to stderr")
+    see.add_argument("--pcap", metavar="FILE", help="record all traffic as packets for Wireshark, passwords included; - is standard output")
     see.add_argument("--status", type=listen_address, metavar="[ADDRESS:]PORT",
-                     help="a web page of what goes on, on this address; also /status.json, /metrics, /healthz, /readyz (PORT alone: on 127.0.0.1; 0: a free one)")
-    see.add_argument("--status-open", action="store_true", help="let other computers see that page: who uses the proxy, and for what")
-    see.add_argument("--color", choices=("auto", "always", "never"), help="default: auto; obeys NO_COLOR")
+                     help="serve a status page on this address; also /status.json, /metrics, /healthz, /readyz (PORT alone: on 127.0.0.1; 0: a free one)")
+    see.add_argument("--status-open", action="store_true", help="show that page to other computers: who uses the proxy, and for what")
+    see.add_argument("--color", choices=("auto", "always", "never"), help="color in the log (default: auto, which obeys NO_COLOR)")
 
-    other = parser.add_argument_group("help and setup")
+    other = parser.add_argument_group("Other")
     other.add_argument("-h", "--help", action="help", help="print this and exit")
     other.add_argument("-V", "--version", action="version", version=f"socks5srv {__version__}", help="print the version and exit")
     other.add_argument("--run", dest="command", nargs=argparse.REMAINDER, metavar="COMMAND",
-                       help="run COMMAND with this proxy in ALL_PROXY, print what it has contacted, and exit as it does; the last option, what follows is COMMAND's")
-    other.add_argument("--self-test", action="store_true", help="try CONNECT, BIND and UDP through itself, on this computer only, and exit")
+                       help="run COMMAND with this proxy in ALL_PROXY, print the destinations that it has contacted, and exit as it does; the last option: what follows is COMMAND's")
+    other.add_argument("--self-test", action="store_true", help="test CONNECT, BIND and UDP ASSOCIATE through itself, on this computer only, and exit")
     return parser
 
 
@@ -148,7 +157,11 @@ def parse(words: Optional[Sequence[str]] = None) -> Union[Settings, Callable[[],
         further = shlex.split(os.environ.get("SOCKS5SRV_OPTIONS", ""))
     except ValueError as error:         # a quote that is not closed
         parser.error(f"{error} in SOCKS5SRV_OPTIONS")
-    options = parser.parse_args([*expand(parser, further + given[:end]), *given[end:]])
+    ours = unknown.with_values(parser, expand(parser, further + given[:end]))
+    complaint = unknown.complaint(parser, ours)     # before anything else is told of: what follows an unknown option looks wrong, too
+    if complaint is not None:
+        parser.error(complaint)
+    options = parser.parse_args([*ours, *given[end:]])
     if options.self_test or options.hash_password:
         return self_test if options.self_test else print_hash
     refuse_contradictions(parser, options)
@@ -163,7 +176,7 @@ def refuse_contradictions(parser: Parser, options: argparse.Namespace) -> None:
     command, pcap, many = options.command, options.pcap, options.workers > 1
     for is_wrong, message in (
         (options.address and options.port is not None, "the port is given twice, as PORT and as -p"),
-        (options.users and options.users_file is not None, "-u and --users-file exclude each other: put all logins into the file"),
+        (options.users and options.users_file is not None, "-u and --users-file exclude each other: put all users into the file"),
         (command == [], "--run needs a COMMAND after it, such as  --run curl example.com"),
         (command and (many or options.users_file is not None), "--run needs neither --users-file nor --workers: leave them out"),
         (pcap is not None and many, "--pcap records one process: leave --workers out"),
@@ -233,7 +246,7 @@ def words_of(parser: Parser, path: str) -> Iterator[str]:
 
 def port_number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 65536):
-        raise ArgumentTypeError(f"{text!r} is no port: a number from 0 to 65535 is")
+        raise ArgumentTypeError(f"invalid port {text!r}: expected 0-65535")
     return int(text)
 
 
@@ -242,12 +255,15 @@ def listen_address(text: str) -> Tuple[Optional[str], int]:
     host, colon, port = text.rpartition(":")
     if not colon:
         if not port.isdigit():
-            raise ArgumentTypeError(f"{text!r} is no port; an address takes -b {text}, or {text}:{DEFAULT_PORT}")
+            raise ArgumentTypeError(
+                f"the command comes first: socks5srv {text} ..." if text in COMMANDS else
+                f"invalid port {text!r}: expected 0-65535; an address takes -b {text}, or {text}:{DEFAULT_PORT}"
+            )
         return None, port_number(port)
     if not host:
-        raise ArgumentTypeError(f"{text!r} lacks an address: write 127.0.0.1{text} for this computer only, or 0.0.0.0{text} for all")
+        raise ArgumentTypeError(f"invalid address {text!r}: write 127.0.0.1{text} for this computer only, or 0.0.0.0{text} for all")
     if ":" in host and not (host[0] == "[" and host[-1] == "]"):
-        raise ArgumentTypeError(f"{text!r} needs brackets around its IPv6 address, as in [::1]:{DEFAULT_PORT}")
+        raise ArgumentTypeError(f"invalid address {text!r}: IPv6 needs brackets, as in [::1]:{DEFAULT_PORT}")
     return host.strip("[]"), port_number(port)
 
 
@@ -256,9 +272,9 @@ def source(text: str) -> str:
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no IP address") from None
+        raise ArgumentTypeError(f"invalid address {text!r}: expected an IP address") from None
     if percent or (ip.version == 6 and ip.is_link_local):
-        raise ArgumentTypeError(f"{text!r} reaches only one link: give an address without a zone that is not link-local")
+        raise ArgumentTypeError(f"invalid address {text!r}: expected one that is not link-local, without a zone")
     return str(ip)
 
 
@@ -278,19 +294,19 @@ def proxy_url(text: str) -> Proxy:
 
 def network(text: str) -> Network:
     if "%" in text:
-        raise ArgumentTypeError(f"{text!r} has a zone, and networks are known without: leave the % and what follows away")
+        raise ArgumentTypeError(f"invalid network {text!r}: leave out the zone, which is the % and what follows")
     try:
         found = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no network") from None
+        raise ArgumentTypeError(f"invalid network {text!r}: expected an IP address or NETWORK/BITS, such as 192.168.1.0/24") from None
     if ipaddress.ip_interface(text).ip != found.network_address:
-        raise ArgumentTypeError(f"{text!r} is no network; {found} would be one")
+        raise ArgumentTypeError(f"invalid network {text!r}: host bits set; did you mean {found}?")
     return found
 
 
 def count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ArgumentTypeError(f"must be a positive number, not {text!r}")
+        raise ArgumentTypeError(f"invalid number {text!r}: expected 1 or more")
     return int(text)
 
 
@@ -298,7 +314,7 @@ def workers(text: str) -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1       # that this process may use
     number = cpus if text == "auto" else int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
     if not 0 < number <= MAX_WORKERS:
-        raise ArgumentTypeError(f"{text!r} is no number of processes: 1 to {MAX_WORKERS}, or auto, is")
+        raise ArgumentTypeError(f"invalid number of processes {text!r}: expected 1-{MAX_WORKERS}, or auto")
     if number > 1 and os.name != "posix":
         raise ArgumentTypeError("several processes cannot share a listening socket on this system; leave the option out")
     return number
@@ -308,14 +324,14 @@ def seconds(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) < 1e9:
             return float(text)
-    raise ArgumentTypeError(f"must be a positive number of seconds, not {text!r}")
+    raise ArgumentTypeError(f"invalid number of seconds {text!r}: expected more than 0")
 
 
 def command_list(text: str) -> FrozenSet[Command]:
     words: Dict[str, Command] = {word: command for command, word in COMMAND_WORDS.items()}
-    unknown = [word for word in text.split(",") if word not in words]
-    if unknown:
-        raise ArgumentTypeError(f"{unknown[0]!r} is no command; choose from {','.join(words)}")
+    wrong = [word for word in text.split(",") if word not in words]
+    if wrong:
+        raise ArgumentTypeError(f"invalid command {wrong[0]!r}: choose from {','.join(words)}")
     return frozenset(words[word] for word in text.split(","))
 
 
@@ -324,11 +340,14 @@ def logins_of(parser: Parser, given: Sequence[str]) -> Dict[str, str]:
     logins: Dict[str, str] = {}
     for text in given:
         name, colon, password = text.partition(":")
+        if not name:
+            parser.error("-u needs a NAME, as in -u anna")
+        if not fits(name):
+            parser.error(f"invalid name {name!r}: expected {TEXT}")
         if not colon:
             password = password_for(parser, name)
-        for what, value in (("name", name), ("password", password)):
-            if not fits(value):
-                parser.error(f"the {what} of user {name!r} does not do: SOCKS5 takes 1 to 255 octets of text")
+        if not fits(password):
+            parser.error(f"invalid password of user {name!r}: expected {TEXT}")
         logins[name] = password
     return logins
 
@@ -343,23 +362,23 @@ def password_for(parser: Parser, name: str) -> str:
         return os.environ["SOCKS5SRV_PASSWORD"]
     if not sys.stdin.isatty():
         parser.error(f"user {name!r} has no password: set SOCKS5SRV_PASSWORD, or write -u {name}:PASSWORD")
+    return ask_password(f"Password for {name}: ")
+
+
+def ask_password(prompt: str) -> str:
+    """Asked for twice, since what is typed is not shown.  CannotStart if there is none in the end."""
     try:
-        return getpass.getpass(f"Password for {name}: ")
-    except (EOFError, KeyboardInterrupt):
-        parser.error("no password was given")
-    except UnicodeDecodeError:
-        parser.error("the password is no text in the encoding of this terminal")
+        password, again = getpass.getpass(prompt), getpass.getpass("Repeat it: ")
+    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
+        raise CannotStart("no password was given, or none in the encoding of this terminal", "try again", code=2) from None
+    if password != again:
+        raise CannotStart("the two passwords differ", "try again", code=2)
+    if not fits(password):
+        raise CannotStart(f"invalid password: expected {TEXT}", "try again", code=2)
+    return password
 
 
 def print_hash() -> int:
-    """``--hash-password``: ask twice, print once."""
-    try:
-        password, again = getpass.getpass("Password: "), getpass.getpass("The same again: ")
-    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
-        raise CannotStart("no password was given, or none that is text", code=2) from None
-    if password != again:
-        raise CannotStart("the two are not the same", "try again", code=2)
-    if not fits(password):
-        raise CannotStart("a password has 1 to 255 octets of text", "try again", code=2)
-    print(hash_password(password))
+    """``--hash-password`` and ``socks5srv hash-password``: ask, and print once."""
+    print(hash_password(ask_password("Password: ")))
     return 0

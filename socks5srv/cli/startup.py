@@ -7,11 +7,13 @@ Whatever is not is a CannotStart, in words and with a way out.
 from __future__ import annotations
 
 import contextlib
+import errno
+import ipaddress
 import logging
 import os
 import socket
 import tempfile
-from typing import Iterator, List, Optional, Sequence
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 from ..client import Proxy
 from ..descriptors import open_at_once
@@ -21,8 +23,9 @@ from ..protocol import Address
 from ..resolver import look_up
 from ..rules import behind
 from ..service import log
-from ..service.build import CannotStart, cannot_write, or_cannot_start
-from ..service.settings import Settings
+from ..service.build import CannotStart, cannot_listen, cannot_write, or_cannot_start
+from ..service.settings import DEFAULT_PORT, Settings
+from .banner import reachable_address
 
 logger = logging.getLogger("socks5srv")
 
@@ -54,7 +57,7 @@ def resolved(host: str, way_out: str) -> List[str]:
     try:
         found = look_up(host.strip("[]"))
     except (OSError, UnicodeError):
-        raise CannotStart(f"{host!r} is no address to listen on", f"try  {way_out}") from None
+        raise CannotStart(f"invalid address to listen on {host!r}", f"try  {way_out}") from None
     return sorted(set(found), key=lambda address: ":" in address)
 
 
@@ -62,16 +65,27 @@ def refuse_to_be_open(settings: Settings, addresses: Sequence[str]) -> None:
     asks_for_login, port = settings.users is not None or settings.users_file is not None, settings.port
     beyond = [address for address in addresses if not is_loopback(address)]
     if beyond and not (asks_for_login or settings.allow_from or settings.allow_open_proxy):
+        ways_out = {
+            f"socks5srv -b {beyond[0]} -u NAME": "require a password",
+            f"socks5srv -b {beyond[0]} --allow-from {network_of(beyond[0])}": "only these computers",
+            f"socks5srv -b {beyond[0]} --allow-open-proxy": "everybody, on purpose",
+            "socks5srv": "this computer only",
+        }
+        width = max(map(len, ways_out))
         raise CannotStart(
             "refusing to be an open proxy",
             f"Whoever can reach {beyond[0]}{f' port {port}' * bool(port)} could use your connection, and",
             "reach machines that only you can reach.  Choose one:",
-            f"  socks5srv -b {beyond[0]} -u NAME                      ask for a login",
-            f"  socks5srv -b {beyond[0]} --allow-from 192.168.1.0/24  only these computers",
-            f"  socks5srv -b {beyond[0]} --allow-open-proxy           everybody, on purpose",
-            "  socks5srv                                      this computer only",
+            *(f"  {command:<{width}}  {what}" for command, what in ways_out.items()),
             code=2,
         )
+
+
+def network_of(host: str) -> str:
+    """The local network that this IP address is probably of; of a wildcard, that of the way out of here."""
+    host = reachable_address(Address.numeric(host.partition("%")[0], DEFAULT_PORT)).host
+    ip = ipaddress.ip_address("192.168.1.1" if is_loopback(host) else host.partition("%")[0])       # loopback: there is no way out
+    return str(ipaddress.ip_network(f"{ip}/{24 if ip.version == 4 else 64}", strict=False))
 
 
 def refuse_to_be_its_own_upstream(proxy: Optional[Proxy], addresses: Sequence[Address]) -> None:
@@ -100,6 +114,15 @@ def status_address(host: str, port: int, is_open: bool) -> Address:
     return address
 
 
+def cannot_show(error: OSError, address: Address, own: Sequence[Address]) -> Tuple[str, ...]:
+    """Why there is no page at this address, and the ways out; `own`: where the proxy itself listens."""
+    option = f"--status {with_zone(address)}"
+    if error.errno == errno.EADDRINUSE and any(each.port == address.port for each in own):
+        return f"{option}: that is the proxy's own port", "take another, or a free one with  --status 0"
+    why, _way_out, *others = cannot_listen(error, address.host, address.port)
+    return (f"{option}: {why}", "take another, or a free one with  --status 0", *others)
+
+
 # --- the process and its files ---
 
 def raise_descriptor_limit() -> None:
@@ -116,30 +139,35 @@ def raise_descriptor_limit() -> None:
 
 
 @contextlib.contextmanager
-def port_file(path: Optional[str], port: int) -> Iterator[None]:
-    """While serving, a file with the port in it.  It appears whole, since scripts wait for it."""
+def port_file(path: Optional[str], port: int) -> Iterator[Callable[[], None]]:
+    """
+    While serving, a file with the port in it.  What is yielded writes it: whole, since scripts wait for it.
+
+    It is opened before: CannotStart, and nobody is told that the server listens.
+    """
     if path is None:
-        yield
+        yield lambda: None
         return
-    whole = not os.path.exists(path) or os.path.isfile(path)
-    with or_cannot_start(cannot_write, "port file", path, "--port-file"):
-        if whole:
-            write_whole(path, f"{port}\n")
-        else:                       # /dev/stdout, say
-            with open(path, "w", encoding="ascii", opener=open_at_once) as stream:
+    whole = not os.path.exists(path) or os.path.isfile(path)        # /dev/stdout, say, is not
+    complain = cannot_write, "port file", path, "--port-file"
+
+    with contextlib.ExitStack() as new, contextlib.ExitStack() as old:
+        with or_cannot_start(*complain):
+            folder = new.enter_context(tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path)))) if whole else ""
+            stream = new.enter_context(open(os.path.join(folder, "new") if whole else path, "w", encoding="ascii", opener=open_at_once))
+
+        def write() -> None:
+            with or_cannot_start(*complain), new:
                 stream.write(f"{port}\n")
-    try:
-        yield
-    finally:
-        if whole:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+                stream.close()
+                if whole:
+                    os.chmod(stream.name, 0o644)
+                    os.replace(stream.name, path)
+                    old.callback(remove, path)
+
+        yield write
 
 
-def write_whole(path: str, text: str) -> None:
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(path))) as folder:
-        new = os.path.join(folder, "new")
-        with open(new, "w", encoding="ascii") as stream:
-            stream.write(text)
-        os.chmod(new, 0o644)
-        os.replace(new, path)
+def remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)

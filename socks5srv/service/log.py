@@ -23,9 +23,9 @@ from .settings import Settings
 COLORS = {"failed": "31", "login_failed": "31", "no_acceptable_method": "31", "bad_protocol": "31", "denied": "33", "open": "2"}
 
 
-def complain(message: str, *ways_out: str) -> None:
+def complain(message: str, *ways_out: str, prog: str = "socks5srv") -> None:
     """An error as every error looks: what is wrong, then what to do."""
-    show("\n".join([f"socks5srv: error: {message}", *(f"  {way}" for way in ways_out)]))
+    show("\n".join([f"{prog}: error: {message}", *(f"  {way}" for way in ways_out)]))
 
 
 def show(text: str) -> None:

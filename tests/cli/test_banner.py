@@ -47,6 +47,7 @@ def test_with_users_it_says_how_many_and_warns() -> None:
     text = banner(addresses("127.0.0.1"), 2)
     assert "password required (2 users)" in text
     assert "(1 user)" in banner(addresses("127.0.0.1"), 1)
+    assert "socks5h://anna%40home:PASSWORD@127.0.0.1:1080" in banner(addresses("127.0.0.1"), 1, user="anna@home")
     assert "socks5h://NAME:PASSWORD@127.0.0.1:1080" in text
     assert "SOCKS5 sends the password unencrypted" in text
     assert "Firefox and Chrome have no place to type a SOCKS5 password" in text

@@ -52,13 +52,17 @@ def keyboard(at_terminal: AtTerminal) -> AtKeyboard:
 
 # --- the keys ---
 
-@pytest.mark.parametrize("key", ["h", "H", "?", "what is this"])
+@pytest.mark.parametrize("key", ["h", "H", "?", "help"])
 def test_help_has_a_line_for_each_key(keyboard: AtKeyboard, key: str) -> None:
     lines = keyboard().press(key, "Each with Enter.")
     assert lines == [
-        "  l  list the open connections", "  s  what has happened so far", "  e  explain every message of new clients, or no longer",
+        "  l  list the open connections", "  s  what has happened so far", "  e  switch on or off: explain every message of new clients",
         "  q  stop, as Ctrl-C does", "  h  show this", "Each with Enter.",
     ]
+
+
+def test_an_unknown_key_is_told(keyboard: AtKeyboard) -> None:
+    assert keyboard().press("What is this", "h for help") == ["unknown key 'what is this', h for help"]
 
 
 def test_enter_alone_shows_nothing(keyboard: AtKeyboard) -> None:

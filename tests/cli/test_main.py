@@ -7,6 +7,7 @@ What the options mean once it serves, how it ends, and that no mistake of the us
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import time
 from configparser import ConfigParser
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
 import pytest
 from tests.conftest import LOCALHOST, TIMEOUT, Client, Place, address_of, exchange, needs_ipv6, needs_neighbour, within
@@ -112,6 +113,51 @@ def test_the_script_is_the_same_program() -> None:
     assert setup["options.entry_points"]["console_scripts"].strip() == "socks5srv = socks5srv.cli.main:main"
 
 
+# --- the commands beside it ---
+
+@pytest.mark.parametrize(("words", "code", "stdout", "stderr"), [
+    ("explain 05 01 00", 0, "VER", ""), ("explain", 2, "", "usage: socks5srv explain HEX...\n"),
+    ("explain xyz", 2, "", "socks5srv explain: error: invalid hex: expected two digits of 0-9a-f"),
+    ("explain --json", 2, "", "socks5srv explain: error: unknown option --json; see  socks5srv explain --help\n"),
+    ("check", 2, "", "socks5srv check: error: "), ("check --frobnicate", 2, "", "socks5srv check: error: "),
+    ("check --help", 0, "usage: socks5srv check ", ""), ("check 127.0.0.1:0", 2, "", "socks5srv check: error: invalid server '127.0.0.1:0'"),
+    ("hash-password --help", 0, "usage: socks5srv hash-password", ""),
+    ("hash-password sesame", 2, "", "socks5srv hash-password: error: "),
+    ("hash-password", 2, "", "socks5srv hash-password: error: no password was given"),
+])
+def test_a_command_does_something_else_under_its_own_name(words: str, code: int, stdout: str, stderr: str, run_command: Run) -> None:
+    outcome = run_command(*words.split())
+    assert outcome.code == code
+    for expected, text in ((stdout, outcome.stdout), (stderr, outcome.stderr)):
+        assert expected in text
+        assert bool(expected) is bool(text)
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_server_is_checked_by_the_same_program(start: Start, run_command: Run) -> None:
+    outcome = run_command("check", f"127.0.0.1:{start().port}", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.stdout)["counts"]["fail"] == 0
+
+
+@pytest.mark.parametrize(("words", "loaded"), [
+    (["-V"], set()), (["--prot"], set()), (["explain", "050100"], {"explain"}), (["check", "-h"], {"check"}),
+])
+def test_what_only_a_command_takes_is_loaded_for_it_alone(words: List[str], loaded: Set[str]) -> None:
+    run = f"""if True:
+        import sys
+        from socks5srv.cli.main import main
+        try:
+            main({words})
+        except SystemExit:
+            pass
+        print(*sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    modules = set(done.stdout.split("\n")[-2].split())
+    assert {name for name in ("check", "explain") if f"socks5srv.{name}" in modules} == loaded
+
+
 # --- the port file ---
 
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="not on this platform: pipes with a name")
@@ -136,7 +182,10 @@ def test_the_port_file_appears_whole_and_can_be_read_by_others(tmp_path: Path, m
 
     rename = os.replace
     monkeypatch.setattr(os, "replace", replace)
-    with startup.port_file(str(path), 1080):
+    with startup.port_file(str(path), 1080) as write:
+        assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["port"]
+        write()
+        assert list(tmp_path.iterdir()) == [path]
         assert seen == [("1080\n", "of an earlier run\n")]
         assert path.read_text() == "1080\n"
         assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o644
@@ -145,13 +194,23 @@ def test_the_port_file_appears_whole_and_can_be_read_by_others(tmp_path: Path, m
 
 def test_a_port_file_that_somebody_else_has_removed_is_no_problem(tmp_path: Path) -> None:
     path = tmp_path / "port"
-    with startup.port_file(str(path), 1080):
+    with startup.port_file(str(path), 1080) as write:
+        write()
         path.unlink()
 
 
-def test_without_a_port_file_nothing_is_written() -> None:
-    with startup.port_file(None, 1080):
+def test_a_port_file_of_another_stays_if_it_has_not_come_to_ours(tmp_path: Path) -> None:
+    path = tmp_path / "port"
+    path.write_text("of another\n")
+    with startup.port_file(str(path), 1080):
         pass
+    assert path.read_text() == "of another\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_port_file_nothing_is_written() -> None:
+    with startup.port_file(None, 1080) as write:
+        write()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout here")
@@ -463,6 +522,5 @@ MISTAKES: Dict[str, Tuple[Any, ...]] = {     # the command line, the exit code, 
 @pytest.mark.parametrize("words_and_outcome", MISTAKES.values(), ids=MISTAKES.keys())
 def test_no_mistake_shows_a_traceback(words_and_outcome: Tuple[Any, ...], run_command: Run) -> None:
     words, code, *beginning = words_and_outcome
-    # A greeting is written when all else is right.
-    error = run_command(*words).error(code, greeting="--port-file" in words)
+    error = run_command(*words).error(code)      # and there is no greeting before it, for which scripts wait
     assert error.startswith("".join(beginning))

@@ -16,8 +16,9 @@ from tests.program import COMMAND, AtTerminal, Run, by_shell
 
 from socks5srv import Socks5Server, __version__
 from socks5srv.protocol import Command
-from socks5srv.cli.options import build_parser, parse, print_hash
+from socks5srv.cli.options import COMMANDS, build_parser, parse, print_hash
 from socks5srv.cli.selftest import self_test
+from socks5srv.cli.unknown import HABITS
 from socks5srv.service.settings import Settings
 
 Conf = Expect = Callable[..., str]      # what the fixtures are
@@ -78,9 +79,18 @@ def test_without_a_terminal_to_ask_at_a_password_is_needed(run_command: Run) -> 
 
 
 def test_at_a_terminal_the_password_is_asked_for_and_not_shown(at_terminal: AtTerminal) -> None:
-    code, text = at_terminal("-u", "anna", "0").talk("Password for anna: ", "sesame\n", "password required (1 user)", "\x03")
+    code, text = at_terminal("-u", "anna", "0").talk(
+        "Password for anna: ", "sesame\n", "Repeat it: ", "sesame\n", "password required (1 user)", "\x03",
+    )
     assert code == 0
     assert "sesame" not in text
+    assert re.search(r"socks5h://anna:PASSWORD@127\.0\.0\.1:\d+\n", text)
+
+
+def test_a_slip_at_the_prompt_is_told_before_it_serves(at_terminal: AtTerminal) -> None:
+    code, text = at_terminal("-u", "anna", "0").talk("Password for anna: ", "sesame\n", "Repeat it: ", "seasme\n")
+    assert code == 2
+    assert text.endswith("socks5srv: error: the two passwords differ\n  try again\n")
 
 
 @pytest.mark.parametrize("command", [COMMAND, by_shell('trap "" INT; exec "$@"', "/bin/sh")], ids=["as usual", "ignored by a script"])
@@ -93,14 +103,14 @@ def test_ctrl_c_at_the_prompt_is_no_crash(command: Tuple[str, ...], at_terminal:
 @pytest.mark.parametrize("password", ["sesame" * 50, "sesame\x00", "sesame\n"])
 def test_a_password_that_socks5_cannot_carry_is_refused_without_being_shown(password: str, expect_error: Expect) -> None:
     message = expect_error(parse, ["-u", "anna:" + password])
-    assert "the password of user 'anna'" in message
+    assert "invalid password of user 'anna'" in message
     assert "sesame" not in message
 
 
 @pytest.mark.parametrize(("words", "variable"), [("-u anna:", "sesame"), ("-u anna", "")])
 def test_an_empty_password_is_none(words: str, variable: str, monkeypatch: pytest.MonkeyPatch, expect_error: Expect) -> None:
     monkeypatch.setenv("SOCKS5SRV_PASSWORD", variable)
-    assert "the password of user 'anna' does not do" in expect_error(parse, words.split())
+    assert "invalid password of user 'anna'" in expect_error(parse, words.split())
 
 
 # --- what it may do, and how it goes out ---
@@ -137,47 +147,50 @@ def test_every_timeout_is_a_setting_of_the_server(name: str) -> None:
 MISTAKES: List[Tuple[Any, ...]] = [     # what it is, command lines that make it, and texts of the answer; {!r} is the last word
     (
         "no port", ["65536", "99999", "localhost:65536", "localhost:", "localhost:http", "\u00b2", "127.0.0.1:-1"],
-        "is no port: a number from 0 to 65535 is",
+        "invalid port ", "expected 0-65535",
     ),
-    ("a port alone that is negative", ["--port=-1"], "{!r} is no port"),
+    ("a port alone that is negative", ["--port=-1", "--port -1"], "invalid port {!r}: expected 0-65535"),
     ("a colon and a port, which is unclear", [":1080"], "127.0.0.1:1080 for this computer only", "0.0.0.0:1080 for all"),
     ("an address without a port, which can be given in two ways", ["localhost", "192.168.1.20"], "-b {},", "{}:1080"),
-    ("no brackets", ["::1", "::1:1080", "2001:db8::1:1080"], "needs brackets around its IPv6 address, as in [::1]:1080"),
+    ("no brackets", ["::1", "::1:1080", "2001:db8::1:1080"], "invalid address {!r}: IPv6 needs brackets, as in [::1]:1080"),
     ("a port given twice", ["8080 -p 8080", "127.0.0.1:8080 -p 0"], "the port is given twice"),
     (
-        "a name SOCKS5 cannot carry", [f"-u '{name}:sesame'" for name in ("", "a" * 256, "\u00e4" * 128, "an\x1bna", "an\nna")],
-        "SOCKS5 takes 1 to 255 octets of text",
+        "a name SOCKS5 cannot carry", [f"-u '{name}:sesame'" for name in ("a" * 256, "\u00e4" * 128, "an\x1bna", "an\nna")],
+        "invalid name", "expected 1 to 255 bytes of printable text",
     ),
+    ("no name", ["-u ''", "-u :sesame"], "-u needs a NAME, as in -u anna"),
+    ("a command that does not come first", [f"-v {name}" for name in COMMANDS], "the command comes first: socks5srv {} ..."),
     (
         "an unknown command", [f"--commands='{text}'" for text in ("listen", "connect,", "", "CONNECT", "connect bind")],
-        "is no command; choose from connect,bind,udp",
+        "invalid command", "choose from connect,bind,udp",
     ),
     ("both families", ["-4 -6"], "-4"),
     (
-        "no number of seconds", [f"--idle-timeout={text}" for text in ("0", "-1", "soon", "", "nan", "inf", "1e10")],
-        "must be a positive number of seconds, not {!r}",
+        "no number of seconds",
+        ["--idle-timeout -1", "--bind-timeout -1.5", *(f"--idle-timeout={text}" for text in ("0", "-1", "soon", "", "nan", "inf", "1e10"))],
+        "invalid number of seconds {!r}: expected more than 0",
     ),
-    ("a zone", ["--allow-from fe80::/10%eth0", "--allow-from fe80::1%2"], "{!r} has a zone, and networks are known without"),
+    ("a zone", ["--allow-from fe80::/10%eth0", "--allow-from fe80::1%2"], "invalid network {!r}: leave out the zone"),
     (
         "a source with a zone", [f"--source {text}" for text in ("fe80::1%eth0", "fe80::1%1", "fe80::1", "2001:db8::7%eth0")],
-        "{!r} reaches only one link: give an address without a zone",
+        "invalid address {!r}: expected one that is not link-local, without a zone",
     ),
-    ("no source", [f"--source '{text}'" for text in ("localhost", "", "300.0.0.1", "192.0.2.7:80")], "{!r} is no IP address"),
+    ("no source", [f"--source '{text}'" for text in ("localhost", "", "300.0.0.1", "192.0.2.7:80")], "invalid address {!r}: expected an IP address"),
     (
         "no number of workers", [f"--workers={text}" for text in ("0", "-1", "257", "1000000000000", "two", "", "1.5", "\u00b2")],
-        "argument --workers: {!r} is no number of processes: 1 to 256, or auto, is",
+        "argument --workers: invalid number of processes {!r}: expected 1-256, or auto",
     ),
-    ("no network, but near one", ["--deny 10.0.0.1/8"], "{!r} is no network: 10.0.0.0/8 would be one"),
+    ("no network, but near one", ["--deny 10.0.0.1/8"], "invalid network {!r}: host bits set; did you mean 10.0.0.0/8?"),
     ("half an address", ["--deny 127.1", "--allow 10.0.0.0/33"], "write it out, as in 127.0.0.1 or 10.0.0.0/8"),
-    ("a port by its name", ["--allow example.com:http"], "has no port after its colon: PORT or PORT-PORT, from 0 to 65535"),
-    ("a port in a rule that is none", ["--allow example.com:70000"], "has no port after its colon"),
+    ("a port by its name", ["--allow example.com:http"], "invalid port in {!r}: expected PORT or PORT-PORT, 0-65535"),
+    ("a port in a rule that is none", ["--allow example.com:70000"], "invalid port in {!r}"),
     ("ports the wrong way round", ["--deny :90-80"], "the lower one comes first"),
-    ("half a bracket", ["--deny [::1"], "lacks its closing bracket"),
-    ("a pattern", ["--deny a.*.example"], "NAME, *.DOMAIN, an IP address or NETWORK/BITS is"),
-    ("nothing", ["--deny ''"], "allow TARGET or deny TARGET is"),
-    ("a network with an address in it", ["--allow-from 192.168.1.7/24"], "192.168.1.0/24 would be one"),
-    ("a name as a network", ["--allow-from example.com", "--allow-from 'has host bits set'"], "{!r} is no network"),
-    ("no number of clients", ["--max-clients 0", "--max-per-client many"], "must be a positive number, not {!r}"),
+    ("half a bracket", ["--deny [::1"], "its closing bracket is missing"),
+    ("a pattern", ["--deny a.*.example"], "invalid host {!r}: expected NAME, *.DOMAIN, an IP address or NETWORK/BITS"),
+    ("nothing", ["--deny ''"], "expected allow TARGET or deny TARGET"),
+    ("a network with an address in it", ["--allow-from 192.168.1.7/24"], "did you mean 192.168.1.0/24?"),
+    ("a name as a network", ["--allow-from example.com", "--allow-from 'has host bits set'"], "invalid network {!r}: expected an IP address or NETWORK/BITS"),
+    ("no number of clients", ["--max-clients 0", "--max-per-client many"], "invalid number {!r}: expected 1 or more"),
 ]
 
 
@@ -191,6 +204,29 @@ def test_a_mistake_is_told_with_what_was_expected(line: str, says: List[str], ex
         assert text.format(words[-1].rpartition("=")[2]) in message
     if line.startswith("--"):
         assert re.match(rf"argument (-\w/)?{words[0].partition('=')[0]}\b", message), "it is said of which option"
+
+
+@pytest.mark.parametrize(("words", "unknown", "meant"), [
+    ("--prot 8080", "--prot", "--port"), ("8080 --verbos", "--verbos", "--verbose"), ("-port 8080", "-port", "--port"), ("-help", "-help", "--help"),
+    ("-D 1080", "-D", "-p PORT"), ("--host 0.0.0.0", "--host", "-b ADDRESS"), ("--listen 1080", "--listen", "-b ADDRESS or -p PORT"),
+    ("-l 127.0.0.1:80", "-l", "-b ADDRESS or -p PORT"), ("-i 0.0.0.0 -p x", "-i", "-b ADDRESS"), ("-qi ::", "-i", "-b ADDRESS"),
+    ("--password=sesame", "--password", "-u NAME[:PASSWORD]"), ("--user-file sesame", "--user-file", "--users-file"), ("-Zsesame", "-Z", None),
+    ("x --frobnicate=sesame", "--frobnicate", None), ("-1", "-1", None), ("-q @conf", "--prot", "--port"),
+])
+def test_an_unknown_option_is_told_first_and_with_what_was_probably_meant(
+    words: str, unknown: str, meant: Optional[str], conf: Conf, expect_error: Expect,
+) -> None:
+    file = conf("# where\n--prot 8080\n")
+    where = f"{file[1:]}:2: " if "@conf" in words else ""
+    message = expect_error(parse, words.replace("@conf", file).split())
+    assert message == f"{where}unknown option {unknown}{f'; did you mean {meant}?' if meant else ''}"
+
+
+def test_what_others_are_used_to_is_no_option_here_and_what_was_meant_is_one() -> None:
+    options = build_parser()._option_string_actions
+    assert not set(HABITS) & set(options)
+    for meant in HABITS.values():
+        assert meant == "@FILE" or {word for word in meant.split() if word.startswith("-")} <= set(options)
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
@@ -256,7 +292,7 @@ def test_a_quote_that_is_not_closed_in_the_environment_is_told(monkeypatch: pyte
 
 # --- the rest ---
 
-@pytest.mark.parametrize("words", ["--frobnicate", "1080 1081", "--log-format xml", "--color sometimes", "--port-file"])
+@pytest.mark.parametrize("words", ["1080 1081", "--log-format xml", "--color sometimes", "--port-file"])
 def test_a_wrong_option_is_told(words: str, expect_error: Expect) -> None:
     assert expect_error(parse, words.split())
 
@@ -272,6 +308,8 @@ def test_help_has_every_option_in_a_group_and_fits_80_columns(word: str, run_com
     outcome = run_command(word)
     assert (outcome.code, outcome.stderr) == (0, "")
     assert outcome.stdout.startswith("usage: socks5srv [options] [PORT | ADDRESS:PORT]\n")
+    for command in COMMANDS:
+        assert f"\n  socks5srv {command} " in outcome.stdout
     for action in build_parser()._actions:
         assert action.help, f"{action} says nothing"
         for option in action.option_strings:

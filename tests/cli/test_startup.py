@@ -16,6 +16,8 @@ from tests.conftest import (
 )
 from tests.program import AtTerminal, Run, Service, Start, by_shell, needs_full_disk, needs_hangup, needs_posix, processes_too
 
+from socks5srv import outbound
+from socks5srv.cli import startup
 from socks5srv.protocol import Command, Credentials, Method, ReplyCode
 
 NEIGHBOUR = "127.0.0.2"
@@ -79,8 +81,26 @@ def ways_out(run_command: Run) -> List[List[str]]:
 
 def test_the_refusal_names_four_ways_out(ways_out: List[List[str]]) -> None:
     assert ways_out == [
-        ["-b", "0.0.0.0", "-u", "NAME"], ["-b", "0.0.0.0", "--allow-from", "192.168.1.0/24"], ["-b", "0.0.0.0", "--allow-open-proxy"], [],
+        ["-b", "0.0.0.0", "-u", "NAME"], ["-b", "0.0.0.0", "--allow-from", startup.network_of("0.0.0.0")], ["-b", "0.0.0.0", "--allow-open-proxy"], [],
     ]
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5", "192.168.100.200", "2001:db8::20"])
+def test_the_ways_out_stand_in_one_column(address: str, run_command: Run) -> None:
+    lines = [line for line in run_command("-b", address).error().split("\n") if line.startswith("    socks5srv")]
+    assert len({line.rindex("  ") for line in lines}) == 1
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(("address", "way_out", "network"), [
+    ("10.0.0.5", "", "10.0.0.0/24"), ("2001:db8:1:2:3::4", "", "2001:db8:1:2::/64"), ("fe80::1%1", "", "fe80::/64"),
+    ("0.0.0.0", "192.168.7.20", "192.168.7.0/24"), ("::", "10.1.2.3", "10.1.2.0/24"), ("0.0.0.0", "127.0.0.1", "192.168.1.0/24"),
+])
+def test_the_network_of_the_way_out_is_that_of_the_address(
+    address: str, way_out: str, network: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound, "local_address_towards", lambda *_: way_out)
+    assert startup.network_of(address) == network
 
 
 def test_the_first_way_out_asks_everybody_for_a_login(ways_out: List[List[str]], start: Start, echo: Place) -> None:
@@ -138,14 +158,14 @@ def test_the_logins_of_a_file_are_good_and_no_others(service: Service, echo: Pla
 
 
 BAD_LINES = {
-    "anna": "expected NAME:HASH, with a HASH from --hash-password",
-    ":" + cheap_hash("sesame"): "expected NAME:HASH, with a HASH from --hash-password",
-    "anna:sesame": "expected a HASH from --hash-password",
-    "anna:md5$1$c2FsdA==$c2FsdA==": "expected a HASH from --hash-password",
+    "anna": "expected NAME:HASH, with a HASH from socks5srv hash-password",
+    ":" + cheap_hash("sesame"): "expected NAME:HASH, with a HASH from socks5srv hash-password",
+    "anna:sesame": "expected a HASH from socks5srv hash-password",
+    "anna:md5$1$c2FsdA==$c2FsdA==": "expected a HASH from socks5srv hash-password",
     "anna:scrypt$16384$8$1$$": "takes too little or too much to compute",
-    "anna:scrypt$16384$8$1$!$c2FsdA==": "this HASH is damaged; make it anew with --hash-password",
+    "anna:scrypt$16384$8$1$!$c2FsdA==": "this HASH is damaged; make another with socks5srv hash-password",
     "anna:pbkdf2_sha256$1$c2FsdA==$AAAAAAAAAAAAAAAAAAAAAA==": "takes too little or too much to compute",
-    "ben:" + cheap_hash("sesame"): "user 'ben' is there twice",
+    "ben:" + cheap_hash("sesame"): "user 'ben' is listed twice",
 }
 
 
@@ -172,7 +192,7 @@ def test_a_bad_file_is_told_with_the_remedy(octets: Any, mode: int, says: str, t
 
 def test_users_come_from_one_place(users_file: Path, run_command: Run) -> None:
     error = run_command("--users-file", str(users_file), "-u", "carl:pass", "0").error()
-    assert error.startswith("-u and --users-file exclude each other: put all logins into the file")
+    assert error.startswith("-u and --users-file exclude each other: put all users into the file")
 
 
 @needs_neighbour
@@ -315,7 +335,7 @@ def test_a_storm_of_sighups_harms_nobody(users_file: Path, service: Service, ech
 # --- --hash-password ---
 
 def test_a_hash_that_is_printed_works_in_a_file(tmp_path: Path, at_terminal: AtTerminal, start: Start, echo: Place) -> None:
-    code, text = at_terminal("--hash-password").talk("Password: ", "päss wörd\n", "The same again: ", "päss wörd\n")
+    code, text = at_terminal("--hash-password").talk("Password: ", "päss wörd\n", "Repeat it: ", "päss wörd\n")
     assert code == 0
     assert "wörd" not in text
     hash = text.split()[-1]
@@ -325,14 +345,17 @@ def test_a_hash_that_is_printed_works_in_a_file(tmp_path: Path, at_terminal: AtT
     assert not service.admits("anna", "pass word")
 
 
+@pytest.mark.parametrize("words", [["--hash-password"], ["hash-password"]], ids=" ".join)
 @pytest.mark.parametrize(("first", "second", "says"), [
-    ("sesame\n", "sesame2\n", "the two are not the same"), ("\n", "\n", "a password has 1 to 255 octets"),
+    ("sesame\n", "sesame2\n", "the two passwords differ"), ("\n", "\n", "invalid password"),
     ("sesame\n", "\x04", "no password was given"), ("sesame\n", "\x03", "no password was given"),
 ])
-def test_no_hash_is_printed_for_a_password_that_does_not_do(first: str, second: str, says: str, at_terminal: AtTerminal) -> None:
-    code, text = at_terminal("--hash-password").talk("Password: ", first, "The same again: ", second)
+def test_no_hash_is_printed_for_a_password_that_does_not_do(
+    first: str, second: str, says: str, words: List[str], at_terminal: AtTerminal,
+) -> None:
+    code, text = at_terminal(*words).talk("Password: ", first, "Repeat it: ", second)
     assert code == 2
-    assert f"socks5srv: error: {says}" in text
+    assert f"{' '.join(['socks5srv', *words]) if words == ['hash-password'] else 'socks5srv'}: error: {says}" in text
     assert "$" not in text
 
 
@@ -340,7 +363,7 @@ def test_keys_that_are_no_utf8_are_no_traceback(at_terminal: AtTerminal) -> None
     terminal = at_terminal("--hash-password", PYTHONIOENCODING="utf-8", PYTHONUTF8="1")
     terminal.wait_for("Password: ")
     os.write(terminal.screen, b"\xff\n")
-    if "again" in eventually(lambda: terminal.read(TIMEOUT) and terminal.text):
+    if "Repeat" in eventually(lambda: terminal.read(TIMEOUT) and terminal.text):
         os.write(terminal.screen, b"\xff\n")
     assert terminal.end()[0] == 2
 

@@ -41,7 +41,16 @@ def test_a_port_that_is_taken_is_told_like_any_other(run_command: Any, listen: A
     port = listen().getsockname()[1]
     done = run_command("0", "--status", str(port))
     assert done.code == 1
-    assert f"port {port} on 127.0.0.1 is already in use" in done.stderr
+    assert done.stderr.splitlines()[:2] == [
+        f"socks5srv: error: --status 127.0.0.1:{port}: port {port} on 127.0.0.1 is already in use", "  take another, or a free one with  --status 0",
+    ]
+
+
+@pytest.mark.parametrize("words", [("127.0.0.1:{}",), ("0.0.0.0:{}", "--allow-open-proxy")], ids=" ".join)
+def test_the_proxys_own_port_is_told_to_be_that(words: Tuple[str, ...], run_command: Any, closed_port: Any) -> None:
+    port = closed_port()[1]
+    error = run_command(*(word.format(port) for word in words), "--status", str(port)).error(1)
+    assert error == f"--status 127.0.0.1:{port}: that is the proxy's own port\n  take another, or a free one with  --status 0\n"
 
 
 def test_the_first_line_says_where_the_page_is_and_it_is_there_until_the_end(start: Any) -> None:
