@@ -216,10 +216,11 @@ def test_without_a_port_file_nothing_is_written() -> None:
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout here")
 def test_the_port_can_be_written_to_a_pipe() -> None:
     with subprocess.Popen(
-        [*COMMAND, "-q", "0", "--port-file", "/dev/stdout"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        [*COMMAND, "0", "--port-file", "/dev/stdout"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
     ) as process:
         try:
             assert process.stdout is not None
+            assert b" listening " in process.stdout.readline(), "who waits for the port finds the greeting in the log"
             Client((LOCALHOST, int(process.stdout.readline()))).close()
         finally:
             process.terminate()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import runpy
-import shutil
 import subprocess
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
+from tests.clients.harness import need
 from tests.conftest import TIMEOUT
 from tests.program import ROOT
 
@@ -32,13 +32,6 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def made() -> Any:
     """The names of the program that makes them."""
     return runpy.run_path(str(SHARE / "generate.py"))
-
-
-def need(tool: str) -> str:
-    found = shutil.which(tool)
-    if found is None:
-        pytest.skip(f"not on this platform: {tool}")
-    return found
 
 
 def completed(*words: str, folder: Path = SHARE) -> List[str]:
