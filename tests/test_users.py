@@ -1,6 +1,4 @@
-"""
-The users file, its hashes, and what guessing costs.
-"""
+"""The users file, its hashes, and what guessing costs."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import hashlib
 import os
 import threading
 import time
-from typing import Any, Callable, ClassVar, Iterator, List, Optional, Type
+from typing import Any, Callable, ClassVar, Iterable, Iterator, List, Optional, Tuple, Type
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 
 from socks5srv import handler, users
 from socks5srv.handler import Socks5Handler
-from socks5srv.protocol import Command, Credentials, CredentialsReply, Method, MethodSelection
+from socks5srv.protocol import Command, Credentials, CredentialsReply, Method
 from socks5srv.users import BadUsersFile, LoginThrottle, Hash, Users, UsersFile, hash_password, verify
 
 from .conftest import LOCALHOST, TIMEOUT, eventually, exchange, handler_with, in_thread, needs_neighbour, within
@@ -52,6 +50,13 @@ def login(username: str, password: str) -> str:
     return f"{username}:{hash_password(password)}"
 
 
+def computed_from_now_on(monkeypatch: pytest.MonkeyPatch) -> List[Tuple[str, Hash]]:
+    """The passwords that are computed, each with the hash that it is compared with; all of them are wrong."""
+    computed: List[Tuple[str, Hash]] = []
+    monkeypatch.setattr(users, "verify", lambda password, text: bool(computed.append((password, Hash.parse(text)))))
+    return computed
+
+
 # --- hashes ---
 
 @pytest.mark.parametrize("password", ["sesame", "s", "\u00fc\u20ac", "with:colon$dollar", "x" * 255])
@@ -83,7 +88,9 @@ def test_where_there_is_no_scrypt_pbkdf2_is_used(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("text", [
     "", "sesame", "scrypt$2$1$1$c2FsdA==", "md5$1$c2FsdA==$c2FsdA==", "scrypt$2$1$1$?$?", "scrypt$x$1$1$c2FsdA==$" + "A" * 44,
     "scrypt$3$1$1$c2FsdA==$" + "A" * 44, "scrypt$1073741824$8$1$c2FsdA==$" + "A" * 44, "pbkdf2_sha256$1$c2FsdA==$" + "A" * 44,
-    "scrypt$524288$8$1$c2FsdA==$" + "A" * 44, "scrypt$2$1$1$$" + "A" * 44, "scrypt$2$1$1$c2FsdA==$AAAA", "scrypt$-2$1$1$c2FsdA==$" + "A" * 44,
+    "scrypt$524288$8$1$c2FsdA==$" + "A" * 44, "scrypt$2$1$1$$" + "A" * 44, "scrypt$2$1$1$c2FsdA==$AAAA",
+    "scrypt$-2$1$1$c2FsdA==$" + "A" * 44,
+    "scrypt$65536$1$1$c2FsdA==$" + "A" * 44,        # RFC 7914 section 6 bounds N by r
 ])
 def test_what_is_no_hash_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"socks5srv hash-password|too little or too much"):
@@ -113,30 +120,15 @@ def test_the_file_may_begin_with_a_byte_order_mark(write: Write, before: List[st
 def test_a_login_that_was_right_is_remembered(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = UsersFile(write(login("anna", "sesame")))
     assert file.check("anna", "sesame")
-    computed: List[str] = []
-    monkeypatch.setattr(users, "verify", lambda password, _hash: computed.append(password))
+    computed = computed_from_now_on(monkeypatch)
     began = time.perf_counter()
     for _ in range(100):
         assert file.check("anna", "sesame")
     assert (time.perf_counter() - began) / 100 < within(0.0005)
     assert not computed
     assert not file.check("anna", "guess")
-    assert computed == ["guess"]
+    assert [password for password, _hash in computed] == ["guess"]
     assert b"sesame" not in repr(vars(file)).encode()
-
-
-def test_an_unknown_name_costs_as_much_as_a_wrong_password(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = UsersFile(write(login("anna", "sesame")))
-    costs: List[Any] = []
-
-    def watched(_password: str, hash: str) -> bool:
-        costs.append((Hash.parse(hash).cost, len(Hash.parse(hash).digest)))
-        return False
-
-    monkeypatch.setattr(users, "verify", watched)
-    file.check("anna", "guess")
-    file.check("nobody", "guess")
-    assert costs[0] == costs[1]
 
 
 ROUNDS = f"pbkdf2_sha256${600_000}$c2FsdA==${'A' * 43}="
@@ -152,45 +144,36 @@ SCRYPT_OF_50_MS = f"scrypt$16384$8$1$c2FsdA==${'A' * 43}="
 def test_an_unknown_name_costs_as_much_as_the_dearest_hash_and_a_file_of_several_costs_says_so(
         cheap: str, dear: str, turn: int, write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     file = UsersFile(write(*[f"anna:{cheap}", f"ben:{dear}"][::turn]))
-    computed: List[Hash] = []
-    monkeypatch.setattr(users, "verify", lambda _password, hash: bool(computed.append(Hash.parse(hash))))
+    computed = computed_from_now_on(monkeypatch)
     for username in ("nobody", "ben"):
         assert not file.check(username, "guess")
-    assert [(hash.method, hash.cost, len(hash.digest)) for hash in computed] == [(computed[1].method, computed[1].cost, len(computed[1].digest))] * 2
+    of_nobody, of_ben = [(hash.method, hash.cost, len(hash.digest)) for _password, hash in computed]
+    assert of_nobody == of_ben
     assert "tells who is a user" not in caplog.text         # the log may not be set up yet
     for _ in range(3):
         file.refresh()
     assert caplog.text.count("tells who is a user") == 1
-    write(f"anna:{dear}", f"ben:{dear}")
-    file.refresh()
-    write(f"anna:{cheap}", f"ben:{cheap}")
-    file.refresh()
-    assert caplog.text.count("tells who is a user") == 1
-    write(f"anna:{dear}", f"ben:{cheap}")
-    file.refresh()
-    assert caplog.text.count("tells who is a user") == 2
+    for anna, ben, times in ((dear, dear, 1), (cheap, cheap, 1), (dear, cheap, 2)):
+        write(f"anna:{anna}", f"ben:{ben}")
+        file.refresh()
+        assert caplog.text.count("tells who is a user") == times
 
 
 def test_a_file_without_users_costs_as_much_as_a_new_hash(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = UsersFile(write("# nobody yet"))
-    computed: List[Any] = []
-    monkeypatch.setattr(users, "verify", lambda _password, hash: bool(computed.append(Hash.parse(hash).cost)))
+    computed = computed_from_now_on(monkeypatch)
     assert not file.check("nobody", "guess")
-    assert computed == [CHEAP]
+    assert [hash.cost for _password, hash in computed] == [CHEAP]
 
 
 @pytest.mark.parametrize(("line", "says"), [
-    ("anna", r":2: expected NAME:HASH"), (":scrypt", r":2: expected NAME:HASH"), ("anna:sesame", r":2: expected a HASH"),
-    ("x" * 256 + ":scrypt$", r":2: expected NAME:HASH"), ("ä" * 128 + ":scrypt$", r":2: expected NAME:HASH"), ("anna:scrypt$2$1$1$?$?", r":2: this HASH is damaged"),
+    ("anna", "expected NAME:HASH"), (":scrypt", "expected NAME:HASH"), ("anna:sesame", "expected a HASH"),
+    ("x" * 256 + ":scrypt$", "expected NAME:HASH"), ("ä" * 128 + ":scrypt$", "expected NAME:HASH"),
+    ("anna:scrypt$2$1$1$?$?", "this HASH is damaged"), (f"ben:{SCRYPT_OF_50_MS}", "user 'ben' is listed twice"),
 ])
 def test_a_bad_line_is_reported_with_its_number_and_what_was_expected(write: Write, line: str, says: str) -> None:
-    with pytest.raises(BadUsersFile, match=says):
-        UsersFile(write("# a comment", line))
-
-
-def test_a_name_may_be_there_once(write: Write) -> None:
-    with pytest.raises(BadUsersFile, match=":2: user 'anna' is listed twice"):
-        UsersFile(write(login("anna", "a"), login("anna", "b")))
+    with pytest.raises(BadUsersFile, match=f":3: {says}"):
+        UsersFile(write("# a comment", login("ben", "b"), line))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="not on this platform: no such modes")
@@ -200,20 +183,19 @@ def test_a_file_that_everyone_may_read_is_refused_with_the_command_to_type(write
         UsersFile(write(login("anna", "a"), mode=mode))
 
 
-def test_a_file_that_is_not_there_is_reported(tmp_path: Any) -> None:
-    with pytest.raises(BadUsersFile, match="No such file"):
-        UsersFile(str(tmp_path / "none"))
-
-
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="not on this platform: pipes with a name")
+needs_devices = pytest.mark.skipif(not os.path.exists("/dev/null"), reason="not on this platform: devices with a name")
 
 
-@needs_pipes
-def test_a_pipe_in_place_of_the_file_is_refused_and_not_waited_for(tmp_path: Any) -> None:
-    path = str(tmp_path / "users")
-    os.mkfifo(path, 0o600)
-    with pytest.raises(BadUsersFile, match="is not a regular file"):
-        in_thread(UsersFile, path)()
+@pytest.mark.parametrize(("path", "says"), [
+    ("nothing", "No such file"), pytest.param("/dev/null", "is not a regular file", marks=needs_devices),
+    pytest.param("pipe", "is not a regular file", marks=needs_pipes),
+])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Any, path: str, says: str) -> None:
+    if path == "pipe":
+        os.mkfifo(str(tmp_path / path), 0o600)
+    with pytest.raises(BadUsersFile, match=says):
+        in_thread(UsersFile, str(tmp_path / path))()
 
 
 @needs_pipes
@@ -224,12 +206,6 @@ def test_a_pipe_that_takes_the_place_of_the_file_changes_nothing_and_is_told(wri
     assert in_thread(file.refresh)() == set()
     assert "is not a regular file" in caplog.text
     assert file.check("anna", "a")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="not on this platform: devices with a name")
-def test_a_device_in_place_of_the_file_is_refused() -> None:
-    with pytest.raises(BadUsersFile, match="is not a regular file"):
-        UsersFile("/dev/null")
 
 
 @given(st.text())
@@ -299,7 +275,8 @@ def test_a_file_in_the_middle_of_a_write_is_not_read_until_it_has_settled(write:
     assert len(file) == 3
 
 
-def test_a_file_that_changes_while_it_is_read_is_read_again(write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+        write: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     anna, ben = login("anna", "a"), login("ben", "b")
     file = UsersFile(write(anna, ben))
     write(anna)
@@ -332,12 +309,7 @@ def test_a_file_that_is_asked_for_is_read_at_once(write: Write) -> None:
 
 def test_a_login_that_is_right_for_a_user_who_is_removed_meanwhile_is_wrong(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = UsersFile(write(login("anna", "a")))
-
-    def slow(_password: str, _hash: str) -> bool:
-        file._replace({})
-        return True
-
-    monkeypatch.setattr(users, "verify", slow)
+    monkeypatch.setattr(users, "verify", lambda _password, _hash: file._replace({}) or True)
     assert not file.check("anna", "a")
     assert file.verified == {}
 
@@ -371,18 +343,16 @@ def test_plain_users_compare_octets_and_know_nobody_else() -> None:
 def test_removing_a_user_ends_that_users_tunnels_and_no_others(write: Write, start_server: Any, new_client: Any, echo: Any) -> None:
     anna, ben = login("anna", "a"), login("ben", "b")
     server = start_server(users=UsersFile(write(anna, ben)))
-    clients = {}
-    for username, password in (("anna", "a"), ("ben", "b")):
-        clients[username] = new_client(server)
-        clients[username].greet(Method.USERNAME_PASSWORD)
-        clients[username].login(username, password)
-        clients[username].request(Command.CONNECT, echo)
-        exchange(clients[username])
+    of_anna, of_ben = new_client(server), new_client(server)
+    for client, username, password in ((of_anna, "anna", "a"), (of_ben, "ben", "b")):
+        assert client.log_in(username, password)
+        client.request(Command.CONNECT, echo)
+        exchange(client)
     write(anna)
-    assert clients["ben"].rest() == b""
+    assert of_ben.rest() == b""
     session = server.next_ended()
     assert (session.user, session.reason) == ("ben", "the user has been removed")
-    exchange(clients["anna"])
+    exchange(of_anna)
 
 
 def test_removing_a_user_ends_a_login_of_that_user_that_is_being_looked_at(write: Write, start_server: Any, new_client: Any) -> None:
@@ -401,32 +371,12 @@ def test_removing_a_user_ends_a_login_of_that_user_that_is_being_looked_at(write
     assert (session.user, session.reason) == ("ben", "the user has been removed")
 
 
-def test_guessing_gets_slower_but_never_locks_out_the_right_login(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
-    monkeypatch.setattr(users, "LONGEST_WAIT", 0.05)
-    server = start_server(users={"anna": "sesame"})
-
-    def attempt(password: str) -> int:
-        with new_client(server) as client:
-            client.greet(Method.USERNAME_PASSWORD)
-            return client.login("anna", password).status
-
-    for _ in range(users.FREE_TRIES + 3):
-        assert attempt("guess") == 1
-    assert server.policy.throttle.delay(LOCALHOST) == 0.05
-    assert attempt("sesame") == 0
-    assert server.policy.throttle.delay(LOCALHOST) == 0
-
-
-def test_who_has_to_wait_may_leave(monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
+def test_who_has_to_wait_may_leave(monkeypatch: pytest.MonkeyPatch, start_server: Any, try_to_log_in: Any) -> None:
     monkeypatch.setattr(users, "LONGEST_WAIT", 60.0)
     server = start_server(users={"anna": "sesame"})
     for _ in range(64):
         server.policy.throttle.failed(LOCALHOST)
-    client = new_client(server)
-    assert client.greet(Method.USERNAME_PASSWORD) == MethodSelection(Method.USERNAME_PASSWORD)
-    client.send(b"\x01\x04anna\x05guess")
-    client.reset()
+    try_to_log_in(server).reset()
     assert server.next_ended().user == "anna"
 
 
@@ -461,7 +411,7 @@ def judging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Type[Judging]]:
 def try_to_log_in(new_client: Any) -> Callable[..., Any]:
     def begin(server: Any, password: str = "guess", source: Optional[str] = None) -> Any:
         client = new_client(server, source=source)
-        client.greet(Method.USERNAME_PASSWORD)
+        assert client.greet(Method.USERNAME_PASSWORD).method == Method.USERNAME_PASSWORD
         client.send(Credentials(b"anna", password.encode()))
         return client
 
@@ -472,27 +422,23 @@ def all_wait(server: Any, number: int) -> bool:
     return sum(map(len, list(server.policy.throttle.waiting.values()))) == number
 
 
-def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
-        monkeypatch: pytest.MonkeyPatch, judging: Any, start_server: Any, try_to_log_in: Any) -> None:
-    monkeypatch.setattr(users, "LONGEST_WAIT", 0.001)
-    server = start_server(judging)
-    clients = [try_to_log_in(server) for _ in range(30)]
-    eventually(lambda: all_wait(server, 30 - users.FREE_TRIES))
-    assert judging.judged == list(range(1, users.FREE_TRIES + 1))
-    judging.release.set()
-    assert [CredentialsReply.read(client).status for client in clients] == [1] * 30
-    # Those of the beginning may end one by one, but the first of them has failed then, and the next begins when all have ended.
-    assert judging.judged[users.FREE_TRIES:] == [1] * (30 - users.FREE_TRIES)
-    eventually(lambda: not server.policy.throttle.trying and not server.policy.throttle.waiting)
+@pytest.fixture
+def after_a_failure(judging: Any, start_server: Any, try_to_log_in: Any) -> Callable[..., Any]:
+    """A server, a client that it judges, whose address has failed before, and another one from there, which waits."""
+    def begin(second_password: str = "guess") -> Any:
+        server = start_server(judging)
+        server.policy.throttle.failed(LOCALHOST)
+        first = try_to_log_in(server)
+        eventually(lambda: judging.running)
+        second = try_to_log_in(server, second_password)
+        eventually(lambda: all_wait(server, 1))
+        return server, first, second
+
+    return begin
 
 
-def test_an_address_that_has_failed_has_one_try_at_a_time(judging: Any, start_server: Any, try_to_log_in: Any) -> None:
-    server = start_server(judging)
-    server.policy.throttle.failed(LOCALHOST)
-    first = try_to_log_in(server)
-    eventually(lambda: judging.running)
-    second = try_to_log_in(server, "sesame")
-    eventually(lambda: all_wait(server, 1))
+def test_an_address_that_has_failed_has_one_try_at_a_time(judging: Any, after_a_failure: Any) -> None:
+    _server, first, second = after_a_failure("sesame")
     assert len(judging.running) == 1
     judging.release.set()
     assert CredentialsReply.read(first).status == 1
@@ -520,15 +466,9 @@ def test_right_logins_side_by_side_do_not_wait_for_each_other_for_long(judging: 
     assert max(judging.judged) <= users.FREE_TRIES
 
 
-def test_a_client_that_waits_for_its_turn_may_leave(
-        monkeypatch: pytest.MonkeyPatch, judging: Any, start_server: Any, try_to_log_in: Any) -> None:
+def test_a_client_that_waits_for_its_turn_may_leave(monkeypatch: pytest.MonkeyPatch, judging: Any, after_a_failure: Any) -> None:
     monkeypatch.setattr(handler, "LOOK", 0.01)
-    server = start_server(judging)
-    server.policy.throttle.failed(LOCALHOST)
-    first = try_to_log_in(server)
-    eventually(lambda: judging.running)
-    second = try_to_log_in(server)
-    eventually(lambda: all_wait(server, 1))
+    server, first, second = after_a_failure()
     second.reset()
     assert server.next_ended().reply is None
     assert all_wait(server, 0)
@@ -563,20 +503,16 @@ def test_waits_grow_from_none_to_some_seconds_and_are_forgiven(monkeypatch: pyte
     assert throttle.failures["192.0.2.1"][0] == 1
 
 
-def test_only_so_many_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("failed", "remembered"), [
+    pytest.param(range(10), [7, 8, 9], id="once each"), pytest.param([1, 2, 3, 1, 4], [3, 1, 4], id="one twice"),
+])
+def test_only_so_many_addresses_are_remembered_and_the_one_that_has_failed_longest_ago_is_forgotten(
+        monkeypatch: pytest.MonkeyPatch, failed: Iterable[int], remembered: List[int]) -> None:
     monkeypatch.setattr(users, "REMEMBERED", 3)
     throttle = LoginThrottle()
-    for number in range(10):
+    for number in failed:
         throttle.failed(f"192.0.2.{number}")
-    assert list(throttle.failures) == ["192.0.2.7", "192.0.2.8", "192.0.2.9"]
-
-
-def test_of_too_many_addresses_the_one_that_has_failed_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(users, "REMEMBERED", 3)
-    throttle = LoginThrottle()
-    for host in ("192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.1", "192.0.2.4"):
-        throttle.failed(host)
-    assert list(throttle.failures) == ["192.0.2.3", "192.0.2.1", "192.0.2.4"]
+    assert list(throttle.failures) == [f"192.0.2.{number}" for number in remembered]
 
 
 def test_an_address_may_fail_as_often_as_it_likes() -> None:
@@ -600,17 +536,8 @@ def test_only_so_many_hashes_are_computed_at_a_time(write: Write, monkeypatch: p
         return False
 
     monkeypatch.setattr(users, "verify", slow)
-    threads = [threading.Thread(target=file.check, args=("anna", "guess")) for _ in range(users.AT_ONCE + 5)]
-    for thread in threads:
-        thread.start()
+    checks = [in_thread(file.check, "anna", "guess") for _ in range(users.AT_ONCE + 5)]
     eventually(lambda: len(most) == users.AT_ONCE)
     release.set()
-    for thread in threads:
-        thread.join(10)
+    assert [check() for check in checks] == [False] * len(checks)
     assert max(most) == users.AT_ONCE
-
-
-def test_a_hash_that_scrypt_cannot_compute_is_refused() -> None:
-    """RFC 7914 section 6 bounds N by r."""
-    with pytest.raises(ValueError, match=r"socks5srv hash-password|too little or too much"):
-        Hash.parse("scrypt$65536$1$1$c2FsdA==$" + "A" * 44)
