@@ -17,6 +17,7 @@ import socket
 import stat
 import threading
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List, Tuple
 
@@ -26,13 +27,15 @@ from socks5srv import relay
 from socks5srv.protocol import Address, ReplyCode
 from socks5srv.session import Session
 
-from .conftest import TIMEOUT, Client, eventually, exchange, in_thread, set_reset, within
+from .conftest import TIMEOUT, Client, eventually, exchange, in_thread, reset, within
 
 MIB = 1024 * 1024
-MODES = ["splice", "copy", "short pipes", "selectors", "select"]
+
+either_side = pytest.mark.parametrize("side", ["client", "target"])
+needs_splice = pytest.mark.skipif(not relay.Relay.can_splice, reason="not on this platform: no os.splice")
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=["splice", "copy", "short pipes", "selectors", "select"])
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force a way of relaying for the servers that are started afterwards."""
     if request.param == "splice" and not relay.Relay.can_splice:
@@ -49,33 +52,57 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture
-def tunnel(start_server: Any, new_client: Any, listen: Any) -> Callable[..., Tuple[Client, socket.socket, Any]]:
-    """Both ends of a new tunnel, and the server: ``client, target, server = tunnel(**settings)``."""
+def tunnel_through(new_client: Any, listen: Any) -> Iterator[Callable[[Any], Tuple[Client, socket.socket]]]:
+    """Both ends of a new tunnel: ``client, target = tunnel_through(server)``."""
+    with contextlib.ExitStack() as stack:
+        def make(server: Any) -> Tuple[Client, socket.socket]:
+            listener, client = listen(), new_client(server)
+            client.connect(listener.getsockname())
+            target = stack.enter_context(listener.accept()[0])
+            target.settimeout(TIMEOUT)
+            return client, target
+
+        yield make
+
+
+@pytest.fixture
+def tunnel(start_server: Any, tunnel_through: Any) -> Callable[..., Tuple[Client, socket.socket, Any]]:
+    """The same of a new server, and the server: ``client, target, server = tunnel(**settings)``."""
     def make(**settings: Any) -> Tuple[Client, socket.socket, Any]:
         server = start_server(**settings)
-        return (*tunnel_through(server, new_client, listen), server)
+        return (*tunnel_through(server), server)
 
     return make
 
 
-targets: List[socket.socket] = []
+@pytest.fixture
+def used_tunnel(tunnel: Any) -> Callable[..., Tuple[Client, socket.socket, Any]]:
+    """The same, with 5 octets gone up and 8 down."""
+    def make(**settings: Any) -> Tuple[Client, socket.socket, Any]:
+        client, target, server = tunnel(**settings)
+        exchange_both_ways(client, target)
+        return client, target, server
+
+    return make
 
 
-@pytest.fixture(autouse=True)
-def _close_targets() -> Iterator[None]:
-    yield
-    while targets:
-        targets.pop().close()
+@contextlib.contextmanager
+def busy(carrier: relay.Relay) -> Iterator[None]:
+    """Meanwhile its thread does nothing else."""
+    waits, go_on = threading.Event(), threading.Event()
+    carrier.call(lambda: (waits.set(), go_on.wait(TIMEOUT)))
+    assert waits.wait(TIMEOUT)
+    try:
+        yield
+    finally:
+        go_on.set()
 
 
-def tunnel_through(server: Any, new_client: Any, listen: Any) -> Tuple[Client, socket.socket]:
-    listener = listen()
-    client = new_client(server)
-    client.connect(listener.getsockname())
-    target, _address = listener.accept()
-    target.settimeout(TIMEOUT)
-    targets.append(target)
-    return client, target
+def exchange_both_ways(client: Client, target: socket.socket) -> None:
+    client.send(b"there")
+    assert target.recv(100) == b"there"
+    target.sendall(b"and back")
+    assert client.exactly(8) == b"and back"
 
 
 def send_pattern(sock: socket.socket, octets: int, seed: int) -> str:
@@ -94,30 +121,30 @@ def send_pattern(sock: socket.socket, octets: int, seed: int) -> str:
 def receive_all(sock: socket.socket) -> str:
     """The hash of all that comes until the end."""
     digest = hashlib.sha256()
-    while True:
-        octets = sock.recv(MIB)
-        if not octets:
-            return digest.hexdigest()
+    for octets in iter(lambda: sock.recv(MIB), b""):
         digest.update(octets)
+    return digest.hexdigest()
 
 
+@either_side
 @pytest.mark.usefixtures("mode")
-def test_when_the_client_has_ended_it_still_gets_the_whole_answer(tunnel: Any) -> None:
+def test_who_has_ended_still_gets_all_that_the_other_sends(tunnel: Any, side: str) -> None:
     client, target, server = tunnel()
-    client.send(b"question")
-    client.end()
-    assert target.recv(100) == b"question"
-    assert target.recv(100) == b""
-    sent = in_thread(send_pattern, target, 3 * MIB, 1)
-    assert receive_all(client.socket) == sent()
+    ended, other = (client.socket, target) if side == "client" else (target, client.socket)
+    ended.sendall(b"question")
+    ended.shutdown(socket.SHUT_WR)
+    assert other.recv(100) == b"question"
+    assert other.recv(100) == b""
+    sent = in_thread(send_pattern, other, 3 * MIB, 1)
+    assert receive_all(ended) == sent()
     session = server.next_ended()
-    assert (session.up, session.down, session.reason) == (8, 3 * MIB, "closed by client")
+    assert (session.up, session.down) == ((8, 3 * MIB) if side == "client" else (3 * MIB, 8))
+    assert session.reason == f"closed by {side}"
 
 
 @pytest.mark.usefixtures("mode")
-def test_its_session_knows_the_octets_of_a_tunnel_while_it_lives(tunnel: Any) -> None:
-    client, target, server = tunnel()
-    exchange_both_ways(client, target)
+def test_its_session_knows_the_octets_of_a_tunnel_while_it_lives(used_tunnel: Any) -> None:
+    client, target, server = used_tunnel()
     [session] = server.sessions
     eventually(lambda: session.octets() == (5, 8))
     assert (session.up, session.down, session.tunnel.over) == (0, 0, False)
@@ -125,18 +152,6 @@ def test_its_session_knows_the_octets_of_a_tunnel_while_it_lives(tunnel: Any) ->
     target.close()
     assert server.next_ended() is session
     assert (session.octets(), session.up, session.down, session.tunnel) == ((5, 8), 5, 8, None)
-
-
-@pytest.mark.usefixtures("mode")
-def test_when_the_target_has_ended_it_still_gets_all_that_the_client_sends(tunnel: Any) -> None:
-    client, target, server = tunnel()
-    target.sendall(b"greeting")
-    target.shutdown(socket.SHUT_WR)
-    assert client.rest() == b"greeting"
-    sent = in_thread(send_pattern, client.socket, 3 * MIB, 2)
-    assert receive_all(target) == sent()
-    session = server.next_ended()
-    assert (session.up, session.down, session.reason) == (3 * MIB, 8, "closed by target")
 
 
 @pytest.mark.timeout(120)
@@ -181,19 +196,12 @@ def test_two_ends_that_only_write_do_not_lock_each_other_up(tunnel: Any) -> None
     exchange_both_ways(client, target)
 
 
-def exchange_both_ways(client: Client, target: socket.socket) -> None:
-    client.send(b"there")
-    assert target.recv(100) == b"there"
-    target.sendall(b"and back")
-    assert client.exactly(8) == b"and back"
-
-
 @pytest.mark.usefixtures("mode")
-def test_a_reader_that_stops_stops_the_writer_and_nobody_else(tunnel: Any, new_client: Any, listen: Any) -> None:
+def test_a_reader_that_stops_stops_the_writer_and_nobody_else(tunnel: Any, tunnel_through: Any) -> None:
     client, target, server = tunnel()
     stalled = fill(target)
     assert stalled < 64 * MIB           # socket buffers, and one chunk
-    exchange_both_ways(*tunnel_through(server, new_client, listen))
+    exchange_both_ways(*tunnel_through(server))
     client.send(b"the other way")       # is not stopped
     assert target.recv(100) == b"the other way"
     drain(client.socket, stalled)
@@ -208,24 +216,16 @@ def ends_with_reset(sock: socket.socket) -> bool:
     return False
 
 
+@either_side
 @pytest.mark.usefixtures("mode")
-def test_a_reset_by_the_target_reaches_the_client_as_a_reset(tunnel: Any) -> None:
-    client, target, server = tunnel()
-    target.sendall(b"half of an ans")
-    assert client.exactly(14) == b"half of an ans"
-    set_reset(target)
-    target.close()
-    assert ends_with_reset(client.socket)
-    assert server.next_ended().reason == "target: connection reset"
-
-
-@pytest.mark.usefixtures("mode")
-def test_a_reset_by_the_client_reaches_the_target_as_a_reset(tunnel: Any) -> None:
-    client, target, server = tunnel()
-    exchange_both_ways(client, target)
-    client.reset()
-    assert ends_with_reset(target)
-    assert server.next_ended().reason == "client: connection reset"
+def test_a_reset_by_one_side_reaches_the_other_as_a_reset(used_tunnel: Any, side: str) -> None:
+    client, target, server = used_tunnel()
+    one, other = (client.socket, target) if side == "client" else (target, client.socket)
+    one.sendall(b"half of an ans")
+    assert other.recv(100) == b"half of an ans"
+    reset(one)
+    assert ends_with_reset(other)
+    assert server.next_ended().reason == f"{side}: connection reset"
 
 
 @pytest.mark.parametrize("mode", ["splice", "copy"], indirect=True)
@@ -233,8 +233,7 @@ def test_a_reset_by_the_client_reaches_the_target_as_a_reset(tunnel: Any) -> Non
 def test_a_reset_is_noticed_while_the_other_end_takes_nothing(tunnel: Any) -> None:
     client, target, server = tunnel()
     fill(target)                        # so that the relay waits for the client, and not for the target
-    set_reset(target)
-    target.close()
+    reset(target)
     assert server.next_ended().reason == "target: connection reset"
     assert ends_with_reset(client.socket)
 
@@ -252,17 +251,13 @@ def test_a_half_closed_end_that_is_reset_ends_the_tunnel(tunnel: Any) -> None:
 
 
 @pytest.mark.usefixtures("mode")
-def test_an_end_that_meets_a_reset_is_the_others_connection_reset(tunnel: Any) -> None:
+def test_an_end_that_meets_a_reset_is_the_others_connection_reset(used_tunnel: Any) -> None:
     """shutdown() of a socket that has been reset meanwhile says only that it is not connected."""
-    client, target, server = tunnel()
-    exchange_both_ways(client, target)
+    client, target, server = used_tunnel()
     (carrier,) = server.relays
-    held, go_on = threading.Event(), threading.Event()
-    carrier.call(lambda: (held.set(), go_on.wait(TIMEOUT)))
-    assert held.wait(TIMEOUT)
-    target.shutdown(socket.SHUT_WR)
-    client.reset()
-    go_on.set()
+    with busy(carrier):
+        target.shutdown(socket.SHUT_WR)
+        client.reset()
     assert server.next_ended().reason == "client: connection reset"
     assert ends_with_reset(target)
 
@@ -291,10 +286,10 @@ def broken_tunnel(side: str, call: str, code: int, held: bool = False) -> str:
     try:
         relay.Tunnel(carrier, ends["client"], ends["target"], session, over.set).start()
         other = {"client": "target", "target": "client"}[side]
-        for name in ([side] if call == "recv_into" else [other]):
-            pairs[name][1].send(b"x")
-            if call == "shutdown":
-                pairs[name][1].shutdown(socket.SHUT_WR)
+        sender = pairs[side if call == "recv_into" else other][1]
+        sender.send(b"x")
+        if call == "shutdown":
+            sender.shutdown(socket.SHUT_WR)
         assert over.wait(TIMEOUT)
         assert carrier.pipes is None or carrier.pipes.all == set(carrier.pipes.free), "a pipe has not come back"
         return session.reason
@@ -323,16 +318,15 @@ def test_what_has_come_early_goes_first_and_nothing_is_read_before_it_has_gone()
     (errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH)[0].lower() + os.strerror(errno.EHOSTUNREACH)[1:]),
 ])
 @pytest.mark.parametrize(("call", "held"), [("recv_into", False), ("send", False), ("send", True), ("shutdown", False)])
-@pytest.mark.parametrize("side", ["client", "target"])
+@either_side
 def test_the_reason_says_whose_socket_has_failed(side: str, call: str, held: bool, code: int, says: str) -> None:
     assert broken_tunnel(side, call, code, held) == f"{side}: {says}"
 
 
-@pytest.mark.parametrize("side", ["client", "target"])
+@needs_splice
+@either_side
 @pytest.mark.parametrize(("reads", "held"), [(True, False), (False, False), (False, True)])
 def test_so_it_does_while_pages_are_spliced(monkeypatch: pytest.MonkeyPatch, side: str, reads: bool, held: bool) -> None:
-    if not relay.Relay.can_splice:
-        pytest.skip("not on this platform: no os.splice")
     splice, copy, holds = os.splice, relay.Flow.copy, [held]
 
     def spliced(source: int, sink: int, count: int, **keywords: Any) -> int:
@@ -352,16 +346,14 @@ def test_so_it_does_while_pages_are_spliced(monkeypatch: pytest.MonkeyPatch, sid
 
 
 @pytest.mark.usefixtures("mode")
-def test_many_small_messages_are_echoed_in_order(start_server: Any, new_client: Any, echo: Any) -> None:
-    client = new_client(start_server())
-    client.connect(echo)
+def test_many_small_messages_are_echoed_in_order(start_server: Any, new_tunnel: Any) -> None:
+    client = new_tunnel(start_server())
     for number in range(300):
         exchange(client, b"message %d" % number)
 
 
-def test_bulk_and_small_messages_alternate_in_one_tunnel(mode: str, start_server: Any, new_client: Any, echo: Any) -> None:
-    client = new_client(start_server())
-    client.connect(echo)
+def test_bulk_and_small_messages_alternate_in_one_tunnel(mode: str, start_server: Any, new_tunnel: Any) -> None:
+    client = new_tunnel(start_server())
     for size in (10, 2 * MIB, 10, 300_000, 1, 4 * MIB, 10):
         octets = os.urandom(size)
         sending = in_thread(client.socket.sendall, octets)
@@ -369,9 +361,8 @@ def test_bulk_and_small_messages_alternate_in_one_tunnel(mode: str, start_server
         sending()
 
 
-def test_sockets_of_a_tunnel_have_no_nagle_and_keep_alive(tunnel: Any) -> None:
-    client, target, server = tunnel()
-    exchange_both_ways(client, target)
+def test_sockets_of_a_tunnel_have_no_nagle_and_keep_alive(used_tunnel: Any) -> None:
+    _client, _target, server = used_tunnel()
     flow = next(watched for watched in server.relays[0].watched.values() if isinstance(watched, relay.Flow))
     for sock in (flow.source, flow.sink):
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -380,18 +371,16 @@ def test_sockets_of_a_tunnel_have_no_nagle_and_keep_alive(tunnel: Any) -> None:
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
 
 
-def test_a_silent_tunnel_is_closed_after_the_idle_timeout(tunnel: Any) -> None:
-    client, target, server = tunnel(idle_timeout=0.2)
-    exchange_both_ways(client, target)
+def test_a_silent_tunnel_is_closed_after_the_idle_timeout(used_tunnel: Any) -> None:
+    client, _target, server = used_tunnel(idle_timeout=0.2)
     assert ends_with_reset(client.socket)
     session = server.next_ended()
     assert session.reason == "idle"
     assert 0.2 <= session.seconds < within(2)
 
 
-def test_the_idle_timeout_is_as_long_as_it_says(tunnel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, target, server = tunnel(idle_timeout=100)
-    exchange_both_ways(client, target)
+def test_the_idle_timeout_is_as_long_as_it_says(used_tunnel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _client, _target, server = used_tunnel(idle_timeout=100)
     eventually(lambda: server.relays[0].next_check - time.monotonic() <= 25)     # it is looked at four times in that time
     reasons: List[str] = []
     monkeypatch.setattr(relay.Tunnel, "abort", lambda _tunnel, reason: reasons.append(reason))
@@ -412,9 +401,8 @@ def test_every_idle_tunnel_is_looked_at_each_time() -> None:
     assert looked_at == [0, 1, 2]
 
 
-def test_tunnels_that_have_ended_are_not_kept_for_their_idle_timeout(tunnel: Any) -> None:
-    client, target, server = tunnel(idle_timeout=3600)
-    exchange_both_ways(client, target)
+def test_tunnels_that_have_ended_are_not_kept_for_their_idle_timeout(used_tunnel: Any) -> None:
+    client, _target, server = used_tunnel(idle_timeout=3600)
     assert len(server.relays[0].idle_watch) == 1
     client.reset()
     server.next_ended()
@@ -464,14 +452,11 @@ def test_six_hundred_tunnels_live_side_by_side_beyond_descriptor_1023(start_serv
 
 
 def test_where_a_selector_holds_few_sockets_more_relay_threads_start(
-        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any, echo: Any) -> None:
+        monkeypatch: pytest.MonkeyPatch, start_server: Any, new_tunnel: Any) -> None:
     monkeypatch.setattr(relay, "EpollWaiter", relay.SelectorWaiter)
     monkeypatch.setattr(relay.SelectorWaiter, "room", 8.0)
     server = start_server()
-    clients = [new_client(server) for _ in range(10)]
-    for client in clients:
-        client.connect(echo)
-    for client in clients:
+    for client in [new_tunnel(server) for _ in range(10)]:
         exchange(client)
     assert len(server.relays) >= 4
 
@@ -481,15 +466,7 @@ def test_an_event_that_comes_before_its_watcher_is_known_waits_for_it(monkeypatc
     carrier = relay.Relay()
     rounds: List[float] = []
     heard = threading.Event()
-
-    class Watcher:
-        def ready(self, events: int) -> None:
-            ours.recv(1)
-            heard.set()
-
-        def abort(self, reason: str) -> None:
-            pass
-
+    watcher: Any = SimpleNamespace(ready=lambda _events: (ours.recv(1), heard.set()), abort=lambda _reason: None)
     waits = carrier.waiter.wait
     monkeypatch.setattr(carrier.waiter, "wait", lambda timeout: rounds.append(timeout) or waits(timeout))
     ours, theirs = socket.socketpair()
@@ -498,7 +475,7 @@ def test_an_event_that_comes_before_its_watcher_is_known_waits_for_it(monkeypatc
         with carrier.adding:
             carrier.waiter.add(ours.fileno(), relay.READ)
             assert not heard.wait(0.05)     # time enough for some ten thousand rounds, if it looked again and again
-            carrier.watched[ours.fileno()] = Watcher()
+            carrier.watched[ours.fileno()] = watcher
         assert heard.wait(TIMEOUT)
         carrier.discard(ours)
         carrier.stop()
@@ -517,20 +494,17 @@ def test_what_is_closed_cannot_be_watched_and_leaves_nothing() -> None:
     carrier.stop()
 
 
-def test_tunnels_spread_over_several_relay_threads(start_server: Any, new_client: Any, echo: Any) -> None:
+def test_tunnels_spread_over_several_relay_threads(start_server: Any, new_tunnel: Any) -> None:
     server = start_server(relay_threads=3)
-    clients = [new_client(server) for _ in range(7)]
-    for client in clients:
-        client.connect(echo)
-        exchange(client)
+    for _ in range(7):
+        new_tunnel(server)
     assert sorted(len(carrier.watched) for carrier in server.relays) == [5, 5, 7]     # two sockets each, and the one that wakes it
 
 
 def test_a_bug_costs_one_tunnel_and_no_other(
-        monkeypatch: pytest.MonkeyPatch, tunnel: Any, new_client: Any, listen: Any, bugs: List[Any]) -> None:
-    client, target, server = tunnel()
-    exchange_both_ways(client, target)
-    other = tunnel_through(server, new_client, listen)
+        monkeypatch: pytest.MonkeyPatch, used_tunnel: Any, tunnel_through: Any, bugs: List[Any]) -> None:
+    client, _target, server = used_tunnel()
+    other = tunnel_through(server)
     broken = next(watched.tunnel.up for watched in server.relays[0].watched.values() if isinstance(watched, relay.Flow))
     original = relay.Flow.copy
 
@@ -548,9 +522,8 @@ def test_a_bug_costs_one_tunnel_and_no_other(
     bugs.clear()
 
 
-def test_a_bug_in_a_call_does_not_end_the_thread(tunnel: Any, bugs: List[Any]) -> None:
-    client, target, server = tunnel()
-    exchange_both_ways(client, target)
+def test_a_bug_in_a_call_does_not_end_the_thread(used_tunnel: Any, bugs: List[Any]) -> None:
+    client, target, server = used_tunnel()
     thread = server.relays[0]
     called = threading.Event()
     thread.call(lambda: 1 // 0)
@@ -559,9 +532,6 @@ def test_a_bug_in_a_call_does_not_end_the_thread(tunnel: Any, bugs: List[Any]) -
     exchange_both_ways(client, target)
     assert len(bugs) == 1
     bugs.clear()
-
-
-needs_splice = pytest.mark.skipif(not relay.Relay.can_splice, reason="not on this platform: no os.splice")
 
 
 @needs_splice
@@ -605,9 +575,8 @@ def test_a_flow_that_was_bulk_is_none_when_it_has_but_few_octets_to_move(tunnel:
     eventually(is_small_again)
 
 
+@needs_splice
 def test_pipes_go_back_to_the_pool_when_they_are_empty(tunnel: Any) -> None:
-    if not relay.Relay.can_splice:
-        pytest.skip("not on this platform: no os.splice")
     client, target, server = tunnel()
     sent = in_thread(send_pattern, target, 30 * MIB, 5)
     assert receive_all(client.socket) == sent()
@@ -616,42 +585,33 @@ def test_pipes_go_back_to_the_pool_when_they_are_empty(tunnel: Any) -> None:
     eventually(lambda: len(pipes.free) == len(pipes.all))
 
 
-def test_a_tunnel_that_breaks_off_leaves_no_octets_in_the_pipes(tunnel: Any, new_client: Any, listen: Any) -> None:
-    if not relay.Relay.can_splice:
-        pytest.skip("not on this platform: no os.splice")
+@needs_splice
+def test_a_tunnel_that_breaks_off_leaves_no_octets_in_the_pipes(tunnel: Any, tunnel_through: Any) -> None:
     client, target, server = tunnel()
     fill(target)                        # a pipe is full now
     client.reset()
     server.next_ended()
     pipes = server.relays[0].pipes
     assert len(pipes.all) == len(pipes.free), "a pipe has not come back"
-    again, target = tunnel_through(server, new_client, listen)
+    again, target = tunnel_through(server)
     sent = in_thread(send_pattern, target, 5 * MIB, 6)
     assert receive_all(again.socket) == sent()
 
 
-def test_whoever_wakes_the_thread_again_and_again_does_not_fail(tunnel: Any) -> None:
-    client, target, server = tunnel()
-    exchange_both_ways(client, target)
-    go_on = threading.Event()
-    server.relays[0].call(lambda: go_on.wait(TIMEOUT))
-    try:
+def test_whoever_wakes_the_thread_again_and_again_does_not_fail(used_tunnel: Any) -> None:
+    client, target, server = used_tunnel()
+    with busy(server.relays[0]):
         for _ in range(20_000):
             server.relays[0].waker.wake()
-    finally:
-        go_on.set()
     exchange_both_ways(client, target)
 
 
 @pytest.mark.usefixtures("mode")
 def test_a_few_octets_overtake_all_bulk_that_is_waiting(
-    start_server: Any, new_client: Any, listen: Any, echo: Any, monkeypatch: pytest.MonkeyPatch,
-) -> None:
+        start_server: Any, tunnel_through: Any, new_tunnel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server = start_server()
-    bulky = [tunnel_through(server, new_client, listen)[0] for _ in range(5)]
-    few = new_client(server)
-    few.connect(echo)
-    exchange(few)
+    bulky = [tunnel_through(server)[0] for _ in range(5)]
+    few = new_tunnel(server)
     order: List[str] = []
     splice, copy = relay.Flow.splice, relay.Flow.copy
     monkeypatch.setattr(relay.Flow, "splice", lambda flow: (order.append("bulk"), splice(flow)))
@@ -660,14 +620,11 @@ def test_a_few_octets_overtake_all_bulk_that_is_waiting(
     eventually(lambda: len(carrier.watched) == 2 * 6 + 1)       # a client hears of its tunnel before the relay thread does
     flows = {flow.source.getpeername(): flow for flow in carrier.watched.values() if isinstance(flow, relay.Flow)}
     small = flows[few.socket.getsockname()].tunnel
-    held, go_on = threading.Event(), threading.Event()
-    carrier.call(lambda: (held.set(), go_on.wait(TIMEOUT)))
-    assert held.wait(TIMEOUT)
-    for client in bulky:
-        flows[client.socket.getsockname()].bulk = True
-        client.socket.send(bytes(1000))
-    few.socket.send(b"x")
-    go_on.set()
+    with busy(carrier):
+        for client in bulky:
+            flows[client.socket.getsockname()].bulk = True
+            client.socket.send(bytes(1000))
+        few.socket.send(b"x")
     assert few.socket.recv(1) == b"x"
     assert order[0] == "few"
 
@@ -678,9 +635,9 @@ def test_many_bulk_flows_have_their_turns_in_order(tunnel: Any) -> None:
     (carrier,) = server.relays
     turns: List[int] = []
 
+    @dataclass(frozen=True)
     class Flow:
-        def __init__(self, number: int) -> None:
-            self.number = number
+        number: int
 
         def run_bulk(self) -> None:
             turns.append(self.number)
