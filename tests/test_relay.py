@@ -18,8 +18,10 @@ import stat
 import threading
 import time
 from dataclasses import dataclass
+from itertools import chain, repeat
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List, Tuple
+from unittest.mock import Mock
 
 import pytest
 
@@ -262,23 +264,18 @@ def test_an_end_that_meets_a_reset_is_the_others_connection_reset(used_tunnel: A
     assert ends_with_reset(target)
 
 
-class Failing(socket.socket):
-    """A socket of which one call fails, the first time or the second."""
-
-    def fails(self, call: str, code: int, held: bool = False) -> None:
-        def fail(*_arguments: Any) -> Any:
-            nonlocal held
-            held, was_held = False, held
-            raise BlockingIOError if was_held else OSError(code, os.strerror(code))
-
-        setattr(self, call, fail)
+class Replaceable(socket.socket):
+    """A socket of which a call can be replaced."""
 
 
 def broken_tunnel(side: str, call: str, code: int, held: bool = False) -> str:
-    """The reason for which a tunnel ends when this call on the socket of this side fails; the octets come from the other one."""
+    """
+    The reason for which a tunnel ends when this call on the socket of this side fails, the first time or, if `held`, the second;
+    the octets come from the other one.
+    """
     pairs = {name: socket.socketpair() for name in ("client", "target")}
-    ends = {name: Failing(fileno=ours.detach()) for name, (ours, _theirs) in pairs.items()}
-    ends[side].fails(call, code, held)
+    ends = {name: Replaceable(fileno=ours.detach()) for name, (ours, _theirs) in pairs.items()}
+    setattr(ends[side], call, Mock(side_effect=chain([BlockingIOError()] * held, repeat(OSError(code, os.strerror(code))))))
     for end in ends.values():
         end.setblocking(False)
     carrier, over = relay.Relay(), threading.Event()

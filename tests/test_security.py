@@ -194,32 +194,46 @@ def test_guessing_gets_slower_but_never_locks_out_the_right_login(
     assert server.policy.throttle.delay(LOCALHOST) == 0
 
 
+class Checked(users.Users):
+    """Each check of a password takes until its event is set; `judged` are those that were running when each of them began."""
+
+    def __init__(self) -> None:
+        super().__init__({"anna": "sesame"})
+        self.right, self.wrong = threading.Event(), threading.Event()
+        self.lock, self.running = threading.Lock(), 0
+        self.judged: List[int] = []
+
+    def check(self, username: str, password: str) -> bool:
+        with self.lock:
+            self.running += 1
+            self.judged.append(self.running)
+        assert (self.right if username == "anna" else self.wrong).wait(20)
+        with self.lock:
+            self.running -= 1
+        return super().check(username, password)
+
+
+def guesser(client: Client, username: str = "mallory") -> Client:
+    """It has sent a wrong password, which is not answered yet."""
+    client.send(Greeting(b"\2"), Credentials(username.encode(), b"wrong"))
+    assert client.exactly(2) == b"\5\2"
+    return client
+
+
 def test_guesses_side_by_side_are_judged_no_faster_than_one_after_the_other(
         monkeypatch: pytest.MonkeyPatch, start_server: Any, new_client: Any) -> None:
     """At first as many at a time as one after the other, too, would be judged without a wait."""
     monkeypatch.setattr(users, "LONGEST_WAIT", 0.001)
-    lock, judged, running = threading.Lock(), [], []
-    release = threading.Event()
-
-    class Slow(Socks5Handler):
-        def authenticate(self, username: str, password: str) -> bool:
-            with lock:
-                running.append(username)
-                judged.append(len(running))
-            release.wait(10)
-            with lock:
-                running.remove(username)
-            return False
-
-    server = start_server(Slow)
+    known = Checked()
+    server = start_server(users=known)
     clients = [guesser(new_client(server)) for _ in range(30)]
     throttle, late = server.policy.throttle, 30 - users.FREE_TRIES
-    eventually(lambda: len(throttle.waiting.get(LOCALHOST, [])) == late)
-    assert judged == [*range(1, users.FREE_TRIES + 1)]
-    release.set()
+    eventually(lambda: len(throttle.waiting.get(LOCALHOST, [])) == late and len(known.judged) == users.FREE_TRIES)
+    assert known.judged == [*range(1, users.FREE_TRIES + 1)]
+    known.wrong.set()
     assert [client.exactly(2) for client in clients] == [b"\1\1"] * 30
     # Those of the beginning may end one by one, but the first of them has failed then, and the next begins when all have ended.
-    assert judged[users.FREE_TRIES:] == [1] * late
+    assert known.judged[users.FREE_TRIES:] == [1] * late
     eventually(lambda: not throttle.trying and not throttle.waiting)
 
 
@@ -367,27 +381,6 @@ def test_nor_do_those_of_one_address_a_slow_one_from_another(start_server: Any, 
     exchange(slow)
 
 
-def guesser(client: Client, username: str = "anna") -> Client:
-    """It has sent a wrong password, which is not answered yet."""
-    client.send(Greeting(b"\2"), Credentials(username.encode(), b"wrong"))
-    assert client.exactly(2) == b"\5\2"
-    return client
-
-
-class Checked(users.Users):
-    """Each check of a password takes until its event is set."""
-
-    def __init__(self) -> None:
-        super().__init__({"anna": "sesame"})
-        self.right, self.wrong = threading.Event(), threading.Event()
-        self.checking = 0
-
-    def check(self, username: str, password: str) -> bool:
-        self.checking += 1
-        assert (self.right if username == "anna" else self.wrong).wait(20)
-        return super().check(username, password)
-
-
 @needs_neighbour
 def test_wrong_logins_do_not_keep_out_a_right_one(start_server: Any, new_client: Any, echo: Any) -> None:
     """However many are being checked, and from however many addresses; each has failed before."""
@@ -395,12 +388,12 @@ def test_wrong_logins_do_not_keep_out_a_right_one(start_server: Any, new_client:
     server = start_server(users=known, max_logins=8, max_handshakes=8)
     slow = new_client(server)
     slow.send(Greeting(b"\2"), Credentials(b"anna", b"sesame"))
-    eventually(lambda: known.checking == 1)
+    eventually(lambda: len(known.judged) == 1)
     guessers = []
     for number in range(2, 42):
         server.policy.throttle.failed(f"127.0.0.{number}")
-        guessers.append(guesser(new_client(server, source=f"127.0.0.{number}"), "mallory"))
-    eventually(lambda: known.checking == 41)
+        guessers.append(guesser(new_client(server, source=f"127.0.0.{number}")))
+    eventually(lambda: len(known.judged) == 41)
     assert server.registry.logins.total == 8
     known.right.set()
     assert slow.exactly(4) == b"\5\2\1\0"
@@ -418,8 +411,9 @@ def test_no_client_uses_up_the_descriptors_of_the_server(
     first = new_tunnel(server)
     replies: List[Optional[ReplyCode]] = []
     for _ in range(40):
+        client = new_client(server)
         try:
-            replies.append(new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code)
+            replies.append(client.ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code)
         except (ProtocolError, ConnectionError):
             replies.append(None)            # turned away
     assert ReplyCode.SUCCEEDED in replies
@@ -524,7 +518,7 @@ def test_no_hash_is_computed_once_the_server_stops(
     monkeypatch.setattr(users, "verify", lambda password, _hash: computed.append(password) or release.wait(10))
     server = start_server(users=users.UsersFile(str(users_file)))
     for number in range(20):
-        guesser(new_client(server, source=f"127.0.{number}.1" if sys.platform != "darwin" else None))
+        guesser(new_client(server, source=f"127.0.{number}.1" if sys.platform != "darwin" else None), "anna")
     eventually(lambda: len(computed) == users.AT_ONCE)
     join = server.listeners[0].join
     server.listeners[0].join = lambda timeout: (release.set(), join(timeout))       # all have been hung up on
