@@ -34,7 +34,7 @@ You should see (the ports are others each time):
          +-----+--------+
          VER     05  SOCKS version 5
          METHOD  00  no authentication required
-      = "You need no login. Say what you want."
+      = "You need no authentication. Send your request."
 
     REQUEST                                                      RFC 1928 section 4
     client -> proxy, 11 octets

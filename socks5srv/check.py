@@ -351,7 +351,7 @@ class Relay(NamedTuple):
         """The answer of a target that sends the data back."""
         received, source = self.arrival(data, destination)
         if received != data:
-            raise Wrong(f"{len(received)} octets arrive, and not the {len(data)} that were sent")
+            raise Wrong(f"{len(received)} bytes arrive, and not the {len(data)} that were sent")
         self.target.sendto(received, source)
         with errors_as(Wrong, f"no answer within {self.talk.timeout:g} s", socket.timeout):
             answer = Datagram.read(BytesIO(self.client.recv(65535)))
@@ -425,10 +425,10 @@ def arrives(octets: bytes, one: socket.socket, other: socket.socket) -> None:
     while len(received) < len(octets):
         more = other.recv(65536)
         if not more:
-            raise Wrong(f"the connection ends after {len(received)} of {len(octets)} octets")
+            raise Wrong(f"the connection ends after {len(received)} of {len(octets)} bytes")
         received += more
     if received != octets:
-        raise Wrong("other octets than were sent")
+        raise Wrong("other bytes than were sent")
 
 
 def rest(sock: socket.socket) -> bytes:
@@ -631,20 +631,20 @@ def connects(e: Examiner, *hosts: str, name: Optional[str] = None) -> str:
 
 
 QUESTIONS += [
-    Question("connect_ipv4", CONNECT, "CONNECT to an IPv4 address (ATYP 01) works", "00, and octets both ways",
+    Question("connect_ipv4", CONNECT, "CONNECT to an IPv4 address (ATYP 01) works", "00, and bytes both ways",
              lambda e: connects(e, e.host(AddressType.IPV4))),
-    Question("connect_name", CONNECT, "CONNECT to a name (ATYP 03) works", "00, and octets both ways",
+    Question("connect_name", CONNECT, "CONNECT to a name (ATYP 03) works", "00, and bytes both ways",
              lambda e: connects(e, *filter(can_bind, e.hosts.values()), name=e.name)),
 ]
 
 
-@question(CONNECT, "CONNECT to an IPv6 address (ATYP 04) works", "00, and octets both ways")
+@question(CONNECT, "CONNECT to an IPv6 address (ATYP 04) works", "00, and bytes both ways")
 def connect_ipv6(e: Examiner) -> str:
     with errors_as(Odd, "{}", Wrong):       # it may have no IPv6
         return connects(e, e.host(AddressType.IPV6))
 
 
-@question(CONNECT, "CONNECT to an address written as a name (browsers) works", "00, and octets both ways")
+@question(CONNECT, "CONNECT to an address written as a name (browsers) works", "00, and bytes both ways")
 def connect_literal_name(e: Examiner) -> str:
     with errors_as(Odd, "{}", Wrong, Socks5Error):
         return connects(e, name=e.any_host().partition("%")[0])
@@ -752,10 +752,10 @@ def reply_first(e: Examiner) -> None:
             accepted.sendall(b"220 hello")
             succeeded(talk.receive(Reply))
             if read_exactly(talk, 9) != b"220 hello":
-                raise Wrong("other octets than were sent")
+                raise Wrong("other bytes than were sent")
 
 
-@question(REPLIES, "Octets right behind the request reach the target", "all of them")
+@question(REPLIES, "Data right behind the request reaches the target", "all of them")
 def early_data(e: Examiner) -> None:
     with e.target() as target, e.ready() as talk:
         talk.write(bytes(Request(Command.CONNECT, target.address)) + b"early, ")
@@ -768,14 +768,14 @@ def early_data(e: Examiner) -> None:
         raise Wrong(f"{received!r} arrives")
 
 
-@question(REPLIES, "A million octets each way arrive, at the same time", "all of them")
+@question(REPLIES, "A million bytes each way arrive, at the same time", "all of them")
 def much_both_ways(e: Examiner) -> None:
     with e.tunnel() as (talk, target), ThreadPoolExecutor() as senders:
         for sock in (talk.socket, target):
             senders.submit(sock.sendall, MUCH)      # if it fails, the other end will tell
         for sock in (target, talk.socket):
             if read_exactly(Talk(sock, e.timeout), len(MUCH)) != MUCH:
-                raise Wrong("other octets than were sent")
+                raise Wrong("other bytes than were sent")
 
 
 @question(REPLIES, "The client can half-close and still receive the answer", "the answer")
@@ -794,7 +794,7 @@ def half_closed(one: socket.socket, other: socket.socket) -> None:
     one.sendall(b"question")
     one.shutdown(socket.SHUT_WR)
     if rest(other) != b"question":
-        raise Wrong("octets before the end are lost")
+        raise Wrong("bytes before the end are lost")
     try:
         other.sendall(b"answer")
         other.shutdown(socket.SHUT_WR)
@@ -967,7 +967,7 @@ def udp_empty(e: Examiner) -> None:
             raise Wrong("another payload than the next")
 
 
-@question(HEADER, "A payload of 8192 octets arrives", "8192 octets or more")
+@question(HEADER, "A payload of 8192 bytes arrives", "8192 bytes or more")
 def udp_large(e: Examiner) -> str:
     with e.association() as relay:
         largest = 0
@@ -978,8 +978,8 @@ def udp_large(e: Examiner) -> str:
                 break
             largest = size
     if largest < 8192:
-        raise Odd(f"{largest} octets")
-    return f"{largest} octets"
+        raise Odd(f"{largest} bytes")
+    return f"{largest} bytes"
 
 
 # --- the program ---

@@ -337,7 +337,7 @@ FAULTS = [
     pytest.param("udp_stranger", associate(strangers=True), "fail", "relayed", marks=needs_neighbour),
     ("udp_nonsense", associate(fragile=True), "fail", "nothing arrives"),
     ("udp_empty", associate(no_empty=True), "warn", "dropped"),
-    ("udp_large", associate(buffer=1500), "warn", "^1472 octets"),
+    ("udp_large", associate(buffer=1500), "warn", "^1472 bytes"),
 ]
 
 LOGIN_FAULTS = [
@@ -486,7 +486,7 @@ def test_the_table_and_the_exit_code_of_a_good_server(start_server: Any) -> None
     assert (done.returncode, done.stderr) == (0, "")
     head, first, *_others = lines = done.stdout.splitlines()
     assert head == "RFC 1928 section 3"
-    assert first == "  pass  Method 00 alone is selected, or refused for want of a password  00, or FF                 00"
+    assert first == "  pass  Method 00 alone is selected, or refused for want of a password  00, or FF                00"
     assert re.fullmatch(r"\d+ pass, 0 fail, 0 warn, \d+ skip", lines[-1])
     assert len([line for line in lines if line.startswith("  ")]) == len(QUESTIONS)
 

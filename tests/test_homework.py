@@ -302,7 +302,7 @@ def test_a_right_one_fails_no_question() -> None:
 
 MISTAKES = {
     EndsWithTheFirst: ["The client can half-close and still receive the answer", "The target can half-close and still receive from the client"],
-    RecvIsAMessage: ["Messages may come octet by octet", "Octets right behind the request reach the target"],
+    RecvIsAMessage: ["Messages may come octet by octet", "Data right behind the request reaches the target"],
     ForgetsTheLength: ["CONNECT to a name (ATYP 03) works", "CONNECT to an address written as a name (browsers) works"],
     TenOctets: ["Datagrams reach a name, and its answers the client", "Fragments are dropped, or reassembled", "The relay survives malformed datagrams"],
     IgnoresFrag: ["Fragments are dropped, or reassembled"],

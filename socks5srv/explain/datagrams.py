@@ -71,7 +71,7 @@ class BackgroundPrinter:
             try:
                 self.show(*make())
             except Exception:
-                logger.exception("a bug, met while explaining a datagram")
+                logger.exception("unhandled exception while explaining a datagram")
 
     def summary(self) -> Note:
         """How many were left out, once the second is over."""

@@ -135,7 +135,7 @@ TYPE_WORDS = {AddressType.IPV4: "IPv4", AddressType.DOMAINNAME: "domain name", A
 
 def method_words(code: int) -> str:
     """RFC 1928 section 3, and IANA's list."""
-    return METHOD_WORDS.get(code) or ("a private method" if code >= 0x80 else "a method that nobody has defined")
+    return METHOD_WORDS.get(code) or ("a private method" if code >= 0x80 else "a method that is not assigned")
 
 
 def of_several(code: int, words: Dict[Any, str]) -> str:
@@ -284,7 +284,7 @@ def of_a_name(kind: Type[Message], octets: bytes) -> List[str]:
 
 def of_selection(message: Any) -> str:
     return {
-        Method.NO_AUTHENTICATION_REQUIRED: "You need no login. Say what you want.", Method.GSSAPI: "Log in with GSSAPI.",
+        Method.NO_AUTHENTICATION_REQUIRED: "You need no authentication. Send your request.", Method.GSSAPI: "Log in with GSSAPI.",
         Method.USERNAME_PASSWORD: "Use a username and password.", Method.NO_ACCEPTABLE_METHODS: "None of these will do. Goodbye.",
     }.get(message.method, f"Log in with {method_words(message.method)}.")
 

@@ -38,7 +38,7 @@ def about_method(method: int, trusted: bool, has_users: bool, wanted: Optional[M
         lack = f"this proxy wanted {wanted:02x}, which METHODS has not got: " if wanted is not None else ""
         return [f"Why: {lack}{reason_of(error)}.", WHAT_CLIENTS_PRINT]
     if method == Method.NO_AUTHENTICATION_REQUIRED and (trusted or not has_users):
-        return [f"Why: {'clients of this network need no login' if trusted else 'this proxy has no users, so it asks nobody for a login'}."]
+        return [f"Why: {'clients of this network need no authentication' if trusted else 'this proxy has no users, so it requires no authentication'}."]
     if method == Method.USERNAME_PASSWORD and not trusted:
         return ["Why: this proxy has users, so it never picks 00. It would have answered ff (no acceptable methods) and hung up, had the client "
                 "not offered 02."]
@@ -50,7 +50,7 @@ def about_login(user: Optional[str], error: Optional[Socks5Error]) -> List[str]:
     if user is not None:
         return [f"Why: {brief(user)} is a user, and the password is right."]
     reason = reason_of(error or "its method says so")
-    same = " Both get the same answer, so that nobody finds out which names there are." if reason == WRONG else ""
+    same = " Both get the same answer, so that guessing does not show which names there are." if reason == WRONG else ""
     return [f"Why: {reason}.{same}", WHAT_CLIENTS_PRINT]
 
 
@@ -138,5 +138,5 @@ def about_ftp(bound: Address) -> str:
 
 
 def about_failure(error: Optional[Socks5Error], findings: Sequence[str]) -> List[str]:
-    why = f"Why: {reason_of(error)}." if error is not None else "Why: a bug, which the log tells of."
+    why = f"Why: {reason_of(error)}." if error is not None else "Why: an unhandled exception, which is in the log."
     return [why, *findings, "BND.ADDR and BND.PORT say nothing then, but clients wait for them.", WHAT_CLIENTS_PRINT]

@@ -185,7 +185,7 @@ class Proxy:
         __tracebackhide__ = True
         sessions = self.sessions
         if not sessions:
-            raise AssertionError(f"nobody has connected to {self}")
+            raise AssertionError(f"no client has connected to {self}")
         return sessions[-1]
 
     def find(self, host: Optional[str] = None, port: Optional[int] = None, command: Optional[Command] = None,

@@ -292,7 +292,7 @@ class Supervisor(Resilient):
         slot.fast_failures = min(slot.fast_failures + 1, 100) if fast else 0        # more is no longer pause, but a power too large
         pause = min(self.max_backoff, self.restart_backoff * 2.0 ** (slot.fast_failures - 2)) if slot.fast_failures > 1 else 0
         slot.due = time.monotonic() + pause
-        logger.error("worker %d has died (%s): its clients are cut off, and another takes its place", number + 1, cause)
+        logger.error("worker %d has died (%s): its connections are cut off, and another is started", number + 1, cause)
 
     # --- what the workers say: on_<Message> ---
 

@@ -103,4 +103,4 @@ def test_a_bug_in_a_sink_costs_one_note(caplog: pytest.LogCaptureFixture) -> Non
     printer.offer(note)
     printer.end()
     assert printed.titles() == ["NOTE"]
-    assert "a bug, met while explaining a datagram" in caplog.text
+    assert "unhandled exception while explaining a datagram" in caplog.text

@@ -46,7 +46,7 @@ def test_which_rule_has_decided() -> None:
 
 
 @pytest.mark.parametrize(("method", "facts", "words"), [
-    (0x00, {}, "this proxy has no users"), (0x00, {"trusted": True, "has_users": True}, "clients of this network need no login"),
+    (0x00, {}, "this proxy has no users"), (0x00, {"trusted": True, "has_users": True}, "clients of this network need no authentication"),
     (0x00, {"has_users": True}, None), (0x02, {"trusted": True}, None), (0x80, {}, None),
     (0x02, {"has_users": True}, "it never picks 00"),
     (0xFF, {"wanted": Method.USERNAME_PASSWORD, "error": Socks5Error("why")}, "wanted 02, which METHODS has not got: why."),

@@ -394,7 +394,7 @@ def test_sessions_can_be_found(echo: EchoServer) -> None:
 
 
 def test_a_wrong_assertion_shows_the_sessions_that_there_were(proxy: Proxy, echo: EchoServer) -> None:
-    with pytest.raises(AssertionError, match="nobody has connected"):
+    with pytest.raises(AssertionError, match="no client has connected"):
         proxy.last()
     with pytest.raises(AssertionError, match=r"never asked for host nowhere.example\n.* 0 sessions"):
         proxy.assert_used("nowhere.example")
