@@ -351,13 +351,14 @@ def test_why_a_login_fails(explain: Any) -> None:
 
 
 def test_why_a_connection_came_about(explain: Any, echo: Any, refusing: Any) -> None:
-    _host, port = refusing("127.0.0.2", echo[1])
-    shown = explain(handler_with(resolve=lambda *_: ["127.0.0.2", LOCALHOST]))
+    # An address of its own: at the one that other tests go out from, the port may be taken.
+    _host, port = refusing("127.0.0.77", echo[1])
+    shown = explain(handler_with(resolve=lambda *_: ["127.0.0.77", LOCALHOST]))
     assert shown.connect(name("target.example", port)).code is ReplyCode.SUCCEEDED
     text = in_one_line(shown["REPLY"])
-    assert "Lookup: target.example -> 127.0.0.2, 127.0.0.1 (" in text
+    assert "Lookup: target.example -> 127.0.0.77, 127.0.0.1 (" in text
     assert "Rules: allowed, as no rule forbids it." in text
-    assert f"Tried: 127.0.0.2:{port} ECONNREFUSED (" in text
+    assert f"Tried: 127.0.0.77:{port} ECONNREFUSED (" in text
     assert f", 127.0.0.1:{port} connected after " in text
     assert "so the proxy looks it up (that is socks5h://)" in str(shown["REQUEST"])
 
