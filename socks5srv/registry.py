@@ -152,10 +152,10 @@ class Registry(Generic[C]):
         with self.lock:
             self.live[id] = self.handshakes[id] = client
             self.slow.add(client)
-            crowded_out = self.slow.fullest()[0] if self.slow.total > self.limits.max_handshakes else None
-        if crowded_out is not None:
-            self.request_complete(crowded_out)
-            crowded_out.hang_up("evicted: too many clients had not sent a request")
+            evicted = self.slow.fullest()[0] if self.slow.total > self.limits.max_handshakes else None
+        if evicted is not None:
+            self.request_complete(evicted)
+            evicted.hang_up("evicted: too many clients had not sent a request")
 
     def login_begins(self, client: C) -> None:
         """It has sent its login: from now on it waits for us, and is not slow."""
@@ -163,11 +163,11 @@ class Registry(Generic[C]):
             self.slow.discard(client)
             self.logins.add(client)
             # The newest: it will be the last whose turn comes, and of those that have failed a guesser loses least.
-            crowded_out = self.logins.fullest(self.throttle.has_failed)[-1] if self.logins.total > self.limits.max_logins else None
-            if crowded_out is not None:
-                self.logins.discard(crowded_out)
-        if crowded_out is not None:
-            crowded_out.hang_up("evicted: too many passwords are being checked")
+            evicted = self.logins.fullest(self.throttle.has_failed)[-1] if self.logins.total > self.limits.max_logins else None
+            if evicted is not None:
+                self.logins.discard(evicted)
+        if evicted is not None:
+            evicted.hang_up("evicted: too many passwords are being checked")
 
     def login_over(self, client: C) -> None:
         """Right or wrong, it is the client's turn again."""

@@ -485,14 +485,6 @@ def listen() -> Iterator[Callable[..., socket.socket]]:
         yield make
 
 
-def udp(host: str = LOCALHOST) -> socket.socket:
-    """A socket for datagrams, with a timeout."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-    sock.settimeout(TIMEOUT)
-    sock.bind((host, 0))
-    return sock
-
-
 @pytest.fixture
 def refusing() -> Iterator[Callable[..., Tuple[str, int]]]:
     """A host and port that refuse connections, and stay so: ``refusing(host)``."""

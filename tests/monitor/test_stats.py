@@ -6,7 +6,7 @@ import threading
 from typing import Any, Tuple
 
 import pytest
-from tests.conftest import LOCALHOST, TIMEOUT, eventually, exchange, udp
+from tests.conftest import LOCALHOST, TIMEOUT, eventually, exchange, udp_socket
 from tests.monitor.watched import Events, Start, Watched
 
 from socks5srv import handler as handler_module
@@ -45,7 +45,7 @@ def test_a_session_is_there_while_it_is_open_with_its_octets(page: Watched, echo
 def test_datagrams_are_counted_while_they_flow(page: Watched, new_client: Any) -> None:
     client = new_client(page)
     bound = client.ask(Command.UDP_ASSOCIATE, ("0.0.0.0", 0)).bound
-    with udp() as target, udp() as ours:
+    with udp_socket() as target, udp_socket() as ours:
         ours.sendto(bytes(Datagram(Address.of(target.getsockname()), b"hello")), bound[:2])
         assert target.recv(100) == b"hello"
         page.when(lambda status: [row["up"] for row in status["sessions"]] == [5])

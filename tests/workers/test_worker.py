@@ -24,7 +24,7 @@ import pytest
 
 import socks5srv
 from socks5srv.protocol import Address, Command, Datagram, ProtocolError, Reply, ReplyCode
-from tests.conftest import LOCALHOST, TIMEOUT, Client, Echo, eventually, exchange, in_thread, needs_neighbour, udp, within
+from tests.conftest import LOCALHOST, TIMEOUT, Client, Echo, eventually, exchange, in_thread, needs_neighbour, udp_socket, within
 from tests.networks import LinkLocal
 from tests.soak import VISITS
 
@@ -289,7 +289,7 @@ def test_a_successor_knows_the_users_although_their_file_is_damaged_by_now(start
 def test_the_relay_of_another_workers_client_is_no_target(start: Start, client_at: Any) -> None:
     service = start()
     one, other = workers_of(service)
-    with udp() as sender, udp() as target:
+    with udp_socket() as sender, udp_socket() as target:
         def says(text: bytes) -> bytes:
             return bytes(Datagram(Address.of(target.getsockname()), text))
 
