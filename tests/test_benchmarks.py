@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -27,7 +28,8 @@ from .benchmarks.measures import COLUMNS, FAILURES, NOTE
 from .benchmarks.results import BadResults, check, load, save
 from .benchmarks.rounds import DIRECT, OURS, ROOT, summary
 from .benchmarks.tables import digits, tables
-from .benchmarks.traffic import Failures, Way
+from .benchmarks.loop import Loop, Task
+from .benchmarks.traffic import TRAIN, WINDOW, Failures, Place, Transfer, Waiting, Way, datagram_socket
 
 HERE = ROOT / "tests" / "benchmarks"
 README = (HERE / "README.rst").read_text(encoding="utf-8")
@@ -113,6 +115,7 @@ def test_the_numbers_fit_together(run: Dict[str, Any]) -> None:
         assert 6 < columns_["messages"]["rate_64"] * columns_["messages"]["p50_64"] / 1e6 < 640
         assert columns_["idle"]["opened_200"] == 200
         assert 0 <= columns_["datagrams"]["loss_1"] < 100
+        assert 0 <= columns_["quic"]["loss_upload"] < 100
 
 
 @linux_tells
@@ -225,6 +228,61 @@ def test_a_tunnel_that_nothing_comes_back_through_is_a_failure(start_server: Any
     assert failures.kinds == {"without an answer": 2}
 
 
+PIECE = b"q" * columns.QUIC_PAYLOAD
+
+
+def careless_relay(loop: Loop, sock: socket.socket, target: Place) -> Task:
+    """Loses every tenth of the large datagrams that go to and fro, and changes another."""
+    client, count = target, 0
+    with Waiting(loop, sock):
+        while True:
+            yield
+            octets, sender = sock.recvfrom(2048)
+            if sender != target:
+                client = sender
+            count += len(octets) == len(PIECE)
+            if count % 10 == 7:
+                octets = octets.replace(PIECE, b"x" + PIECE[1:])
+            if count % 10 != 5 or len(octets) < len(PIECE):
+                sock.sendto(octets, client if sender == target else target)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("up", [False, True])
+def test_acknowledgements_keep_bulk_data_in_datagrams_going(start_server: Any, up: bool, portable: bool) -> None:
+    target, failures, way = datagram_socket(), Failures(), Way(start_server().server_address)
+    with measuring(Job(way, 0)) as m, columns.relays_to(m.loop, way, target, 1, failures) as ((relay,), header):
+        transfer = Transfer(target, relay, header, PIECE, up, portable)
+        transfer.start(m.loop)
+        transfer.look()             # once, and nothing else is given up
+        m.loop.run(10, lambda: transfer.received >= 10 * WINDOW)
+    assert transfer.received >= 10 * WINDOW
+    assert (transfer.lost, transfer.wrong, failures.total()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_bulk_data_in_datagrams_goes_on_after_a_loss_and_what_is_lost_or_changed_is_counted(up: bool) -> None:
+    target, relay, failures = datagram_socket(), datagram_socket(), Failures()
+    transfer = Transfer(target, relay.getsockname(), b"", PIECE, up, portable=False)
+    with measuring(Job(Way(), 0.5)) as measurement:
+        measurement.loop.start(careless_relay(measurement.loop, relay, target.getsockname()))
+        columns.juggle(measurement, "upload", [transfer], failures)
+    assert transfer.lost > 0        # it has given them up, and sent others
+    assert transfer.sent - transfer.received >= transfer.lost
+    assert 5 < measurement.numbers["loss_upload"] < 20
+    assert failures.kinds["changed on the way"] == transfer.wrong > 0
+
+
+def test_a_relay_that_is_gone_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "GRACE", 0.1)
+    with datagram_socket() as gone:
+        place = gone.getsockname()
+    failures = Failures()
+    with measuring(Job(Way(), 0.05)) as measurement:
+        columns.juggle(measurement, "download", [Transfer(datagram_socket(), place, b"", PIECE, False, False)], failures)
+    assert (measurement.numbers, failures.kinds) == ({}, {"nothing arrived": 1})
+
+
 def test_rounds_become_medians() -> None:
     rounds = [({"rate_1": value}, 1, ["a word"]) for value in (1.0, 9.0, 2.0)]
     assert summary([*rounds, ({}, 0, []), ({"kib_10": 7.0}, 0, [])]) == {"rate_1": 2.0, "kib_10": 7.0, FAILURES: 3, NOTE: "a word"}
@@ -250,11 +308,31 @@ def test_memory_is_that_of_a_fresh_server(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_it_measures_without_what_only_linux_has(start_server: Any) -> None:
     job = Job(Way(start_server().server_address), 0.03, os.getpid(), portable=True, most=100)
-    measurement = measured(job, "bulk", "connections", "datagrams", "growth")
+    measurement = measured(job, "bulk", "connections", "datagrams", "quic", "growth")
     assert measurement.all_failures == 0, measurement.notes
     assert measurement.loop.portable
     assert {"rate_download", "rate_upload", "rate_128", "rate_64", "p99_100"} <= set(measurement.numbers)
     assert not [key for key in measurement.numbers if key.startswith(("cpu", "kib"))]
+
+
+@pytest.mark.parametrize(("unknown", "portable", "sends", "reads"), [
+    ((), False, TRAIN, TRAIN), (("UDP_GRO",), False, TRAIN, 1), (("UDP_SEGMENT", "UDP_GRO"), False, 1, 1), ((), True, 1, 1),
+])
+def test_datagrams_go_in_trains_where_the_system_has_them(
+    unknown: Tuple[str, ...], portable: bool, sends: int, reads: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not on_linux and sends > 1:
+        pytest.skip("not on this platform: only Linux has trains of datagrams")
+    for name in unknown:
+        monkeypatch.setattr(f"tests.benchmarks.traffic.{name}", 9999)
+    with datagram_socket() as target:
+        transfer = Transfer(target, target.getsockname(), b"", PIECE, True, portable)
+        with transfer.client:
+            transfer.acknowledged = transfer.carries - WINDOW       # room for one
+            transfer.fill()
+            target.settimeout(5)
+            assert [len(target.recv(1 << 16)) for _ in range(sends // reads)] == [reads * len(PIECE)] * (sends // reads)
+    assert transfer.sent == sends
 
 
 def test_where_there_is_no_proc_nothing_is_known_of_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,19 +16,20 @@ import signal
 import socket
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import processes
 from .loop import Loop, clock
 from .measures import BUSY, COLUMNS, GROWTH, IDLE
 from .traffic import (
-    OPENERS, Associations, Drain, Failures, Juggler, Place, Service, Tunnels, Way, datagram_echo, datagram_socket, echo,
+    OPENERS, Associations, Drain, Failures, Juggler, Place, Service, Transfer, Tunnels, Way, datagram_echo, datagram_socket, echo,
     flood, header_to, listen, pinger, sending, source, visitor,
 )
 
 CONNECTION = b"c" * 100     # what a short connection has echoed
 MESSAGE = b"m" * 64         # what goes to and fro on a tunnel
 PAYLOAD = 200               # octets of a datagram
+QUIC_PAYLOAD = 1200         # what any path that QUIC can use has room for.  RFC 9000 section 14
 STREAMS = 8
 VISITS = 200                # new connections while idle tunnels are open
 GRACE = 2.0                 # seconds for the last answers
@@ -216,6 +217,19 @@ def datagrams(m: Measurement) -> None:
             juggle(m, count, jugglers, failures)
 
 
+def quic(m: Measurement) -> None:
+    payload = b"q" * QUIC_PAYLOAD
+    for situation, count in (("download", 1), ("downloads", STREAMS), ("upload", 1)):
+        with m.counting(words("quic", situation)) as failures, contextlib.ExitStack() as stack:
+            transfers = []
+            for _ in range(count):
+                target = datagram_socket()
+                stack.callback(target.close)
+                relays, header = stack.enter_context(relays_to(m.loop, m.job.way, target, 1, failures))
+                transfers += [Transfer(target, relay, header, payload, situation == "upload", m.job.portable) for relay in relays]
+            juggle(m, situation, transfers, failures, QUIC_PAYLOAD / 2 ** 30, 1)
+
+
 @contextlib.contextmanager
 def relays_to(loop: Loop, way: Way, target: socket.socket, count: int, failures: Failures) -> Iterator[Tuple[List[Place], bytes]]:
     """Where to send datagrams to that are for the target, and what has to stand before their payload."""
@@ -227,34 +241,38 @@ def relays_to(loop: Loop, way: Way, target: socket.socket, count: int, failures:
         yield associations.relays, header_to(target.getsockname())
 
 
-def juggle(m: Measurement, count: int, jugglers: List[Juggler], failures: Failures) -> None:
+def juggle(
+    m: Measurement, situation: object, jugglers: Sequence[Union[Juggler, Transfer]], failures: Failures, each: float = 1, scale: float = 1e6,
+) -> None:
+    """Datagrams without a break, each of which counts for so much."""
     def received() -> int:
         return sum(juggler.received for juggler in jugglers)
 
     for juggler in jugglers:
-        m.loop.start(juggler.catch(m.loop))
+        juggler.start(m.loop)
     before, began = processes.cpu(m.pid), clock()
     while clock() < began + m.job.seconds:
         for juggler in jugglers:
             juggler.look()
         m.loop.run(min(0.1, m.job.seconds / 2))
     m.loop.run(GRACE, lambda: received() or not jugglers)
-    echoed, took = received(), clock() - began
-    m.cost(count, before, echoed)
+    arrived, took = received(), clock() - began
+    m.cost(situation, before, arrived * each, scale)
     for juggler in jugglers:
-        juggler.throwing = False
+        juggler.sending = False
     sent = sum(juggler.sent for juggler in jugglers)
     m.loop.run(0.3, lambda: received() >= sent)
-    if echoed:
-        m.numbers[f"rate_{count}"] = echoed / took
-        m.numbers[f"loss_{count}"] = 100 * max(0, sent - received()) / sent
+    if arrived:
+        m.numbers[f"rate_{situation}"] = arrived * each / took
+        m.numbers[f"loss_{situation}"] = 100 * max(0, sent - received()) / sent
     elif jugglers:
-        failures.kinds["nothing came back"] += 1
+        failures.kinds["nothing arrived"] += 1
     wrong = sum(juggler.wrong for juggler in jugglers)
     if wrong:
         failures.kinds["changed on the way"] += wrong
     for juggler in jugglers:
-        m.loop.shut(juggler.sock)
+        for sock in juggler.sockets:
+            m.loop.shut(sock)
 
 
 def idle(m: Measurement) -> None:
@@ -409,7 +427,7 @@ def flood_load(job: Job, loop: Loop, failures: Failures) -> Iterator[None]:
 
 # --- the process of a measurement ---
 
-FUNCTIONS = {function.__name__: function for function in (bulk, connections, messages, datagrams, idle, growth, fairness)}
+FUNCTIONS = {function.__name__: function for function in (bulk, connections, messages, datagrams, quic, idle, growth, fairness)}
 
 
 def measure(column: str, job: Job, answer: Connection) -> None:

@@ -1,5 +1,5 @@
 """
-What there is to measure: seven columns, and the numbers in each.  A table, and no code.
+What there is to measure: eight columns, and the numbers in each.  A table, and no code.
 
 A number has a key of two parts: a quantity, and a situation that it was measured in.
 ``rate_16`` of the column ``connections`` are the connections per second of 16 clients.
@@ -81,6 +81,16 @@ COLUMNS: Dict[str, Column] = {
         {"1": "1 association", "64": "64 associations"},
         ("rate_1", "rate_64", "loss_1", "loss_64", "cpu_1", "cpu_64"),
         ("rate_1", "rate_64"),
+    ),
+    "quic": Column(
+        "Bulk data in datagrams",
+        {"rate": rate("GiB/s"), "loss": Quantity("lost", "%"), "cpu": Quantity("CPU", "s/GiB")},
+        {"download": "1 download", "downloads": "8 downloads", "upload": "1 upload"},
+        (
+            "rate_download", "rate_downloads", "rate_upload", "loss_download", "loss_downloads", "loss_upload",
+            "cpu_download", "cpu_downloads", "cpu_upload",
+        ),
+        ("rate_download", "rate_downloads", "rate_upload"),
     ),
     "idle": Column(
         "Idle tunnels",

@@ -10,9 +10,11 @@ What fails is put down in a `Failures`, by kind, and never tried again in silenc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+import sys
 from collections import Counter
 from functools import lru_cache
 from io import BytesIO
@@ -31,6 +33,9 @@ IN_A_ROW = 5                # failures after which a client tries no more
 OPENERS = 32                # clients that open tunnels at a time
 BLOCK = 256 * 1024          # octets of bulk data in a call
 BACKLOG = 4096
+TRAIN = 16                  # datagrams in a train
+WINDOW = 128                # datagrams under way; without trains more would not fit into a usual buffer
+UDP_SEGMENT, UDP_GRO = 103, 104     # of Linux: udp(7); the socket module does not know them
 
 Place = Tuple[str, int]
 Login = Tuple[str, str]
@@ -442,8 +447,12 @@ class Juggler:
         self.datagram, self.under_way = header + payload, under_way
         self.sent = self.received = self.wrong = 0
         self.seen = 0                       # of the received, at the last look
-        self.throwing = True
+        self.sending = True
         self.sock = datagram_socket(place)
+        self.sockets = [self.sock]
+
+    def start(self, loop: Loop) -> None:
+        loop.start(self.catch(loop))
 
     def throw(self, count: int) -> None:
         try:
@@ -463,7 +472,7 @@ class Juggler:
                         if recv(2048)[-length:] != datagram:
                             self.wrong += 1
                         self.received += 1
-                        if self.throwing:
+                        if self.sending:
                             send(datagram)
                             self.sent += 1
                 except OSError:
@@ -474,6 +483,124 @@ class Juggler:
         if self.seen == self.received:
             self.throw(self.under_way)
         self.seen = self.received
+
+
+class Transfer:
+    """
+    Bulk data one way in one association, as QUIC moves it: trains of datagrams, in a window that acknowledgements open.
+
+    The client speaks first, so that the target knows whom to send to.  Then the one end sends
+    data, and the other says now and then how many datagrams have come.
+    """
+
+    def __init__(self, target: socket.socket, place: Place, header: bytes, payload: bytes, up: bool, portable: bool) -> None:
+        self.target, self.client, self.header = target, datagram_socket(place), header
+        self.sockets = [self.target, self.client]
+        self.sender, self.receiver = (self.client, target) if up else (target, self.client)
+        # The client has the header before all that it sends and gets, the target before nothing.
+        datagram, self.expected = (header + payload, payload) if up else (payload, header + payload)
+        self.before_count = b"" if up else header
+        trains = not portable and in_trains(self.sender, self.receiver, len(datagram))
+        self.load, self.carries = (datagram * TRAIN, TRAIN) if trains else (datagram, 1)
+        self.sent = self.received = self.wrong = 0
+        self.acknowledged = self.lost = 0   # of the sent: no longer under way, and of these, given up
+        self.seen = 0                       # of the received, at the last look
+        self.met = False
+        self.sending = True
+
+    def start(self, loop: Loop) -> None:
+        loop.start(self.send(loop))
+        loop.start(self.take(loop))
+
+    def send(self, loop: Loop) -> Task:
+        """The end that the data comes from: each acknowledgement opens the window."""
+        recv = self.sender.recv
+        with Waiting(loop, self.sender):
+            if self.sender is self.target:
+                yield from self.meet()
+                self.fill()
+            while True:
+                yield
+                try:
+                    for _ in range(32):     # then the others have their turn
+                        arrived = int.from_bytes(recv(2048)[-8:], "big")
+                        self.acknowledged = min(self.sent, max(self.acknowledged, self.lost + arrived))
+                        self.fill()
+                except OSError:
+                    pass
+
+    def fill(self) -> None:
+        """Send as much as the window lets us."""
+        send, load, carries = self.sender.send, self.load, self.carries
+        most = self.acknowledged + WINDOW - carries
+        try:
+            while self.sent <= most and self.sending:
+                send(load)
+                self.sent += carries
+        except OSError:                     # full, or refused for one before: the next acknowledgement or look() tries again
+            pass
+
+    def take(self, loop: Loop) -> Task:
+        """The end that the data goes to: counts what comes, several datagrams at once if they are given so."""
+        recv_into, buffer, expected = self.receiver.recv_into, bytearray(1 << 16), self.expected
+        length, waiting = len(expected), 0
+        with Waiting(loop, self.receiver):
+            if self.receiver is self.target:
+                yield from self.meet()
+                self.say(0)
+            while True:
+                yield
+                try:
+                    for _ in range(8):
+                        count, rest = divmod(recv_into(buffer), length)
+                        if count:           # not the client's first word once more
+                            self.wrong += bool(rest) or not buffer.startswith(expected)
+                            self.received += count
+                            waiting += count
+                        if waiting >= TRAIN or not count:
+                            self.say(self.received)
+                            waiting = 0
+                except OSError:
+                    pass
+
+    def say(self, arrived: int) -> None:
+        """An acknowledgement."""
+        self.receiver.send(self.before_count + arrived.to_bytes(8, "big"))
+
+    def meet(self) -> Task:
+        """The target waits for the client's first word, and answers to where it came from."""
+        yield
+        _octets, sender = self.target.recvfrom(2048)
+        self.target.connect(sender)
+        self.met = True
+
+    def look(self) -> None:
+        """If nothing has arrived since the last look, those under way are lost: send others."""
+        if not self.met:
+            with contextlib.suppress(OSError):      # refused for one before
+                self.client.send(self.header + bytes(8))
+        elif self.seen == self.received:
+            self.lost, self.acknowledged = self.sent - self.received, self.sent
+            self.fill()
+        self.seen = self.received
+
+
+def in_trains(sender: socket.socket, receiver: socket.socket, length: int) -> bool:
+    """
+    Let one send trains of datagrams of this length, and the other take them as they come; whether it can be.
+
+    The kernel cuts up what is sent at once, and puts together what belongs together.  An older
+    one only cuts, and the receiver reads one by one.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, length)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):
+        receiver.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+    return True
 
 
 def header_to(target: Place) -> bytes:
