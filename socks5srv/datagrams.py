@@ -33,7 +33,9 @@ import os
 import socket
 import time
 from io import BytesIO
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Protocol, Sequence, Tuple, Union
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Protocol, Sequence, Tuple, Union
 
 from . import outbound
 from .observer import Hooks
@@ -42,18 +44,17 @@ from .relay import READ, Pollable, Relay, reason_of
 from .resolver import NO_SUCH_NAME, LookUp, look_ups
 from .rules import Verdict
 from .session import Session, word
+from .trains import DATAGRAM_ROOM, MANY, Arrivals, Octets, Path, cut, runs
 
 logger = logging.getLogger("socks5srv")
 
 TURN = 32               # datagrams moved in one turn at most, so that a flood leaves room for the others: under 1 ms
-SPACE = 22              # octets in front of what is received: the longest header of an answer
 REMEMBERED = 4096       # targets, sources and hosts known at a time; then the oldest are forgotten
 QUEUED = 64             # datagrams that wait for their names to be looked up
 LOOK_UPS = 16           # names being looked up at a time, for one client
 
 SockAddr = Tuple[Any, ...]
-Target = Tuple[socket.socket, SockAddr]     # the socket that can reach it, and its address
-Outcome = Union[Target, str]                # of a datagram: where it went, or in a sentence what happened instead
+Outcome = Union[Path, str]                  # of a datagram: where it went, or in a sentence what happened instead
 
 
 def header_length(octets: memoryview) -> int:
@@ -112,8 +113,8 @@ class Association:
         self.closed = False
         self.bound = Address.of(self.client_socket.socket.getsockname())    # where the client has to send to
         # What has been found out, each to be thrown away at any time, and the oldest if there is too much:
-        self.targets: Dict[bytes, Target] = {}              # by header
-        self.stale: Dict[bytes, Target] = {}                # names that are to be looked up again when they are used again
+        self.targets: Dict[bytes, Path] = {}              # by header
+        self.stale: Dict[bytes, Path] = {}                # names that are to be looked up again when they are used again
         self.nowhere: Dict[bytes, Tuple[float, str]] = {}   # until when, and why, by header
         self.headers: Dict[SockAddr, bytes] = {}            # by source
         self.contacted: Dict[str, None] = {}                # hosts that may answer
@@ -186,7 +187,7 @@ class Association:
         target = self.targets.get(header) or self.find(header, payload)
         if not isinstance(target, str):
             try:
-                self.session.up += target[0].sendto(payload, target[1])
+                self.session.up += target.send(payload)
             except OSError as error:    # too long, unroutable, no room: UDP may lose it
                 return dropped(error)
         return target
@@ -229,7 +230,7 @@ class Association:
                 failures.append(error)
                 continue
             keep(self.contacted, address.host, None)
-            return sock, address.sockaddr
+            return path_to(sock, address.sockaddr)
         return dropped((failures or ["the name has no address"])[0])
 
     def check(self, address: Address, name: Optional[str] = None) -> None:
@@ -251,9 +252,9 @@ class Association:
             self.relay.watch((sock, self.target_sockets[family], READ))
         return self.target_sockets[family].socket
 
-    def way_to(self, target: Target) -> str:
+    def way_to(self, target: Path) -> str:
         """The outcome of a datagram that has been sent there."""
-        return f"It goes to {Address.of(target[1])} without the header, from port {target[0].getsockname()[1]}."
+        return f"It goes to {Address.of(target.address)} without the header, from port {target.sock.getsockname()[1]}."
 
     # --- names ---
 
@@ -304,7 +305,7 @@ class Association:
         # knows the client is the one that it has spoken to.
         current = self.targets.get(header)
         if current is not None:
-            addresses.sort(key=lambda each: (each.host, each.port) != current[1][:2])
+            addresses.sort(key=lambda each: (each.host, each.port) != current.address[:2])
         self.remember(header, self.open_towards(addresses, name), missing=not addresses)
 
     def not_found(self, header: bytes, address: Address, error: Exception) -> None:
@@ -355,18 +356,21 @@ class ClientSocket(AssociationSocket):
 
     receive: Callable[[memoryview], int]        # the length of the next datagram
     length = 10                     # octets, of the header that came last
+    singly = False                  # datagrams come and go one by one, by receive() and send()
+    most = TURN                     # datagrams in one turn
 
     def __init__(self, association: Association, sock: socket.socket) -> None:
         super().__init__(association, sock)
         self.client: Optional[SockAddr] = None      # its host and port: where it has sent from last
         self.there: SockAddr = ()                   # the same, as its socket address
         self.heard_at = 0.0             # when it has last sent something, by time.monotonic()
-        self.turn = TURN                # datagrams in the next one: to ask in vain costs as much as to move one
+        self.turn = self.most           # datagrams in the next one: to ask in vain costs as much as to move one
         self.listen_on(sock)
 
     def listen_on(self, sock: socket.socket) -> None:
         """Hear the client's host on any port, until the first good datagram locks one."""
         self.socket = sock
+        self.arrivals = Arrivals(sock)
         self.locked = False
         self.receive = self.receive_from_anyone
         self.send_by(self.send_unlocked)
@@ -382,40 +386,59 @@ class ClientSocket(AssociationSocket):
         self.socket.connect(sockaddr)
         self.send_by(self.socket.send)
 
-    def send_by(self, send: Callable[[memoryview], int]) -> None:
+    def send_by(self, send: Callable[[Octets], int]) -> None:
         self.send = send
+        self.path = Path(send, self.socket, singly=self.singly or not self.locked)
 
     def ready(self, events: int) -> None:
-        association, receive, length = self.association, self.receive, self.length
-        now, chunk, targets = association.forget_old(), association.relay.chunk, association.targets
-        up = errors = 0
+        association = self.association
+        now = association.forget_old()
+        came = self.receive_some()
+        if came:
+            self.heard_at = now
+        # Usually all headers equal the previous one, so their length is tried first.  A known header of this length is a
+        # complete header: its length follows from its content.
+        length = self.length
+        headers = [bytes(octets[:length]) for octets in came]
+        for header, datagrams in neighbours(headers, came):
+            target = association.targets.get(header)
+            if target is not None:
+                for run in runs([octets[length:] for octets in datagrams]):
+                    association.session.up += target.send_run(run)
+            else:
+                for octets in datagrams:
+                    self.pass_on(octets)
+
+    def receive_some(self) -> List[memoryview]:
+        """What has come from the client, as much as is for one turn."""
+        chunk = self.association.relay.chunk
+        if self.arrivals.coalescing:
+            return [datagram for octets, size, _client in self.arrivals.read(chunk, TURN) for datagram in cut(octets, size)]
+        receive, at = self.receive, 0
+        came: List[memoryview] = []
         for moved in range(self.turn):
             try:
-                n = receive(chunk)
+                n = receive(chunk[at:])
             except BlockingIOError:
-                if self.locked:         # all that came before the lock has been seen
-                    self.receive = self.socket.recv_into
-                self.turn = moved or 1
+                self.all_received(moved)
                 break
             except OSError:             # an ICMP error of an earlier answer; or this is not the client's
-                errors += 1
                 continue
-            # Usually the header equals the previous one, so try that length first.  A known header of this length is a
-            # complete header: its length follows from its content.
-            target = targets.get(bytes(chunk[:length])) if n >= length else None
-            if target is None:
-                self.pass_on(chunk[:n])
-                length = self.length
-                continue
-            try:
-                up += target[0].sendto(chunk[length:n], target[1])
-            except OSError:             # as in send_out()
-                pass
+            came.append(chunk[at:at + n])
+            at += n
+            if at > len(chunk) - DATAGRAM_ROOM:
+                break
         else:
-            moved, self.turn = self.turn, min(2 * self.turn, TURN)
-        if moved > errors:
-            self.heard_at = now
-        association.session.up += up
+            self.turn = min(2 * self.turn, self.most)
+        if len(came) >= MANY:
+            self.arrivals.consider(came)
+        return came
+
+    def all_received(self, moved: int) -> None:
+        """Nothing is there any more after these."""
+        if self.locked:             # so all that came before the lock has been seen
+            self.receive = self.socket.recv_into
+        self.turn = moved or 1
 
     def pass_on(self, octets: memoryview) -> Outcome:
         """A datagram unlike the one before."""
@@ -441,7 +464,7 @@ class ClientSocket(AssociationSocket):
         """Not the client's datagram."""
         raise OSError(errno.EACCES, reason)
 
-    def send_unlocked(self, octets: memoryview) -> int:
+    def send_unlocked(self, octets: Octets) -> int:
         """To where the client was last; it may still listen there although it is silent."""
         if self.client is None:
             raise OSError(errno.EDESTADDRREQ, os.strerror(errno.EDESTADDRREQ))
@@ -452,6 +475,7 @@ class TracedClientSocket(ClientSocket):
     """One whose datagrams are observed: each is told with its outcome, and so none of them takes the fast way."""
 
     length = 0                      # no header is as short
+    singly, most = True, 1          # what becomes of one is told before the next is received
 
     def pass_on(self, octets: memoryview) -> Outcome:
         outcome = super().pass_on(octets)
@@ -463,15 +487,15 @@ class TracedClientSocket(ClientSocket):
         self.tell(False, octets, dropped(reason))
         super().drop(octets, reason)
 
-    def send_by(self, send: Callable[[memoryview], int]) -> None:
-        def send_and_tell(octets: memoryview) -> int:
+    def send_by(self, send: Callable[[Octets], int]) -> None:
+        def send_and_tell(octets: Octets) -> int:
             sent = send(octets)
             self.tell(True, octets, "")
             return sent
 
-        self.send = send_and_tell
+        super().send_by(send_and_tell)
 
-    def tell(self, to_client: bool, octets: memoryview, outcome: str) -> None:
+    def tell(self, to_client: bool, octets: Octets, outcome: str) -> None:
         for datagram in self.association.conversation.hooks.datagram:
             datagram(self.association.session, to_client, bytes(octets), outcome)
 
@@ -481,28 +505,46 @@ class TargetSocket(AssociationSocket):
 
     turn = TURN                     # as ClientSocket's
 
+    def __init__(self, association: Association, sock: socket.socket) -> None:
+        super().__init__(association, sock)
+        self.arrivals = Arrivals(sock)
+        self.envelope = len(bytes(Datagram(Address.of(sock.getsockname()), b"")))     # octets, of each header
+
     def ready(self, events: int) -> None:
-        association = self.association
-        chunk = association.relay.chunk
-        room = chunk[SPACE:]
-        headers, receive, answer = association.headers, self.socket.recvfrom_into, association.client_socket.send
-        down = 0
+        association, envelope = self.association, self.envelope
+        answers = self.receive_trains() if self.arrivals.coalescing else self.receive_singly()
+        for run in runs(answers):
+            association.session.down += association.client_socket.path.send_run(run, envelope)
+
+    # What has come from targets, as much as is for one turn, each with its header for the client.
+
+    def receive_singly(self) -> List[bytes]:
+        headers, receive, chunk = self.association.headers, self.socket.recvfrom_into, self.association.relay.chunk
+        answers: List[bytes] = []
         for moved in range(self.turn):
             try:
-                n, source = receive(room)
-                header = headers.get(source) or self.header(source)
-                if header:
-                    start = SPACE - len(header)
-                    chunk[start:SPACE] = header
-                    down += answer(chunk[start:SPACE + n]) - len(header)
+                n, source = receive(chunk)
             except BlockingIOError:
                 self.turn = moved or 1
                 break
-            except OSError:             # an ICMP error of an earlier one, or too long with its header
+            except OSError:             # an ICMP error of an earlier one
                 continue
+            header = headers.get(source) or self.header(source)
+            if header:
+                answers.append(b"".join((header, chunk[:n])))
         else:
             self.turn = min(2 * self.turn, TURN)
-        association.session.down += down
+        if len(answers) >= MANY:
+            self.arrivals.consider(answers)
+        return answers
+
+    def receive_trains(self) -> List[bytes]:
+        answers: List[bytes] = []
+        for octets, size, source in self.arrivals.read(self.association.relay.chunk, TURN):
+            header = self.association.headers.get(source) or self.header(source)
+            if header:
+                answers += [b"".join((header, datagram)) for datagram in cut(octets, size)]
+        return answers
 
     def header(self, source: Tuple[str, int]) -> bytes:
         """The header for what this source sends; empty if the client has not written to it."""
@@ -512,6 +554,19 @@ class TargetSocket(AssociationSocket):
         header = bytes(Datagram(address, b""))
         keep(self.association.headers, source, header)
         return header
+
+
+def neighbours(headers: List[bytes], datagrams: List[memoryview]) -> Iterable[Tuple[bytes, List[memoryview]]]:
+    """Each header with its datagrams, of those that are next to each other."""
+    if headers and headers.count(headers[0]) == len(headers):      # as it usually is, and as groupby() needs longer for
+        return ((headers[0], datagrams),)
+    pairs = groupby(zip(headers, datagrams), key=itemgetter(0))
+    return ((header, [octets for _header, octets in group]) for header, group in pairs)
+
+
+def path_to(sock: socket.socket, sockaddr: SockAddr) -> Path:
+    """For payloads to this address."""
+    return Path(lambda payload: sock.sendto(payload, sockaddr), sock, sockaddr)
 
 
 class Fragments:

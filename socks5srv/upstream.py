@@ -27,18 +27,19 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 from weakref import WeakKeyDictionary
 
 from . import outbound, resolver
 from .client import Conversation, Proxy
 from .descriptors import on_error
-from .datagrams import TURN, Association, ControlConnection, Outcome, Target, TargetSocket, dropped, header_length
+from .datagrams import TURN, Association, ControlConnection, Outcome, TargetSocket, dropped, header_length
 from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
 from .relay import READ, WRITE
 from .handler import Socks5Handler
+from .trains import Path
 
 SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
 UPSTREAM = "upstream"       # whose share of the look-ups it is: one runs at a time, for all clients that wait for it
@@ -283,22 +284,22 @@ class ChainedAssociation(Association):
             self.check(address)
         except RequestFailed as error:
             return dropped(error)
-        return cast(Target, (self.answers, bytes(Datagram(address, b""))))
+        return self.answers.path_for(bytes(Datagram(address, b"")))
 
     def look_up(self, header: bytes, address: Address, payload: bytes) -> Outcome:
         """Not here: the name goes on as it is."""
         return self.remember(header, self.open_towards([address], None))
 
-    def way_to(self, target: Target) -> str:
+    def way_to(self, target: Path) -> str:
         return "It goes to the upstream's relay as it is."
 
 
 class Answers(TargetSocket):
     """The socket that is connected to the upstream's relay, for the ways of all targets."""
 
-    def sendto(self, payload: memoryview, header: bytes) -> int:
-        """What a target's socket does elsewhere; here the payload gets its header again.  How many octets of it have gone."""
-        return self.socket.send(b"".join((header, payload))) - len(header)
+    def path_for(self, header: bytes) -> Path:
+        """On which a payload gets its header again."""
+        return Path(lambda payload: self.socket.send(b"".join((header, payload))) - len(header), self.socket, singly=True)
 
     def ready(self, events: int) -> None:
         association, down = self.association, 0

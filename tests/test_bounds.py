@@ -60,7 +60,7 @@ BOUNDED = {
         protocol.py:CODES,COMMANDS,LOOPBACK,METHODS,REPLY_CODES relay.py:TUNING,WORDS resolver.py:NO_SUCH_NAME
         rules.py:METADATA server.py:Socks5Server.listeners,Socks5Server.relays service/affinity.py:CoreAffinity.cores
         service/build.py:Service.observers,Single.addresses service/explaining.py:__all__ service/log.py:COLORS
-        service/node.py:Node.private session.py:COMMAND_NAMES,COMMAND_WORDS workers/channel.py:WorkerConfig.listeners
+        service/node.py:Node.private session.py:COMMAND_NAMES,COMMAND_WORDS trains.py:PATH_ERRORS workers/channel.py:WorkerConfig.listeners
         workers/supervisor.py:Supervisor.addresses,Supervisor.private
     """,
     "one answer of the resolver, or one message, and it goes with that": """
@@ -94,6 +94,7 @@ BOUNDED = {
     "one for each family": "datagrams.py:Association.target_sockets",
     "one login, and one name that is looked up": "explain/tracer.py:Trace.findings",
     "it has no arguments": "locality.py:kernel_answers",
+    "its maxsize": "trains.py:segments_of",
     "most_answers; monitor/test_http.py fills it": "monitor/http.py:StatusPage.busy",
     "most; monitor/test_http.py fills it": "monitor/http.py:StatusPage.silent",
     "LocalStats.shown": "monitor/stats.py:Snapshot.sessions",

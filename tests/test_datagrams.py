@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import select
 import socket
 import threading
 import time
 from contextlib import ExitStack
 from io import BytesIO
-from typing import Any, Callable, ClassVar, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import pytest
 
-from socks5srv import datagrams, relay
+from socks5srv import datagrams, relay, trains
+from socks5srv.capture.pcap import CaptureWriter, open_file
+from socks5srv.capture.sockets import Capture
 from socks5srv.handler import Socks5Handler
 from socks5srv.observer import Observer
 from socks5srv.outbound import Route
@@ -23,6 +27,7 @@ from socks5srv.session import Session
 from socks5srv.upstream import UpstreamHandler
 
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, name, needs_ipv6, needs_neighbour
+from .test_trains import needs_trains, send_train
 
 
 class UdpSocket:
@@ -618,6 +623,117 @@ def test_rules_are_asked_for_each_destination(start_server: Any, associate: Any,
     client.send_to(name("denied.invalid", good.address.port), b"denied by its name")
     client.echo(good)
     assert "denied.invalid" not in Named.asked
+    assert bad.has_nothing()
+
+
+# --- trains ---
+
+def trains_of(rng: random.Random, number: int, header: bytes = b"") -> Iterator[List[bytes]]:
+    """So many datagrams of random sizes, in trains: all of one are of one size, but for a shorter last one; each with this header."""
+    while number:
+        size, length = rng.choice([1, 8, 200, 1200, rng.randrange(1, 1400)]), min(number, rng.randint(1, 40))
+        last = rng.choice([size, rng.randint(1, size)])
+        yield [header + rng.getrandbits(8 * n).to_bytes(n, "big") for n in [size] * (length - 1) + [last]]
+        number -= length
+
+
+@pytest.fixture
+def writer(tmp_path: Any) -> Iterator[CaptureWriter]:
+    writer = CaptureWriter(open_file(str(tmp_path / "pcap")))
+    yield writer
+    writer.close()
+
+
+def check_a_flood(client: UdpClient, target: UdpSocket, number: int) -> None:
+    """So many datagrams each way, each train when the one before has come back: as they were sent, in their order, and none is lost."""
+    target_sees, client_sees, header = hashlib.sha256(), hashlib.sha256(), bytes(Datagram(target.address, b""))
+    sent = hashlib.sha256()
+    for train in trains_of(random.Random(number), number, header):
+        send_train(client.socket, train, (client.relay.host, client.relay.port))
+        back = []
+        for datagram in train:
+            sent.update(len(datagram).to_bytes(2, "big") + datagram)
+            octets, source = target.receive()
+            target_sees.update(len(header + octets).to_bytes(2, "big") + header + octets)
+            back.append(octets)
+        send_train(target.socket, back, (source.host, source.port))
+        for _ in train:
+            octets = client.receive()[0]
+            client_sees.update(len(octets).to_bytes(2, "big") + octets)
+    assert target_sees.digest() == client_sees.digest() == sent.digest()
+
+
+@needs_trains
+@pytest.mark.parametrize("way", ["in trains", "one by one", "recorded", "observed"])
+def test_a_flood_of_trains_arrives_both_ways(
+        way: str, monkeypatch: pytest.MonkeyPatch, start_server: Any, associate: Any, target: UdpSocket, writer: CaptureWriter) -> None:
+    settings: Dict[str, Any] = {}
+    if way == "one by one":
+        monkeypatch.setattr(trains, "takes_trains", lambda _sock: False)
+    elif way == "recorded":
+        settings["route"] = Route(socket_factory=Capture(writer).socket)
+    elif way == "observed":
+        settings["observers"] = [Watcher()]
+    server = start_server(**settings)
+    client = associate(server)
+    client.echo(target)         # the port is locked now
+    association, number = association_of(server), 100_000 if way == "in trains" else 5_000
+    check_a_flood(client, target, number)
+    assert association.client_socket.arrivals.coalescing == (way == "in trains")
+    [session] = server.sessions
+    eventually(lambda: session.up == session.down)         # counted when it has been sent
+    assert session.up > 100 * number
+
+
+@needs_trains
+def test_a_train_of_datagrams_to_several_places_is_taken_apart(server: Any, client: UdpClient, new_socket: Any) -> None:
+    """All of one length, as they may be in a train: targets, a name, a fragment, headers that cannot be read, and one that is known by now."""
+    one, other = new_socket(), new_socket()
+    client.echo(one)
+    gone = new_socket()
+    gone.socket.close()
+
+    def wrap(address: Address, data: bytes, frag: int = 0) -> bytes:
+        datagram = bytes(Datagram(address, b"", frag))
+        return datagram + data + b"." * (40 - len(datagram) - len(data))
+
+    pieces = [
+        wrap(one.address, b"1"), wrap(one.address, b"2"), wrap(other.address, b"3"), wrap(name("here.invalid", one.address.port), b"4"),
+        wrap(other.address, b"lost", 1), wrap(other.address, b"5"), b"?" * 40, wrap(gone.address, b"lost"), wrap(one.address, b"6"),
+        wrap(name("no.invalid", 9), b"lost"), bytes(40), wrap(other.address, b"7"), wrap(one.address, b"8"), bytes(Datagram(one.address, b"")),
+    ]
+    arrivals = association_of(server).client_socket.arrivals
+    for _ in range(20):
+        if not arrivals.coalescing:
+            arrivals.ask(True)
+        send_train(client.socket, pieces, (client.relay.host, client.relay.port))
+        assert sorted(one.receive()[0].rstrip(b".") for _ in range(6)) == [b"", b"1", b"2", b"4", b"6", b"8"]
+        assert [other.receive()[0].rstrip(b".") for _ in range(3)] == [b"3", b"5", b"7"]
+    assert one.has_nothing()
+    assert other.has_nothing()
+
+
+@needs_trains
+def test_answers_of_several_targets_that_leave_together_are_each_under_their_own_name(client: UdpClient, new_socket: Any) -> None:
+    targets = [new_socket() for _ in range(5)] + [new_socket("::1")]
+    proxies = [client.reach(target) for target in targets]
+    for turn in range(20):
+        data = [b"%d %d" % (turn, number) for number in range(len(targets))]
+        for target, proxy, octets in zip(targets, proxies, data):
+            send_train(target.socket, [octets] * 3, (proxy.host, proxy.port))
+        answers = [client.answer() for _ in range(3 * len(targets))]
+        for target, octets in zip(targets, data):
+            assert [answer.data for answer in answers if answer.address == target.address] == [octets] * 3
+
+
+@needs_trains
+def test_rules_are_asked_for_each_destination_in_a_train(start_server: Any, associate: Any, new_socket: Any) -> None:
+    good, bad = new_socket(), new_socket()
+    client = associate(start_server(rules=[f"deny {bad.address}"]))
+    pieces = [bytes(Datagram(target.address, b"x")) for target in (good, bad, good, bad, good)]
+    for _ in range(20):
+        send_train(client.socket, pieces, (client.relay.host, client.relay.port))
+        assert [good.receive()[0] for _ in range(3)] == [b"x"] * 3
     assert bad.has_nothing()
 
 

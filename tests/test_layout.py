@@ -28,7 +28,8 @@ CORE = {
     "locality": {"protocol", "outbound"},
     "policy": {"protocol", "users", "rules", "listener", "locality"},
     "resolver": {"names", "protocol", "waker", "descriptors", "relay", "outbound"},
-    "datagrams": {"protocol", "session", "rules", "observer", "relay", "outbound", "resolver"},
+    "trains": {"protocol"},
+    "datagrams": {"protocol", "session", "rules", "observer", "relay", "outbound", "resolver", "trains"},
     "handler": {
         "protocol", "session", "descriptors", "users", "rules", "foreign", "listener", "ratelimit", "observer", "registry", "relay", "outbound", "policy",
         "resolver", "datagrams",
