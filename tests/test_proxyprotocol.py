@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import suppress
 from io import BytesIO
 from ipaddress import ip_address
 from typing import Any, Callable, Iterator, List, Optional, Tuple
@@ -461,7 +462,8 @@ def test_the_header_of_anybody_else_is_a_strangers(
     metrics = Metrics()
     server = start_server(observers=[metrics], **settings)
     stranger = new_client(server)
-    (stranger.drip if cut else stranger.send)(octets + GREETING)
+    with suppress(ConnectionError):     # it is hung up on before the last octet
+        (stranger.drip if cut else stranger.send)(octets + GREETING)
     assert stranger.rest() == b""
     session = server.next_ended()
     assert (session.client.host, session.via, session.outcome) == (LOCALHOST, None, "bad_protocol")
