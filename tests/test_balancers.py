@@ -8,13 +8,14 @@ import socket
 import subprocess
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, ReplyCode
 
 from .clients.harness import lack, need
+from .docs.pages import blocks
 from .conftest import LOCALHOST, TIMEOUT, Client, eventually, exchange, needs_ipv6, needs_neighbour, reset, socket_for, udp_socket
 from .program import Start, logged_in, processes_too
 
@@ -61,6 +62,9 @@ stream {{
 STREAM_MODULES = ("/usr/lib/nginx/modules/ngx_stream_module.so", "/usr/lib64/nginx/modules/ngx_stream_module.so", "/usr/libexec/nginx/ngx_stream_module.so")
 
 
+SCALEOUT = blocks("text", "scaleout")      # the manual's: a line, and the configurations of HAProxy and nginx
+
+
 class Balancer:
     """One in a process of its own, which listens at `address`."""
 
@@ -70,10 +74,21 @@ class Balancer:
     def client(self, source: str = LOCALHOST) -> Client:
         return Client(self.address, source)
 
+    def unix_socket(self, name: str) -> Any:
+        """A connection to one of HAProxy's, which may not be there yet."""
+        def connected() -> Optional[socket.socket]:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(TIMEOUT)
+            if sock.connect_ex(str(self.folder / name)) == 0:
+                return sock
+            sock.close()
+            return None
+
+        return eventually(connected)
+
     def status(self) -> Dict[str, str]:
         """What HAProxy says of its node."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(self.folder / "admin.sock"))
+        with self.unix_socket("admin.sock") as sock:
             sock.sendall(b"show stat\n")
             text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
         head, *rows = text.lstrip("# ").splitlines()
@@ -82,7 +97,6 @@ class Balancer:
 
     def wait_until_checked(self, status: str) -> None:
         """Some times."""
-        eventually(lambda: (self.folder / "admin.sock").exists())
         eventually(lambda: self.status()["check_status"] == status)
         first = int(self.status()["lastchg"]) + 1
         eventually(lambda: int(self.status()["lastchg"]) >= first)      # so many seconds with twenty checks each
@@ -115,16 +129,19 @@ def balance(tmp_path: Path) -> Iterator[Callable[..., Balancer]]:
 def haproxy(balance: Callable[..., Balancer]) -> Callable[..., Balancer]:
     """In front of this node, with these words in its line, and with or without checks of what it says."""
     command = need("haproxy"), "-db", "-f"
-    return lambda node, options, checks="", **words: balance(HAPROXY, *command, node=f"{LOCALHOST}:{node.port}", options=options, checks=checks, **words)
+    return lambda node, options, checks="", host=LOCALHOST: balance(
+        HAPROXY, *command, node=f"{LOCALHOST}:{node.port}", options=options, checks=checks, host=host)
 
 
 @pytest.fixture
 def nginx(balance: Callable[..., Balancer]) -> Callable[..., Balancer]:
     command = need("nginx"), "-e", "stderr", "-c"
+    return lambda node: balance(NGINX, *command, node=f"{LOCALHOST}:{node.port}", module=stream_module())
+
+
+def stream_module() -> str:
     modules = [path for path in STREAM_MODULES if os.path.exists(path)]
-    if not modules:
-        lack("the module of nginx for streams is not installed")
-    return lambda node, **words: balance(NGINX, *command, node=f"{LOCALHOST}:{node.port}", module=modules[0], **words)
+    return modules[0] if modules else lack("the module of nginx for streams is not installed")
 
 
 def lines(service: Any) -> List[Dict[str, Any]]:
@@ -183,10 +200,7 @@ def test_clients_of_the_other_family_are_known_too(options: str, start: Start, h
 def test_of_a_client_without_an_address_the_balancer_is_the_client(options: str, start: Start, haproxy: Callable[..., Balancer], echo: Any) -> None:
     service = start(*BEHIND)
     balancer = haproxy(service, options)
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(TIMEOUT)
-        eventually(lambda: (balancer.folder / "socks.sock").exists())
-        sock.connect(str(balancer.folder / "socks.sock"))
+    with balancer.unix_socket("socks.sock") as sock:
         sock.sendall(b"\x05\x01\x00")
         assert sock.recv(2) == b"\x05\x00"
         sock.sendall(b"\x05\x01\x00\x01" + socket.inet_aton(echo[0]) + echo[1].to_bytes(2, "big"))
@@ -270,3 +284,18 @@ def test_without_the_option_the_log_says_what_is_missing(start: Start, haproxy: 
         client.send(b"\x05\x01\x00")
         assert client.rest() == b""
     assert line_of(service, LOCALHOST)["reason"] == "this is a PROXY header, and --proxy-protocol does not have its sender's address"
+
+
+@pytest.mark.parametrize("program", ["haproxy", "nginx"])
+def test_the_configuration_of_the_manual_is_one_that_serves(
+        program: str, start: Start, balance: Callable[..., Balancer], echo: Any) -> None:
+    service, path = start(*BEHIND), need(program)
+    if program == "haproxy":
+        text = f"global\n    stats socket {{folder}}/admin.sock\n{SCALEOUT[1]}".replace("bind :1080", "bind fd@{listening}").replace("inter 1s", "inter 50ms")
+        balancer = balance(text.replace("10.0.0.11:1080", "{node}"), path, "-db", "-f", node=f"{LOCALHOST}:{service.port}")
+        balancer.wait_until_checked("L7OK")
+    else:
+        head, (_line, _haproxy, text) = NGINX.partition("stream {{")[0], SCALEOUT
+        text = text.replace("{", "{{").replace("}", "}}").replace("listen 1080", "listen {here}").replace("10.0.0.11:1080", "{node}")
+        balancer = balance(head + text, path, "-e", "stderr", "-c", node=f"{LOCALHOST}:{service.port}", module=stream_module())
+    serves(balancer, service, echo)
