@@ -182,7 +182,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         self.request, self.client_address, self.server = request, client_address, server
         self.session = Session(server.registry.next_id(), Address.of(client_address))
         if isinstance(client_address, ForwardedAddress):
-            self.session.via, self.session.probe = client_address.via, client_address.probe
+            self.session.via, self.session.probe = client_address.via, client_address.header.local
         try:
             self.setup()
             self.handle()
@@ -290,6 +290,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         while foreign.unsettled(self.stream.buffer) and self.stream.fill():
             pass
         here, policy = Address.of(self.connection.getsockname()), self.server.policy
+        if isinstance(self.client_address, ForwardedAddress):       # which knows the balancer, and not us
+            here = self.client_address.header.destination or here
         return foreign.identify(self.stream.buffer, here, pac=policy.serves_others or policy.is_here(self.session.client.zoned))
 
     def auth_NO_AUTHENTICATION_REQUIRED(self) -> str:

@@ -25,8 +25,8 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
-from ipaddress import ip_address
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, Union
 
 from .descriptors import CLIENT, USED_UP, descriptors
 from .names import quoted
@@ -91,7 +91,10 @@ class ProxyHeader(NamedTuple):
         while not line.endswith(b"\n"):
             if len(line) == LINE_MAX:
                 raise BadHeader(f"a PROXY header without a line end in {LINE_MAX} octets")
-            line += take(stream, 1)
+            octet = stream.read(1)
+            if not octet:
+                raise BadHeader(ENDS_TOO_SOON)
+            line += octet
         found = LINE.fullmatch(line)
         if found is None:
             raise BadHeader(f"a PROXY header that cannot be read: {quoted(line)}")
@@ -129,12 +132,12 @@ def take(stream: BinaryStream, n: int) -> bytes:
 
 
 def address_in_text(version: int, host: bytes, port: bytes) -> Address:
-    """One of version 1, where numbers have no zeros in front."""
+    """One of version 1, where numbers have no zeros in front (which not every ipaddress refuses)."""
     text = host.decode()
     with suppress(ValueError):
         ip = ip_address(text)
         if ip.version == version and (version == 6 or str(ip) == text) and int(port) < 65536:
-            return sensible(Address.numeric(text, int(port)))
+            return address_of(ip, int(port))
     raise BadHeader(f"a PROXY header with an address that is none: {quoted(host)} port {int(port)} as TCP{version}")
 
 
@@ -150,15 +153,18 @@ def addresses_in(family: int, octets: bytes) -> Tuple[Optional[Address], Optiona
     if family in (UNSPEC, UNIX_STREAM):
         return None, None
     size = 4 if family == TCP4 else 16
-    hosts = [str(ip_address(octets[at:at + size])) for at in (start, start + size)]
-    ports = [int.from_bytes(octets[at:at + 2], "big") for at in (end - 4, end - 2)]
-    source, destination = (sensible(Address.numeric(*pair)) for pair in zip(hosts, ports))
+    source, destination = (
+        address_of(ip_address(octets[host:host + size]), int.from_bytes(octets[port:port + 2], "big"))
+        for host, port in ((start, end - 4), (start + size, end - 2))
+    )
     return source, destination
 
 
-def sensible(address: Address) -> Address:
-    """The same; BadHeader if no end of a connection can have it."""
-    if address.is_unspecified or ip_address(address.host).is_multicast:
+def address_of(ip: Union[IPv4Address, IPv6Address], port: int) -> Address:
+    """BadHeader if no end of a connection can have it."""
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    address = Address.numeric(str(ip), port)
+    if ip.is_unspecified or ip.is_multicast:
         raise BadHeader(f"a PROXY header with {address}, which no computer has")
     return address
 
@@ -168,7 +174,7 @@ def check_tlvs(octets: bytes, at: int) -> None:
     while at < len(octets):
         kind, value = octets[at], at + 3
         at = value + int.from_bytes(octets[at + 1:value], "big")
-        if value > len(octets) or at > len(octets):
+        if at > len(octets):
             raise BadHeader("a PROXY header whose TLVs do not fit in its length")
         if kind == UNIQUE_ID and at - value > UNIQUE_ID_MAX:
             raise BadHeader(f"a PROXY header with a unique ID of {at - value} octets, and {UNIQUE_ID_MAX} are the most")
@@ -240,15 +246,15 @@ class PeekingStream:
 
 
 class ForwardedAddress(Tuple[Any, ...]):
-    """A client's address as accept() would have had it, and the balancer that it has come `via`; `probe`: that is the client."""
+    """A client's address as accept() would have had it, the balancer that it has come `via`, and the header of that."""
 
     via: Address
-    probe = False
+    header: ProxyHeader
 
     @classmethod
-    def of(cls, client: Address, via: Address, probe: bool) -> ForwardedAddress:
+    def of(cls, client: Address, via: Address, header: ProxyHeader) -> ForwardedAddress:
         found = cls(client.sockaddr)
-        found.via, found.probe = via, probe
+        found.via, found.header = via, header
         return found
 
 

@@ -334,7 +334,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
             self._turn_away(peer, Refusal(f"header {peer.host}", f"{peer} rejected: {error}"))
         else:
             client = self.policy.client_behind(peer, header.source)
-            self._talk(connection, ForwardedAddress.of(client, peer, header.local))
+            self._talk(connection, ForwardedAddress.of(client, peer, header))
             return
         self.shutdown_request(connection)
 

@@ -399,7 +399,7 @@ def test_a_check_that_only_connects_is_no_client(
 def test_a_check_of_the_greeting_is_answered_and_is_no_failure(
         own_line: bool, users: Any, behind: Behind, new_client: Any, caplog: pytest.LogCaptureFixture) -> None:
     metrics, summary, history = Metrics(), Summary(), History()
-    server = behind(users=users, observers=[metrics, summary])
+    server = behind(users=users, observers=[metrics, summary, history])
     server.observers += (Tracer(server, [history]),)
     check, method = new_client(server), 0 if users is None else 2
     check.send(line(Address.of(check.socket.getsockname())) if own_line else binary(0, b"", ver_cmd=LOCAL))
@@ -447,6 +447,13 @@ def test_a_check_in_another_protocol_is_told_of(behind: Behind, new_client: Any,
     assert check.rest().startswith(b"HTTP/1.1 501 ")
     assert server.next_ended().outcome == "bad_protocol"
     assert "this is HTTP" in spoken(caplog)[-1]
+
+
+def test_a_browser_is_told_the_address_that_it_has_called(behind: Behind, new_client: Any) -> None:
+    server = behind()
+    browser = forwarded(server, new_client)
+    browser.send(b"GET /proxy.pac HTTP/1.1\r\n\r\n")
+    assert f'return "SOCKS5 {CALLED}; SOCKS {CALLED}";'.encode() in browser.rest()
 
 
 # --- who is no balancer ---
@@ -671,6 +678,7 @@ def test_without_descriptors_a_balancer_is_turned_away(behind: Behind, new_clien
 
 def test_what_waits_for_a_header_ends_with_the_server(new_client: Any, start_server: Any) -> None:
     server = start_server(proxy_protocol=["127.0.0.1"])
+    server._headers.timeout = 60
     waiting = [new_client(server) for _ in range(5)]
     waiting[0].send(b"PROXY ")
     eventually(lambda: len(server._headers.waiting) == 5)
