@@ -27,7 +27,7 @@ defaults
     timeout connect 5s
     timeout client 1h
     timeout server 1h
-    timeout check 2s
+    timeout check 10s
 frontend socks
     bind fd@{listening}
     bind unix@{folder}/socks.sock
