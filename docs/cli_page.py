@@ -50,6 +50,7 @@ MORE: Dict[str, str] = {
     "--bind": "A link-local IPv6 address has its zone with it: ``fe80::1%eth0``.",
     "--port": "It is that of all addresses.",
     "--port-file": "For scripts; the file is removed at the end.  A pipe must have its reader by then.",
+    "--proxy-protocol": "From others a header is refused, and from these everything else.  See :ref:`proxy-protocol`.",
     "--user": "A password on the command line can be seen by other users of the computer.",
     "--users-file": "Also on SIGHUP.  See :ref:`users`.",
     "--allow-from": "Without users, nobody else is served.",

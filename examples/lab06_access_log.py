@@ -14,9 +14,9 @@ You should see (the ports are others each time):
       #1 127.0.0.1:40001 user anna CONNECT bank.example:443 (127.0.0.1:40002) ok, 3.0 kB up, 3.0 kB down, 0.0 s, closed by client
       #2 127.0.0.1:40003 user ben CONNECT news.example:80 (127.0.0.1:40002) ok, 200 B up, 200 B down, 0.0 s, closed by client
     the first of them as JSON
-      {"time": "2026-11-22T10:27:56.123Z", "event": "close", "id": 1, "client": "127.0.0.1:40001", "user": "anna",
-      "command": "connect", "host": "bank.example", "port": 443, "peer": "127.0.0.1:40002", "reply": 0, "reason":
-      "closed by client", "up": 3000, "down": 3000, "seconds": 0.003}
+      {"time": "2026-11-22T10:27:56.123Z", "event": "close", "id": 1, "client": "127.0.0.1:40001", "via": null,
+      "user": "anna", "command": "connect", "host": "bank.example", "port": 443, "peer": "127.0.0.1:40002", "reply":
+      0, "reason": "closed by client", "up": 3000, "down": 3000, "seconds": 0.003}
     added up
       destinations  bank.example:443 6000, news.example:80 400
       users         anna 6000, ben 400

@@ -5,6 +5,7 @@ Browsers set to "HTTP proxy", SOCKS4 programs and TLS scanners all find the port
 told apart by their first octets, and answered in their own language where that helps the
 person behind them: HTTP with a page that says what to set, SOCKS4 with its own refusal.
 Of HTTP that takes a whole method, and a blank: a letter may be the begin of anything.
+A PROXY header from anybody but a balancer of ours is no better than noise, but the log says so.
 
 A browser may also ask for ``/proxy.pac``, the file that sets it up by itself.
 """
@@ -14,8 +15,10 @@ from __future__ import annotations
 from typing import List, Optional
 
 from .protocol import CREDENTIALS_VER, Address, Field, Message, ProtocolError
+from .proxyprotocol import SIGNATURE, WORD
 
 HTTP = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE ")     # RFC 9110 section 9
+PROXY_HEADERS = (WORD, SIGNATURE)      # how they begin
 MOST = 4096             # octets of an HTTP request that are read: its first line is in them
 
 PAGE = """\
@@ -46,7 +49,7 @@ class Note(Message):
 
 
 class ForeignProtocol(ProtocolError):
-    """A client that speaks something else; `kind` is socks4, http, pac (HTTP that gets the file), tls or not_socks."""
+    """A client that speaks something else; `kind` is socks4, http, pac (HTTP that gets the file), tls, proxy_protocol or not_socks."""
 
     answer: Optional[Message] = None
 
@@ -57,10 +60,10 @@ class ForeignProtocol(ProtocolError):
 
 
 def unsettled(octets: bytes) -> bool:
-    """Whether these octets, at least one, are HTTP whose first line is not all there, or can still become HTTP."""
+    """Whether these octets, at least one, are HTTP whose first line is not all there, or can still become that, or a PROXY header."""
     if octets.startswith(HTTP):
         return b"\n" not in octets and len(octets) < MOST
-    return any(method.startswith(octets) for method in HTTP)
+    return any(word.startswith(octets) and word != octets for word in (*HTTP, *PROXY_HEADERS))
 
 
 def identify(octets: bytes, here: Address, pac: bool) -> ForeignProtocol:
@@ -78,6 +81,8 @@ def identify(octets: bytes, here: Address, pac: bool) -> ForeignProtocol:
         return ForeignProtocol(f"this is HTTP: use socks5h://{here}", page("501 Not Implemented", "text/plain; charset=utf-8", PAGE, here), "http")
     if octets[0] == 0x16:
         return ForeignProtocol("this is TLS: the proxy's address begins with socks5h://, not https://", kind="tls")
+    if octets.startswith(PROXY_HEADERS):
+        return ForeignProtocol("this is a PROXY header, and --proxy-protocol does not have its sender's address", kind="proxy_protocol")
     if octets[0] == CREDENTIALS_VER:    # of which nothing is told: the password may be in it
         return ForeignProtocol("these are credentials that were not asked for: a greeting comes first")
     return ForeignProtocol(f"this is not SOCKS: it begins with {octets[:3].hex(' ')}")

@@ -43,6 +43,7 @@ from .protocol import (
     MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, RequestFailed, Socks5Error, UnknownCommand,
 )
 from .ratelimit import RateLimit, and_more
+from .proxyprotocol import ForwardedAddress
 from .registry import Registry
 from .relay import READ, Relay, Tunnel, broken, tune
 from .rules import Rules, Verdict
@@ -161,7 +162,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     Attributes:
         session: the record of this client, a Session
         server: the Socks5Server
-        client_address: as accept() has it
+        client_address: as accept() has it; of a client that has come by a balancer, what that has said
         connection: the client's socket
         stream: what the client sends; ``stream.take()`` is what it has sent ahead
     """
@@ -180,6 +181,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """As the base has it, but finish() follows a setup() that has failed, too: the client has a place to give back."""
         self.request, self.client_address, self.server = request, client_address, server
         self.session = Session(server.registry.next_id(), Address.of(client_address))
+        if isinstance(client_address, ForwardedAddress):
+            self.session.via, self.session.probe = client_address.via, client_address.header.local
         try:
             self.setup()
             self.handle()
@@ -287,6 +290,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         while foreign.unsettled(self.stream.buffer) and self.stream.fill():
             pass
         here, policy = Address.of(self.connection.getsockname()), self.server.policy
+        if isinstance(self.client_address, ForwardedAddress):       # which knows the balancer, and not us
+            here = self.client_address.header.destination or here
         return foreign.identify(self.stream.buffer, here, pac=policy.serves_others or policy.is_here(self.session.client.zoned))
 
     def auth_NO_AUTHENTICATION_REQUIRED(self) -> str:
@@ -322,6 +327,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def _authenticate_throttled(self, username: str, password: str) -> bool:
         """authenticate(), for which a client that has failed too often has to wait; its tries take turns."""
+        if self.session.probe:          # a check that is set up wrong: nobody guesses, and to wait would make it fail for another reason
+            return self.authenticate(username, password)
         throttle, host = self.server.policy.throttle, self.session.client.host
         self._turn = throttle.begin(host)
         try:
@@ -627,13 +634,15 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         The default logs its line.  Called once for every client, in the thread that runs serve_forever(): no tunnel waits
         for it, but the other sessions' log lines do.
         """
-        if self.session.outcome == "bad_protocol":
-            self._log_foreign()
+        if self.session.outcome == "probe":
+            logger.debug("%s", self.session, extra={"session": self.session})
+        elif self.session.probe or self.session.outcome == "bad_protocol":
+            self._log_seldom()
         else:
             logger.info("%s", self.session, extra={"session": self.session})
 
-    def _log_foreign(self) -> None:
-        """The same mistake of the same host once a minute; the next line says how many were left out."""
+    def _log_seldom(self) -> None:
+        """The same mistake of the same host, or end of a health check, once a minute; the next line says how many were left out."""
         left_out = self.server.rate_limit.allows(f"{self.session.client.host} {self.session.reason}")
         if left_out is not None:
             logger.info("%s%s", self.session, and_more(left_out), extra={"session": self.session, "left_out": left_out})
@@ -683,6 +692,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             self.session.login_failed, self.session.user = True, error.username
         if isinstance(error, NoAcceptableMethod):
             self.session.no_acceptable_method = True
+        if isinstance(error, foreign.ForeignProtocol):
+            self.session.probe = False      # whatever checks a SOCKS5 server like this has to be told of
         if isinstance(error, UnknownCommand):
             self.session.unknown_command, self.session.destination = error.octet, error.destination
         self.session.end(str(error))

@@ -30,6 +30,7 @@ class Access(Protocol):
     rules: Rules
     allow_from: Sequence[Network]
     allow_local_targets: bool
+    proxy_protocol: Sequence[Network]
     listeners: List[Listener]
 
 
@@ -46,8 +47,18 @@ class Policy:
 
     def trusts(self, client: Address) -> bool:
         """Whether this client is in a network that needs no login."""
-        networks = self.access.allow_from
-        return bool(networks) and any(ip_address(client.host) in network for network in networks)
+        return is_in(client, self.access.allow_from)
+
+    def is_balancer(self, peer: Address) -> bool:
+        """Whether what connects from there has to tell of its client."""
+        return is_in(peer, self.access.proxy_protocol)
+
+    def client_behind(self, balancer: Address, source: Optional[Address]) -> Address:
+        """Who the client is, if a balancer says that it is this one; the balancer itself if it does not know."""
+        if source is None:
+            return balancer
+        # The balancer's loopback is not ours: whoever calls it there is on the balancer's computer.
+        return balancer._replace(port=source.port) if is_loopback(source.host) and not self.is_here(balancer.zoned) else source
 
     def is_here(self, host: str) -> bool:
         """Whether this is an address of this computer, with its zone if it has one."""
@@ -56,7 +67,7 @@ class Policy:
     @property
     def serves_others(self) -> bool:
         """Whether clients on other computers can come."""
-        return not all(is_loopback(listener.address.host) for listener in self.access.listeners)
+        return bool(self.access.proxy_protocol) or not all(is_loopback(listener.address.host) for listener in self.access.listeners)
 
     # --- about a target ---
 
@@ -95,6 +106,10 @@ class Policy:
         if any(private.port == address.port and is_at(private.dialled, each) for private in self.private for each in every):
             return True
         return not self.access.allow_local_targets and (is_local(address) or any(is_heard_here(each.zoned) for each in every))
+
+
+def is_in(address: Address, networks: Sequence[Network]) -> bool:
+    return bool(networks) and any(ip_address(address.host) in network for network in networks)
 
 
 def is_at(own: Address, address: Address) -> bool:

@@ -38,6 +38,7 @@ from .observer import HookTable, Observer
 from .outbound import Route
 from .policy import Policy, is_loopback
 from .protocol import Address, Command
+from .proxyprotocol import BadHeader, ForwardedAddress, HeaderReader, OnlyConnected
 from .ratelimit import RateLimit, Resilient
 from .registry import Refusal, Registry
 from .relay import Relay, tune
@@ -64,6 +65,7 @@ class Defaults:
     allow_from: Sequence[Network] = ()
     allow_open_proxy = False
     allow_local_targets = False
+    proxy_protocol: Sequence[Network] = ()
     commands: FrozenSet[Command] = frozenset(Command)
     upstream: Any = None
     route = Route()
@@ -98,6 +100,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         allow_from: networks whose clients need no password; without users, the only ones that are served (none)
         allow_open_proxy: let whoever reaches it use it, beyond loopback and without a password (False)
         allow_local_targets: let other computers reach what only this one should: see rules.py (False)
+        proxy_protocol: networks of load balancers, which have to send a PROXY header in front of what each client sends (none)
         commands: a set of Command; the others get reply 07 (all three)
         upstream: URL of the proxy to go out through, if the handler is an UpstreamHandler (None)
         route: address family, and own address, of outgoing connections (Route(): any)
@@ -133,6 +136,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         self.policy = Policy(self)
         self.registry: Registry[Socks5Handler] = Registry(self, self.policy.throttle)
         self.rate_limit = RateLimit()
+        self._headers = HeaderReader()
         self._lock = threading.Lock()
         self.relays: List[Relay] = []
         self.listeners: List[Listener] = []
@@ -160,11 +164,14 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         if not isinstance(self.rules, Rules):
             self.rules = Rules.parse(self.rules)
         self.allow_from = tuple(map(ip_network, self.allow_from))
+        self.proxy_protocol = tuple(map(ip_network, self.proxy_protocol))
 
     def _refuse_to_be_open(self, host: str) -> None:
         """ValueError if whoever can reach this host, as bind() takes it, could use the server, and nothing says that it is meant."""
         authenticates = getattr(self.RequestHandlerClass, "authenticate", None) is not Socks5Handler.authenticate
-        if self.allow_open_proxy or self.allow_from or authenticates or self.users is not None or is_for_here(host):
+        if self.allow_open_proxy or self.allow_from or authenticates or self.users is not None:
+            return
+        if is_for_here(host) and not self.proxy_protocol:       # a balancer brings clients from everywhere
             return
         raise ValueError(
             f"on {host or 'all addresses'} this would be an open proxy: pass users=, or allow_from= with networks, or a handler that "
@@ -200,11 +207,14 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown(), called in another thread or a signal handler.  In this thread the sessions that have ended are reported."""
         self._parse_settings()
+        for listener in self.listeners if self.proxy_protocol else ():
+            self._refuse_to_be_open(listener.address.host)      # it may be set only now
         self.serving_thread = threading.current_thread()
         try:
             with self._lock:
                 if not self.stopping:
                     for listener in self.listeners:
+                        listener.talk = self._talk_behind_balancer if self.proxy_protocol else self._talk
                         listener.start(self.request_queue_size)
                 self.stopped.clear()
             while not self.stopping:
@@ -274,6 +284,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         super().server_close()
         for handler in self.registry.everyone():
             handler.hang_up("server stopped")
+        self._headers.close()
         for listener in self.listeners:
             listener.join(timeout=LAST_WORDS)
         for relay in self.relays:
@@ -309,15 +320,37 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         else:
             self.shutdown_request(connection)
 
+    def _talk_behind_balancer(self, connection: socket.socket, peer_address: Any) -> None:
+        """_talk() to the client that a balancer has told of; to others as ever."""
+        peer = Address.of(peer_address)
+        if not self.policy.is_balancer(peer):
+            self._talk(connection, peer_address)
+            return
+        try:
+            header = self._headers.read(connection, peer, self.max_handshakes)
+        except OnlyConnected:
+            logger.debug("%s has connected, to check our health", peer)
+        except BadHeader as error:
+            self._turn_away(peer, Refusal(f"header {peer.host}", f"{peer} rejected: {error}"))
+        else:
+            client = self.policy.client_behind(peer, header.source)
+            self._talk(connection, ForwardedAddress.of(client, peer, header))
+            return
+        self.shutdown_request(connection)
+
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to talk to this client at all."""
         refusal = self._admit(client_address)
         if refusal is None:
             return True
+        self._turn_away(Address.of(client_address), refusal)
+        return False
+
+    def _turn_away(self, client: Address, refusal: Refusal) -> None:
+        """Tell of a client that is not let in."""
         self.warn_once(refusal.kind, "%s", refusal.reason)
         for turned_away in self.hooks.all.turned_away:
-            turned_away(Address.of(client_address), refusal.reason)
-        return False
+            turned_away(client, refusal.reason)
 
     def _admit(self, client_address: Any) -> Optional[Refusal]:
         """Count one more client, or say why not."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import Any, Callable, Dict, Optional, Tuple
 
-from .protocol import Address, Command, ReplyCode
+from .protocol import Address, Command, ReplyCode, in_brackets
 
 COMMAND_WORDS = {Command.CONNECT: "connect", Command.BIND: "bind", Command.UDP_ASSOCIATE: "udp"}     # for programs
 COMMAND_NAMES = {word: command.name.replace("_", " ") for command, word in COMMAND_WORDS.items()}      # for people, as in the RFC
@@ -23,11 +23,14 @@ class Session:
 
     `outcome` says how far it got: ``open`` (it is live), ``close`` (it was served, and is
     over), ``denied`` (by a rule), ``failed`` (any other reply, or the client left first),
-    ``login_failed``, ``no_acceptable_method`` (none that it offered to log in by would do), or ``bad_protocol`` (what came was not SOCKS5, or not in time).
+    ``login_failed``, ``no_acceptable_method`` (none that it offered to log in by would do), ``bad_protocol`` (what came was not SOCKS5,
+    or not in time), or ``probe`` (a balancer has seen that we answer).
     """
 
     id: int
     client: Address
+    via: Optional[Address] = None           # the balancer that it has come by, which has told us of the client
+    probe = False                           # that balancer itself is the client, to check our health
     user: Optional[str] = None              # who logged in, or tried to
     command: Optional[Command] = None
     unknown_command: Optional[int] = None   # the octet CMD that is no command; then `command` is None
@@ -77,7 +80,7 @@ class Session:
         if self.seconds is None:
             return "open"
         if self.command is None and self.reply is None:
-            return "bad_protocol"
+            return "probe" if self.probe else "bad_protocol"
         if self.reply is ReplyCode.SUCCEEDED:
             return "close"
         return "denied" if self.reply is ReplyCode.NOT_ALLOWED else "failed"
@@ -94,6 +97,7 @@ class Session:
             "event": self.outcome,
             "id": self.id,
             "client": str(self.client),
+            "via": str(self.via) if self.via else None,
             "user": self.user,
             "command": self.command_word,
             "host": self.destination.host if self.destination else None,
@@ -111,8 +115,9 @@ class Session:
 
     def line(self, mark: Callable[[str], str] = str) -> str:
         """One line for people: who, what, how it ended and why.  `mark` is given the outcome, to color it for instance."""
+        via = ["via", in_brackets(self.via.host)] if self.via else []
         user = ["user", word(self.user)] if self.user else []
-        line = " ".join([f"#{self.id}", str(self.client), *user, *self.target_words(), mark(self.outcome_words)])
+        line = " ".join([f"#{self.id}", str(self.client), *via, *user, *self.target_words(), mark(self.outcome_words)])
         served = self.outcome == "close"
         if served:
             line += f", {amount(self.up)} up, {amount(self.down)} down, {self.seconds:.1f} s"

@@ -15,7 +15,7 @@ from io import BytesIO
 import atheris
 
 with atheris.instrument_imports():
-    from socks5srv import datagrams, protocol, rules, foreign, users
+    from socks5srv import datagrams, foreign, protocol, proxyprotocol, rules, users
 
 MESSAGES = (
     protocol.Greeting, protocol.MethodSelection, protocol.Credentials, protocol.CredentialsReply, protocol.Request,
@@ -42,6 +42,13 @@ def header(octets: bytes) -> None:
             protocol.Datagram.read(BytesIO(octets[:length]))
 
 
+def proxy_header(octets: bytes) -> None:
+    for start in (b"", proxyprotocol.WORD, proxyprotocol.SIGNATURE):
+        with suppress(proxyprotocol.BadHeader):
+            read = proxyprotocol.ProxyHeader.read(BytesIO(start + octets))
+            assert read.source is None or read.source == protocol.Address.numeric(read.source.host, read.source.port)
+
+
 def rule(octets: bytes) -> None:
     try:
         read = rules.Rule.parse(octets.decode("utf-8", "replace"))
@@ -60,7 +67,7 @@ def stranger(octets: bytes) -> None:
         bytes(foreign.identify(octets, HERE, pac=True).answer or b"")
 
 
-TARGETS = (message, header, rule, users_line, stranger)
+TARGETS = (message, header, proxy_header, rule, users_line, stranger)
 
 
 def one(octets: bytes) -> None:

@@ -124,8 +124,8 @@ API: Dict[type, Dict[str, str]] = {
         "for the other modules":
             "relay_thread warn_once hooks listeners policy rate_limit registry relays serving_thread stopped stopping",
         "settings": """
-            users rules allow_from allow_open_proxy allow_local_targets commands upstream route max_clients max_per_client max_handshakes
-            max_logins handshake_timeout connect_timeout bind_timeout idle_timeout relay_threads reassemble
+            users rules allow_from allow_open_proxy allow_local_targets proxy_protocol commands upstream route max_clients max_per_client
+            max_handshakes max_logins handshake_timeout connect_timeout bind_timeout idle_timeout relay_threads reassemble
         """,
     },
     Socks5Handler: {

@@ -56,7 +56,7 @@ BOUNDED = {
         explain/tables.py:AFTER,HIDDEN handler.py:AUTH,DO,Host.rules listener.py:OUT_OF locality.py:NOBODYS,OWN
         monitor/http.py:FILES,HEADERS,PAGES monitor/metrics.py:HANG_UPS monitor/prometheus.py:COUNTERS,HISTOGRAMS
         monitor/stats.py:Publisher.facts names.py:JOINERS observer.py:HookTable.selective
-        outbound.py:MOST_TELLING,NO_SUCH_FAMILY,REPLY_CODES,UNDER_WAY policy.py:Access.listeners,Access.rules,Policy.private
+        outbound.py:MOST_TELLING,NO_SUCH_FAMILY,REPLY_CODES,UNDER_WAY proxyprotocol.py:SIZES policy.py:Access.listeners,Access.rules,Policy.private
         protocol.py:CODES,COMMANDS,LOOPBACK,METHODS,REPLY_CODES relay.py:TUNING,WORDS resolver.py:NO_SUCH_NAME
         rules.py:METADATA server.py:Socks5Server.listeners,Socks5Server.relays service/affinity.py:CoreAffinity.cores
         service/build.py:Service.observers,Single.addresses service/explaining.py:__all__ service/log.py:COLORS
@@ -102,7 +102,7 @@ BOUNDED = {
     "of Pipes.all": "relay.py:Pipes.free",
     "the relay thread, which never waits, empties it at each turn": "relay.py:Relay.calls",
     "one for each server of the program": "upstream.py:loops",
-    "one message, and what one recv() brings": "workers/channel.py:Channel.incoming",
+    "one message, and what one recv() brings": "proxyprotocol.py:PeekingStream.ahead workers/channel.py:Channel.incoming",
     "what LoginThrottle.failures and Replica.relays have": "workers/channel.py:WorkerConfig.state",
     "Replica.relays": "workers/shared.py:RelayAddresses.others",
     "as many as clients have; if a RelayClosed is dropped, as many as there are UDP ports": "workers/shared.py:Replica.relays",
@@ -271,6 +271,17 @@ def sessions_to_be_reported(filling: Filling) -> Sizes:
         for _ in range(40):
             server.next_ended()
     return [(size, 5 + 1 + 5)]        # and those that were at accept() by then
+
+
+@fills("proxyprotocol.py:HeaderReader.waiting")
+def connections_that_wait_for_their_header(filling: Filling) -> Sizes:
+    server = filling.get("start_server")(proxy_protocol=[LOCALHOST], max_handshakes=5)
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(Client(server.server_address))
+        eventually(lambda: len(server._headers.waiting) == 5)
+        threading.Event().wait(0.1)
+        return [(len(server._headers.waiting), 5)]
 
 
 @fills("service/summary.py:Summary.clients", "service/summary.py:Summary.octets", "service/summary.py:Summary.failures")

@@ -113,5 +113,6 @@ def test_others_are_hung_up_on_without_an_answer(octets: bytes, reason: str, say
 def test_only_what_can_still_become_a_method_is_waited_for(octets: bytes) -> None:
     words = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE "]
     http = any(octets.startswith(word) for word in words)
-    assert foreign.unsettled(octets) == ((http and b"\n" not in octets) or any(word.startswith(octets) for word in words))
+    becoming = [*words, b"PROXY", b"\r\n\r\n\x00\r\nQUIT"]
+    assert foreign.unsettled(octets) == ((http and b"\n" not in octets) or any(word.startswith(octets) for word in becoming))
     assert (foreign.identify(octets, Address.numeric(LOCALHOST, 1080), pac=False).kind == "http") is http

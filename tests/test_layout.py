@@ -22,7 +22,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each module of the core imports of the others.
 CORE = {
     "names": set(), "protocol": {"names"}, "session": {"protocol"}, "waker": set(), "descriptors": {"protocol"},
-    "users": {"descriptors"}, "rules": {"names", "protocol"}, "foreign": {"protocol"}, "listener": {"protocol"}, "ratelimit": {"listener"},
+    "users": {"descriptors"}, "rules": {"names", "protocol"}, "proxyprotocol": {"names", "protocol", "descriptors"},
+    "foreign": {"protocol", "proxyprotocol"}, "listener": {"protocol"}, "ratelimit": {"listener"},
     "observer": {"protocol", "session", "rules"}, "registry": {"session", "waker", "descriptors", "users"},
     "relay": {"session", "waker", "descriptors"}, "outbound": {"names", "protocol", "descriptors", "observer", "relay"},
     "locality": {"protocol", "outbound"},
@@ -31,11 +32,11 @@ CORE = {
     "trains": {"protocol"},
     "datagrams": {"protocol", "session", "rules", "observer", "relay", "outbound", "resolver", "trains"},
     "handler": {
-        "protocol", "session", "descriptors", "users", "rules", "foreign", "listener", "ratelimit", "observer", "registry", "relay", "outbound", "policy",
+        "protocol", "session", "descriptors", "users", "rules", "proxyprotocol", "foreign", "listener", "ratelimit", "observer", "registry", "relay", "outbound", "policy",
         "resolver", "datagrams",
     },
     "server": {
-        "protocol", "session", "waker", "descriptors", "users", "rules", "listener", "ratelimit", "observer", "registry", "relay", "outbound",
+        "protocol", "session", "waker", "descriptors", "users", "rules", "proxyprotocol", "listener", "ratelimit", "observer", "registry", "relay", "outbound",
         "policy", "handler",
     },
 }

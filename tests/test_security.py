@@ -566,3 +566,19 @@ def test_a_program_that_is_run_gets_no_option_of_the_proxys(run_command: Run) ->
     assert done.code == 0
     assert "ALL_PROXY" in done.stdout.splitlines()
     assert "SOCKS5SRV_" not in done.stdout
+
+
+@pytest.mark.parametrize("settings", [{}, {"proxy_protocol": ["192.0.2.0/24"]}], ids=["without any", "of another address"])
+def test_a_proxy_header_is_believed_of_a_load_balancer_only(settings: Any, start_server: Any, new_client: Any) -> None:
+    server = start_server(users={"anna": "sesame"}, allow_from=["203.0.113.0/24"], **settings)
+    client = new_client(server)
+    client.send(b"PROXY TCP4 203.0.113.9 192.0.2.1 9 1080\r\n", Greeting(b"\0"))
+    assert client.rest() == b""
+    assert (str(server.next_ended().client.host), server.policy.throttle.failures) == (LOCALHOST, {})
+
+
+def test_the_loopback_address_of_a_load_balancer_is_not_this_computers(start_server: Any, new_client: Any, echo: Any) -> None:
+    server = start_server(proxy_protocol=[LOCALHOST], elsewhere=True)
+    client = new_client(server)
+    client.send(b"PROXY TCP4 127.0.0.1 192.0.2.1 9 1080\r\n")
+    assert client.ask(Command.CONNECT, echo).code is ReplyCode.NOT_ALLOWED

@@ -76,7 +76,7 @@ def test_the_record_for_programs_is_json():
     record = json.loads(json.dumps(made.as_dict()))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record.pop("time"))
     assert record == {
-        "event": "failed", "id": 7, "client": "127.0.0.1:50123", "user": "alice", "command": "connect",
+        "event": "failed", "id": 7, "client": "127.0.0.1:50123", "via": None, "user": "alice", "command": "connect",
         "host": "example.com", "port": 443, "peer": "192.0.2.1:443", "reply": 5, "reason": "refused",
         "up": 1, "down": 2, "seconds": 1.235,
     }
@@ -85,7 +85,7 @@ def test_the_record_for_programs_is_json():
 def test_the_record_of_a_client_of_whom_nothing_is_known_has_the_same_keys():
     empty, full = session(seconds=None).as_dict(), session(reply=ReplyCode.SUCCEEDED, user="alice", **CONNECTED).as_dict()
     assert list(empty) == list(full)
-    assert {key for key, value in empty.items() if value is None} == {"user", "command", "host", "port", "peer", "reply", "seconds"}
+    assert {key for key, value in empty.items() if value is None} == {"via", "user", "command", "host", "port", "peer", "reply", "seconds"}
     json.dumps(empty)
 
 

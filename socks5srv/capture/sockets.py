@@ -133,7 +133,8 @@ class CapturedStream(socket.socket):
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         octets = self.transfer(super().recv, size, flags)
-        self.received(octets)
+        if not flags & socket.MSG_PEEK:     # it will be read
+            self.received(octets)
         return octets
 
     def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:

@@ -10,6 +10,7 @@ from .. import __version__, outbound
 from ..locality import host_with_zone, in_url, with_zone
 from ..policy import is_loopback
 from ..protocol import Address, Command
+from ..rules import Network
 from ..session import COMMAND_WORDS, plural
 
 BANNER = """\
@@ -38,12 +39,13 @@ SOCKS5 sends the password unencrypted: use it on trusted networks only."""
 
 def banner(
     addresses: Sequence[Address], users: Optional[int], keys: bool = True, status: Optional[str] = None, user: Optional[str] = None,
+    balancers: Sequence[Network] = (),
 ) -> str:
     """
     The lines to paste.
 
     `users`: how many, None if no password is asked for; `user`: the name, if there is one only and it is known;
-    `keys`: it listens on the keyboard, too.
+    `keys`: it listens on the keyboard, too; `balancers`: who has to send a PROXY header.
     """
     reachable = reachable_address(addresses[0])
     place = in_url(reachable)
@@ -52,8 +54,9 @@ def banner(
         login, name, browsers = f"password required ({plural(users, 'user')})", f"{quote(user or 'NAME', safe='')}:PASSWORD@", WITH_A_LOGIN
     return BANNER.format(
         version=__version__, login=login, url=f"socks5h://{name}{place}", keys=", h + Enter shows keys" * keys,
-        whom="this computer only" if all(is_loopback(each.host) for each in addresses) else "other computers, too",
-        listening="".join(f"listening on     {with_zone(address)}\n" for address in addresses if len(addresses) > 1),
+        whom="this computer only" if not balancers and all(is_loopback(each.host) for each in addresses) else "other computers, too",
+        listening="".join(f"listening on     {with_zone(address)}\n" for address in addresses if len(addresses) > 1)
+        + "".join(f"balancers:       {network}, with a PROXY header\n" for network in balancers),
         status=f"status page:     {status}\n" if status is not None else "",
         browsers=browsers.format(host=host_with_zone(reachable), port=reachable.port, place=place),
     )

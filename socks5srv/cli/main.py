@@ -134,7 +134,7 @@ def serve_command(node: Node, settings: Settings) -> int:
 def greet(node: Node, settings: Settings, page: Optional[str]) -> None:
     facts = {**listening(node.addresses, node.users, settings.commands), **({"status": page} if page is not None else {})}
     if sys.stderr.isatty() and settings.log_format == "text" and not settings.quiet:
-        show(banner(node.addresses, node.users, at_keyboard(), page, only_user(settings)))
+        show(banner(node.addresses, node.users, at_keyboard(), page, only_user(settings), settings.proxy_protocol))
     if settings.log_file or settings.log_format == "json" or not sys.stderr.isatty():
         words = f"listening {' '.join(facts['urls'])} auth={facts['auth']} commands={','.join(facts['commands'])} pid={facts['pid']}"
         logger.info("%s%s", words, f" status={page}" * (page is not None), extra={"event": "listening", "facts": facts})

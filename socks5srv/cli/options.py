@@ -88,6 +88,9 @@ def build_parser() -> Parser:
     where.add_argument("-p", "--port", type=port_number, help=f"port to listen on; 0 picks a free one (default: {DEFAULT_PORT})")
     where.add_argument("--port-file", metavar="FILE", help="write the port to FILE when ready to serve")
 
+    where.add_argument("--proxy-protocol", action="append", type=network, metavar="NETWORK",
+                       help="expect a PROXY header with the client's address of load balancers in NETWORK; may be repeated")
+
     who = parser.add_argument_group("Access")
     who.add_argument("-u", "--user", dest="users", action="append", default=[], metavar="NAME[:PASSWORD]",
                      help="require this name and password of clients; may be repeated. Without :PASSWORD it is taken from SOCKS5SRV_PASSWORD, or asked for")
@@ -179,6 +182,7 @@ def refuse_contradictions(parser: Parser, options: argparse.Namespace) -> None:
         (options.users and options.users_file is not None, "-u and --users-file exclude each other: put all users into the file"),
         (command == [], "--run needs a COMMAND after it, such as  --run curl example.com"),
         (command and (many or options.users_file is not None), "--run needs neither --users-file nor --workers: leave them out"),
+        (command and options.proxy_protocol, "--run serves one COMMAND, and no balancer: leave --proxy-protocol out"),
         (pcap is not None and many, "--pcap records one process: leave --workers out"),
         (pcap == "-" and command, "--pcap - and the COMMAND of --run would write to the same output: give a FILE"),
         (pcap == "-" and sys.stdout is not None and sys.stdout.isatty(),

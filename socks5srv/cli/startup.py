@@ -63,18 +63,20 @@ def resolved(host: str, way_out: str) -> List[str]:
 
 def refuse_to_be_open(settings: Settings, addresses: Sequence[str]) -> None:
     asks_for_login, port = settings.users is not None or settings.users_file is not None, settings.port
-    beyond = [address for address in addresses if not is_loopback(address)]
+    beyond = [address for address in addresses if settings.proxy_protocol or not is_loopback(address)]
     if beyond and not (asks_for_login or settings.allow_from or settings.allow_open_proxy):
+        here = f"{beyond[0]}{f' port {port}' * bool(port)}" if not settings.proxy_protocol else "the load balancer"
+        command = " ".join([f"socks5srv -b {beyond[0]}", *(f"--proxy-protocol {network}" for network in settings.proxy_protocol)])
         ways_out = {
-            f"socks5srv -b {beyond[0]} -u NAME": "require a password",
-            f"socks5srv -b {beyond[0]} --allow-from {network_of(beyond[0])}": "only these computers",
-            f"socks5srv -b {beyond[0]} --allow-open-proxy": "everybody, on purpose",
+            f"{command} -u NAME": "require a password",
+            f"{command} --allow-from {network_of(beyond[0])}": "only these computers",
+            f"{command} --allow-open-proxy": "everybody, on purpose",
             "socks5srv": "this computer only",
         }
         width = max(map(len, ways_out))
         raise CannotStart(
             "refusing to be an open proxy",
-            f"Whoever can reach {beyond[0]}{f' port {port}' * bool(port)} could use your connection, and",
+            f"Whoever can reach {here} could use your connection, and",
             "reach machines that only you can reach.  Choose one:",
             *(f"  {command:<{width}}  {what}" for command, what in ways_out.items()),
             code=2,

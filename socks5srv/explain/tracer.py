@@ -55,7 +55,7 @@ class LogSink:
     """The log; a record has its `explanation`."""
 
     def takes(self, session: Session) -> bool:
-        return logger.isEnabledFor(logging.INFO)
+        return logger.isEnabledFor(logging.INFO) and not session.probe      # which comes twice a second, and says always the same
 
     def show(self, session: Session, explanation: Explanation) -> None:
         logger.info("%s\n", explanation, extra={"explanation": explanation})
@@ -111,6 +111,11 @@ class Tracer(Observer):
         if sinks:
             self.traces[session.id] = Trace(session, sinks)
         return bool(sinks)
+
+    def started(self, session: Session) -> None:
+        trace = self.traces.get(session.id)
+        if trace and session.via is not None:
+            trace.show(Explanation("CLIENT", remarks=[f"{brief(session.client)}, says the PROXY header of {brief(session.via)}"]))
 
     def opened(self, session: Session, local: Optional[Address]) -> None:
         if not (trace := self.traces.get(session.id)):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Settings that are attributes of the server by the same name; None leaves its default.
 OF_THE_SERVER = (
-    "commands", "allow_from", "allow_open_proxy", "allow_local_targets", "upstream", "max_clients", "max_per_client",
+    "commands", "allow_from", "allow_open_proxy", "allow_local_targets", "proxy_protocol", "upstream", "max_clients", "max_per_client",
     "handshake_timeout", "connect_timeout", "bind_timeout", "idle_timeout",
 )
 

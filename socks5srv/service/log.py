@@ -20,7 +20,7 @@ from ..descriptors import open_at_once
 from ..session import Session, rfc3339, shown
 from .settings import Settings
 
-COLORS = {"failed": "31", "login_failed": "31", "no_acceptable_method": "31", "bad_protocol": "31", "denied": "33", "open": "2"}
+COLORS = {"failed": "31", "login_failed": "31", "no_acceptable_method": "31", "bad_protocol": "31", "denied": "33", "open": "2", "probe": "2"}
 
 
 def complain(message: str, *ways_out: str, prog: str = "socks5srv") -> None:

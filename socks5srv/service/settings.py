@@ -26,6 +26,7 @@ class Settings:
     hosts: Sequence[str] = (DEFAULT_ADDRESS,)
     port: int = DEFAULT_PORT            # 0: a free one
     port_file: Optional[str] = None     # where to write it when the server serves
+    proxy_protocol: Sequence[Network] = ()      # of load balancers
 
     # Who may use it, and for what.
     users: Optional[Mapping[str, str]] = field(default=None, repr=False)    # passwords by name; None: no login is asked for

@@ -231,6 +231,29 @@ def test_early_data_are_where_they_were(recorded: Record, listen: Listen) -> Non
     assert_sound(server.path)
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["at once", "octet by octet"])
+def test_the_header_of_a_balancer_is_in_front_and_once(recorded: Record, listen: Listen, cut: bool) -> None:
+    """The connection is the balancer's, as it was; tshark finds the client in the header."""
+    server, target = recorded("-v", "--proxy-protocol", LOCALHOST, "--allow-open-proxy", "--allow-local-targets"), listen()
+    header = b"PROXY TCP4 192.0.2.7 198.51.100.1 51958 1080\r\n"
+    with Client(server.place) as client:
+        octets = header + b"\x05\x01\x00" + bytes(Request(Command.CONNECT, address_of(target.getsockname()))) + b"early"
+        (client.drip if cut else client.send)(octets)
+        inside = client.socket.getsockname()
+        connection, _address = target.accept()
+        assert client.exactly(12)
+        connection.close()
+    with Client(server.place) as health_check:
+        checking = health_check.socket.getsockname()
+        health_check.reset()
+    server.service.wait_for("to check our health")
+    packets = server.packets(after=" ok, ")
+    assert said(packets)[inside, server.place] == octets
+    assert story(packets, checking, server.place)[:2] == [">S", "<SA"]
+    assert_sound(server.path)
+    assert cut or tshark(server.path, "proxy", "proxy.src.ipv4", "ip.src") == [["192.0.2.7", LOCALHOST]]
+
+
 def test_five_megabytes_each_way_are_all_in_it(recorded: Record, listen: Listen) -> None:
     server = recorded()
     up, down = os.urandom(MEGABYTES << 20), os.urandom(MEGABYTES << 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from ipaddress import ip_network
 from typing import Any, List
 
 import pytest
@@ -58,6 +59,12 @@ def test_with_users_it_says_how_many_and_warns() -> None:
 def test_beyond_loopback_it_says_so() -> None:
     assert "serving other computers, too" in banner(addresses("127.0.0.1", "192.168.1.20"), 1)
     assert "serving this computer only" in banner(addresses("127.0.0.1", "::1", "127.0.0.2"), None)
+
+
+def test_it_says_which_balancers_have_to_send_a_header() -> None:
+    lines = banner(addresses("127.0.0.1"), 1, balancers=[ip_network("10.0.0.2"), ip_network("2001:db8::/64")]).split("\n")
+    assert "serving other computers, too" in lines[0]
+    assert lines[1:3] == ["balancers:       10.0.0.2/32, with a PROXY header", "balancers:       2001:db8::/64, with a PROXY header"]
 
 
 def test_several_addresses_are_all_listed_and_the_first_is_the_one_to_paste() -> None:

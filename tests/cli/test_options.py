@@ -189,6 +189,7 @@ MISTAKES: List[Tuple[Any, ...]] = [     # what it is, command lines that make it
     ("a pattern", ["--deny a.*.example"], "invalid host {!r}: expected NAME, *.DOMAIN, an IP address or NETWORK/BITS"),
     ("nothing", ["--deny ''"], "expected allow TARGET or deny TARGET"),
     ("a network with an address in it", ["--allow-from 192.168.1.7/24"], "did you mean 192.168.1.0/24?"),
+    ("the same of a balancer", ["--proxy-protocol 10.0.0.2/8"], "did you mean 10.0.0.0/8?"),
     ("a name as a network", ["--allow-from example.com", "--allow-from 'has host bits set'"], "invalid network {!r}: expected an IP address or NETWORK/BITS"),
     ("no number of clients", ["--max-clients 0", "--max-per-client many"], "invalid number {!r}: expected 1 or more"),
 ]
@@ -237,6 +238,12 @@ def test_what_others_are_used_to_is_no_option_here_and_what_was_meant_is_one() -
 ])
 def test_sources_that_make_no_sense_together_are_refused(words: str, complaint: str, expect_error: Expect) -> None:
     assert expect_error(parse, words.split()) == complaint
+
+
+def test_a_command_that_is_run_has_no_balancer_in_front(expect_error: Expect) -> None:
+    words = "--proxy-protocol 10.0.0.2 --proxy-protocol 2001:db8::/64"
+    assert list(map(str, parse(words.split()).proxy_protocol)) == ["10.0.0.2/32", "2001:db8::/64"]
+    assert expect_error(parse, [*words.split(), "--run", "curl"]) == "--run serves one COMMAND, and no balancer: leave --proxy-protocol out"
 
 
 # --- options from elsewhere ---

@@ -92,6 +92,12 @@ def test_the_ways_out_stand_in_one_column(address: str, run_command: Run) -> Non
     assert len(lines) == 4
 
 
+def test_behind_a_balancer_loopback_is_refused_as_well(run_command: Run) -> None:
+    message = run_command("--proxy-protocol", "10.0.0.2").error()
+    assert "Whoever can reach the load balancer could use your connection" in message
+    assert "  socks5srv -b 127.0.0.1 --proxy-protocol 10.0.0.2/32 -u NAME  " in message
+
+
 @pytest.mark.parametrize(("address", "way_out", "network"), [
     ("10.0.0.5", "", "10.0.0.0/24"), ("2001:db8:1:2:3::4", "", "2001:db8:1:2::/64"), ("fe80::1%1", "", "fe80::/64"),
     ("0.0.0.0", "192.168.7.20", "192.168.7.0/24"), ("::", "10.1.2.3", "10.1.2.0/24"), ("0.0.0.0", "127.0.0.1", "192.168.1.0/24"),

@@ -43,6 +43,9 @@ SHOWN = {
     "docker run --rm -d -p 1080:1080": "docs/test_blocks.py::test_what_a_line_of_testing_replaces_is_python",
     "proxy = make_socks5_proxy(users=": "docs/test_blocks.py::test_the_line_that_replaces_them_starts_such_a_proxy",
     "example.com        *.ads.example": "docs/test_blocks.py::test_every_target_of_a_rule_is_one",
+    "09:05:05 #1 192.0.2.7:51958 via": "docs/test_blocks.py::test_a_line_behind_a_load_balancer_is_what_is_printed",
+    "defaults\n": "test_balancers.py::test_the_configuration_of_the_manual_is_one_that_serves",
+    "stream {": "test_balancers.py::test_the_configuration_of_the_manual_is_one_that_serves",
     "failregex = ": "service/test_log.py::test_the_fail2ban_filter_is_the_one_that_the_manual_gives",
     "+---": "docs/test_architecture.py::test_no_module_imports_from_a_layer_above",
     "client                 a conversation thread": "docs/test_architecture.py::test_the_life_of_a_connect_has_the_names_of_the_source",
@@ -190,6 +193,13 @@ def test_the_first_lines_of_the_log_are_what_is_printed() -> None:
     summary.since -= 41
     lines = [re.sub(r"^(\^C)?\d\d:\d\d:\d\d ", "", line) for line in third.splitlines()]
     assert lines == [str(session), *summary.text().splitlines()]
+
+
+def test_a_line_behind_a_load_balancer_is_what_is_printed() -> None:
+    session = Session(1, Address.numeric("192.0.2.7", 51958))
+    session.via = Address.numeric("10.0.0.2", 40001)
+    session.destination, session.peer = Address.named("example.com", 443), Address.numeric("192.0.2.80", 443)
+    assert f"09:05:05 {served(session, 0.4, 1200, 5300)}\n" == blocks("text", "scaleout")[0]
 
 
 @pytest.mark.parametrize("name", ["README.rst", "laptop"])

@@ -14,7 +14,7 @@ from tests.monitor.watched import Start, Watched
 from socks5srv.protocol import Command, ReplyCode
 from socks5srv.session import COMMAND_WORDS
 
-REASONS = {"closed", "timeout", "crowded_out", "stopped", "no_acceptable_method", "socks4", "http", "tls", "not_socks", "bad_message"}
+REASONS = {"closed", "timeout", "crowded_out", "stopped", "no_acceptable_method", "socks4", "http", "tls", "proxy_protocol", "not_socks", "bad_message"}
 
 # After "socks5srv_", by their types.
 KINDS = {
@@ -28,7 +28,7 @@ KINDS = {
 # All values that a label can have; what is not here has none but numbers.
 CLOSED = {
     "result": {"taken", "turned_away", "success", "failure"},
-    "event": {"close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol"},
+    "event": {"close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol", "probe"},
     "command": {*COMMAND_WORDS.values(), "none"},
     "reply": {code.name.lower() for code in ReplyCode} | {"none"},
     "reason": REASONS,

@@ -511,7 +511,7 @@ def test_a_request_is_shown_as_the_rfc_names_its_fields() -> None:
 # --- what a log watcher sees ---
 
 # As docs/rules-users-upstream.rst gives it to fail2ban, which puts a pattern for addresses in place of <HOST>.
-FAIL2BAN = r"^\s*(?:\S+ \S+\[\d+\]: )?[-:\d ]*#\d+ \[?<HOST>\]?:\d+ (?:user \S+ )?login failed: "
+FAIL2BAN = r"^\s*(?:\S+ \S+\[\d+\]: )?[-:\d ]*#\d+ \[?<HOST>\]?:\d+ (?:via \S+ )?(?:user \S+ )?login failed: "
 HOST = r"(?P<host>[\w.:^-]*\w)"      # as fail2ban has it, or wider
 PLACES = ("2026-01-02 03:04:05 ", " ", "", "03:04:05 ", "host socks5srv[17]: 03:04:05 ")      # a file, and without its date; a terminal; the journal
 

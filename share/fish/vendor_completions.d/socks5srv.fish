@@ -6,6 +6,7 @@ complete -c socks5srv -n __fish_is_first_arg -a hash-password -d 'print the HASH
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -s b -l bind -x -d 'address to listen on'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -s p -l port -x -d 'port to listen on'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l port-file -r -F -d 'write the port to FILE when ready to serve'
+complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l proxy-protocol -x -d 'expect a PROXY header with the client'\''s address of load balancers in NETWORK'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -s u -l user -x -d 'require this name and password of clients'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l users-file -r -F -d 'users, one NAME:HASH a line'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l hash-password -d 'the same as the command hash-password'

@@ -172,6 +172,7 @@ function showSession(row, session, workers) {
   const [id, client, user, command, target, up, down, age] = row.children;
   say(id, `#${session.id}${workers > 1 ? ` (${session.worker + 1})` : ""}`);
   say(client, session.client);
+  client.title = session.via ? `via ${session.via}` : "";
   say(user, session.user || "\u2013");
   user.classList.toggle("nobody", !session.user);
   say(command, commandOf(session.command) || "\u2013");
@@ -257,7 +258,7 @@ const isFailed = (summary) => !["open", "close"].includes(summary.event);
 function whole(summary) {
   const where = summary.command === "udp" ? "" : ` ${place(summary)}`;
   return [
-    `#${summary.id}`, timeOfDay(summary.started), `client ${summary.client}`, summary.user && `user ${summary.user}`,
+    `#${summary.id}`, timeOfDay(summary.started), `client ${summary.client}`, summary.via && `via ${summary.via}`, summary.user && `user ${summary.user}`,
     summary.command && commandOf(summary.command) + where, outcome(summary), summary.reason,
   ].filter(Boolean).join(" \u00b7 ");
 }
