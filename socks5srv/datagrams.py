@@ -7,7 +7,7 @@ sender.  Only the TCP connection on which UDP ASSOCIATE was asked for shows that
 ends, so does this.
 
     client  == TCP ==  ControlConnection  (says nothing any more; its end is the end)
-    client  <- UDP ->  ClientSocket       bound where the control connection came in
+    client  <- UDP ->  ClientSocket       bound where the control connection came in, or to all addresses (advertise.py)
                        TargetSocket  <- UDP ->  targets     (one per family, made on demand)
 
 The one idea: a header already seen is not parsed again.  As octets it is the key to the target, and a source's
@@ -32,10 +32,12 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from io import BytesIO
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, List, NoReturn, Optional, Protocol, Sequence, Tuple, Union
 
 from . import outbound
+from .advertise import Ancillary, answering_from, ask_for_arrival, receive_at
 from .observer import Hooks
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, ReplyCode, RequestFailed
 from .relay import READ, Pollable, Relay, reason_of
@@ -92,7 +94,7 @@ class Conversation(Protocol):
 
 
 class Association:
-    """One client's UDP relay, on `host`: this computer's address as the client sees it."""
+    """One client's UDP relay, at `host`: where the client has come, unless another address is advertised to it."""
 
     # In seconds:
     idle_timeout = 30.0         # until the client may go on from another port: NATs forget, and phones move
@@ -106,11 +108,13 @@ class Association:
         self.session = conversation.session
         self.client_host = self.session.client.host
         traced = bool(conversation.hooks.datagram)
-        self.client_socket = (TracedClientSocket if traced else ClientSocket)(self, route.udp((host, 0)))
+        host, told = route.reached_by(self.session.client, host)
+        self.client_socket = (TracedClientSocket if traced else ClientSocket)(self, route.udp_relay(host))
         self.target_sockets: Dict[int, TargetSocket] = {}   # by address family
         self.sockets: List[AssociationSocket] = [self.client_socket]    # all of them
         self.closed = False
-        self.bound = Address.of(self.client_socket.socket.getsockname())    # where the client has to send to
+        self.here = Address.of(self.client_socket.socket.getsockname())     # what the client's socket is bound to
+        self.bound = Address.numeric(told, self.here.port)                  # where the client has to send to
         # What has been found out, each to be thrown away at any time, and the oldest if there is too much:
         self.targets: Dict[bytes, Target] = {}              # by header
         self.stale: Dict[bytes, Target] = {}                # names that are to be looked up again when they are used again
@@ -120,6 +124,11 @@ class Association:
         self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
         self.forget_at = time.monotonic() + self.forget
         self.fragments: Optional[Fragments] = Fragments() if reassemble else None
+
+    @property
+    def addresses(self) -> FrozenSet[Address]:
+        """By which it is reached."""
+        return frozenset((self.here, self.bound))
 
     def start(self, connection: socket.socket) -> None:
         """Hand it to the relay thread, with the TCP connection that it lives by."""
@@ -160,10 +169,12 @@ class Association:
 
     def unlock(self) -> None:
         """Hear the client's host on any port again.  No call takes back connect(), so the socket is made anew, on the same port."""
-        sockaddr = self.client_socket.socket.getsockname()
+        if not self.client_socket.connected:
+            self.client_socket.listen_on(self.client_socket.socket)
+            return
         self.relay.discard(self.client_socket.socket)
         try:
-            self.client_socket.listen_on(self.route.udp(sockaddr))
+            self.client_socket.listen_on(self.route.udp(self.here.sockaddr))
             self.relay.watch((self.client_socket.socket, self.client_socket, READ))
         except OSError as error:        # another program has taken the port meanwhile
             self.abort(f"its UDP port is lost: {reason_of(error)}")
@@ -360,6 +371,7 @@ class ClientSocket(AssociationSocket):
         super().__init__(association, sock)
         self.client: Optional[SockAddr] = None      # its host and port: where it has sent from last
         self.there: SockAddr = ()                   # the same, as its socket address
+        self.answer_from: Ancillary = ()            # our address for that, if the route may choose another
         self.heard_at = 0.0             # when it has last sent something, by time.monotonic()
         self.turn = TURN                # datagrams in the next one: to ask in vain costs as much as to move one
         self.listen_on(sock)
@@ -367,9 +379,13 @@ class ClientSocket(AssociationSocket):
     def listen_on(self, sock: socket.socket) -> None:
         """Hear the client's host on any port, until the first good datagram locks one."""
         self.socket = sock
-        self.locked = False
+        self.everywhere = Address.of(sock.getsockname()).is_unspecified     # on all our addresses,
+        self.arrived_at = ""                                                # and the client sends to this one of them
+        if self.everywhere:
+            ask_for_arrival(sock)
+        self.locked = self.connected = False
         self.receive = self.receive_from_anyone
-        self.send_by(self.send_unlocked)
+        self.send_by(self.send_unconnected)
 
     def expect(self, client: Address) -> None:
         """Hear this port only, from now on; if it is silent for long, any."""
@@ -377,10 +393,28 @@ class ClientSocket(AssociationSocket):
         self.lock((client.host, client.port), client.sockaddr)
 
     def lock(self, source: SockAddr, sockaddr: SockAddr) -> None:
-        """From now on the kernel keeps all others out."""
+        """Hear no others from now on."""
         self.client, self.there, self.locked = source, sockaddr, True
-        self.socket.connect(sockaddr)
+        if not self.everywhere:
+            self.connect()
+
+    def connect(self) -> None:
+        """Have the kernel keep all others out."""
+        self.socket.connect(self.there)
+        self.connected = True
         self.send_by(self.socket.send)
+
+    def arrives_at(self, host: str) -> None:
+        """
+        The client sends to this address of ours, so NAT, or the client itself, takes answers from no other.
+
+        connect() would choose the address by the route, and hear only that one then: it has to be the same.
+        """
+        self.arrived_at, self.answer_from = host, answering_from(host)
+        route = outbound.Route(socket_factory=self.association.route.socket_factory)
+        with suppress(OSError):         # there may be no way back
+            if host == outbound.local_address_towards(Address.of(self.there), route):
+                self.connect()
 
     def send_by(self, send: Callable[[memoryview], int]) -> None:
         self.send = send
@@ -393,7 +427,7 @@ class ClientSocket(AssociationSocket):
             try:
                 n = receive(chunk)
             except BlockingIOError:
-                if self.locked:         # all that came before the lock has been seen
+                if self.connected:      # all that came before that has been seen
                     self.receive = self.socket.recv_into
                 self.turn = moved or 1
                 break
@@ -427,7 +461,7 @@ class ClientSocket(AssociationSocket):
 
     def receive_from_anyone(self, chunk: memoryview) -> int:
         """The next datagram's length; OSError if it is not the client's.  The first good one locks its port."""
-        n, sockaddr = self.socket.recvfrom_into(chunk)
+        n, sockaddr, here = receive_at(self.socket, chunk) if self.everywhere else (*self.socket.recvfrom_into(chunk), "")
         source, octets = (Address.of(sockaddr).host, sockaddr[1]), chunk[:n]
         if source[0] != self.association.client_host:
             self.drop(octets, f"it comes from {source[0]}, and the client is {self.association.client_host}")
@@ -435,16 +469,20 @@ class ClientSocket(AssociationSocket):
             self.lock(source, sockaddr)
         if self.locked and source != self.client:       # it has been queued before
             self.drop(octets, f"it comes from port {source[1]}, and the client sends from another")
+        if self.locked and here != self.arrived_at:
+            self.arrives_at(here)
         return n
 
     def drop(self, octets: memoryview, reason: str) -> NoReturn:
         """Not the client's datagram."""
         raise OSError(errno.EACCES, reason)
 
-    def send_unlocked(self, octets: memoryview) -> int:
+    def send_unconnected(self, octets: memoryview) -> int:
         """To where the client was last; it may still listen there although it is silent."""
         if self.client is None:
             raise OSError(errno.EDESTADDRREQ, os.strerror(errno.EDESTADDRREQ))
+        if self.answer_from:
+            return self.socket.sendmsg([octets], self.answer_from, 0, self.there)
         return self.socket.sendto(octets, self.there)
 
 

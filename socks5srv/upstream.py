@@ -324,8 +324,7 @@ class UpstreamControl(ControlConnection):
 
 def udp_towards(relay: Address, here: Address, route: outbound.Route) -> socket.socket:
     """A UDP socket connected to `relay`, from the address that it expects us at, if we can; RequestFailed 08 if we may not."""
-    wildcard = "::" if relay.address_type is AddressType.IPV6 else "0.0.0.0"
-    sock = route.udp((here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or wildcard, 0))
+    sock = route.udp((here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or relay.wildcard, 0))
     with on_error(sock.close):
         sock.connect(relay.sockaddr)
     return sock
