@@ -169,12 +169,14 @@ class Association:
 
     def unlock(self) -> None:
         """Hear the client's host on any port again.  No call takes back connect(), so the socket is made anew, on the same port."""
-        if not self.client_socket.connected:
-            self.client_socket.listen_on(self.client_socket.socket)
-            return
-        self.relay.discard(self.client_socket.socket)
+        old = self.client_socket.socket
         try:
-            self.client_socket.listen_on(self.route.udp(self.here.sockaddr))
+            if outbound.PORT_CAN_BE_SHARED:         # for a moment, in which no other process can take it
+                old.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            else:
+                self.relay.discard(old)
+            self.client_socket.listen_on(self.route.udp(self.here.sockaddr, share=outbound.PORT_CAN_BE_SHARED))
+            self.relay.discard(old)
             self.relay.watch((self.client_socket.socket, self.client_socket, READ))
         except OSError as error:        # another program has taken the port meanwhile
             self.abort(f"its UDP port is lost: {reason_of(error)}")

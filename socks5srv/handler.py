@@ -156,7 +156,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     RequestFailed or LoginFailed, which become replies.  What socketserver documents (setup(), handle(), finish()) is
     overridden as there.
 
-    For the other modules: close(), hang_up(), judge(), linger(), look_up_of(), resolved(), `hooks`, `reported`.
+    For the other modules: close(), hang_up(), here(), judge(), linger(), look_up_of(), resolved(), `hooks`, `reported`.
 
     Attributes:
         session: the record of this client, a Session
@@ -396,8 +396,13 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def _association(self) -> Association:
         """The relay for do_UDP_ASSOCIATE, not started yet."""
-        here = Address.of(self.connection.getsockname()).zoned
-        return Association(self, self.server.relay_thread(), here, self.server.route, self.server.reassemble)
+        return Association(self, self.server.relay_thread(), self.here(), self.server.route, self.server.reassemble)
+
+    def here(self) -> str:
+        """Our address for the client, with its zone: where it has come, or, if a balancer has, where packets to the client leave from."""
+        if Address.of(self.connection.getpeername()).host == self.session.client.host:
+            return Address.of(self.connection.getsockname()).zoned
+        return outbound.local_address_towards(self.session.client, Route(socket_factory=self.server.route.socket_factory))
 
     # --- decisions ---
 
@@ -536,7 +541,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
                 failures.append(outbound.failure(error, address))
         if failures:
             raise outbound.most_telling(failures)
-        here = Address.of(self.connection.getsockname()).zoned
+        here = self.here()
         sources = sorted(route.sources, key=lambda source: (":" in source) != (":" in here))
         return route.reached_by(self.session.client, sources[0] if sources else here)       # of the family by which the client has come, if there is one
 

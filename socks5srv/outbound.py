@@ -54,12 +54,16 @@ class Route(NamedTuple):
         told = host_told_to(peer, self.advertise)
         return (here, here) if told is None else (Address.numeric(told, 0).wildcard, told)
 
-    def udp(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
-        """A non-blocking UDP socket at this address of ours, with room to queue bursts."""
+    def udp(self, sockaddr: Tuple[Any, ...], share: bool = False) -> socket.socket:
+        """A non-blocking UDP socket at this address of ours, with room to queue bursts; `share` it with one that has SO_REUSEADDR."""
         sock = self._new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
         with on_error(sock.close):
             keep_to_its_family(sock)
+            if share:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(with_scope(sockaddr))
+            if share:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             enlarge(sock)
         return sock
 
@@ -139,6 +143,7 @@ class Route(NamedTuple):
         return () if self.source is None else (self.source,) if isinstance(self.source, str) else self.source
 
 
+PORT_CAN_BE_SHARED = hasattr(select, "epoll")   # by UDP sockets that both have SO_REUSEADDR, and by no others: on Linux
 NOT_FREE = (errno.EADDRINUSE, errno.EACCES)     # the second where the system keeps a port for itself
 
 

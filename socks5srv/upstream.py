@@ -268,8 +268,7 @@ class ChainedAssociation(Association):
     """
 
     def __init__(self, handler: UpstreamHandler, call: UpstreamConversation, relay: Address) -> None:
-        here = Address.of(handler.connection.getsockname()).zoned
-        super().__init__(handler, handler.server.relay_thread(), here, handler.server.route, handler.server.reassemble)
+        super().__init__(handler, handler.server.relay_thread(), handler.here(), handler.server.route, handler.server.reassemble)
         with on_error(self.close):
             self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route))
         self.sockets += [self.answers, UpstreamControl(self, call.socket)]

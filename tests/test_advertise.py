@@ -225,6 +225,22 @@ def test_a_server_that_goes_through_another_one_says_the_same(start_server: Any,
     client.echo(new_socket())
 
 
+@needs_ipv6
+@pytest.mark.parametrize(("client", "family"), [(NEIGHBOUR, "127.0.0."), ("::1", "::1")])
+def test_a_client_that_has_come_by_a_balancer_is_told_where_it_can_reach_us(client: str, family: str, start_server: Any, associate: Any, new_socket: Any) -> None:
+    """The balancer may have come by another family, or on loopback.  The client is who its datagrams have to come from."""
+    class Behind(Socks5Handler):
+        def setup(self) -> None:
+            self.session.client = Address.numeric(client, 1)
+            super().setup()
+
+    found, target, balancer = associate(start_server(Behind), client), new_socket(client), new_socket()
+    assert found.relay.host.startswith(family)
+    if family != "::1":
+        assert not found.is_heard(balancer, target)
+    found.echo(target)
+
+
 # --- BIND ---
 
 @needs_neighbour
