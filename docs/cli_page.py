@@ -57,6 +57,8 @@ MORE: Dict[str, str] = {
     "--allow": "See :ref:`rules`.",
     "--source": "Targets of the other family get reply 08, and their datagrams are dropped.",
     "--upstream": "See :ref:`upstream`.",
+    "--advertise": "See :ref:`advertise`.",
+    "--udp-ports": "When all are in use, the next client gets reply 01.",
     "--max-clients": "A connection counts as two descriptors, with BIND or UDP ASSOCIATE as four.",
     "--workers": "See :ref:`workers`.",
     "--idle-timeout": "Keepalive finds peers that are gone.",

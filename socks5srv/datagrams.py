@@ -7,7 +7,7 @@ sender.  Only the TCP connection on which UDP ASSOCIATE was asked for shows that
 ends, so does this.
 
     client  == TCP ==  ControlConnection  (says nothing any more; its end is the end)
-    client  <- UDP ->  ClientSocket       bound where the control connection came in
+    client  <- UDP ->  ClientSocket       bound where the control connection came in, or to all addresses (advertise.py)
                        TargetSocket  <- UDP ->  targets     (one per family, made on demand)
 
 The one idea: a header already seen is not parsed again.  As octets it is the key to the target, and a source's
@@ -32,12 +32,14 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from io import BytesIO
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Callable, Dict, Iterable, List, NoReturn, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, NoReturn, Optional, Protocol, Sequence, Tuple, Union
 
 from . import outbound
+from .advertise import Ancillary, answering_from, ask_for_arrival, receive_at
 from .observer import Hooks
 from .protocol import DATAGRAM_MAX, Address, AddressType, Command, Datagram, ProtocolError, ReplyCode, RequestFailed
 from .relay import READ, Pollable, Relay, reason_of
@@ -93,7 +95,7 @@ class Conversation(Protocol):
 
 
 class Association:
-    """One client's UDP relay, on `host`: this computer's address as the client sees it."""
+    """One client's UDP relay, at `host`: where the client has come, unless another address is advertised to it."""
 
     # In seconds:
     idle_timeout = 30.0         # until the client may go on from another port: NATs forget, and phones move
@@ -107,11 +109,13 @@ class Association:
         self.session = conversation.session
         self.client_host = self.session.client.host
         traced = bool(conversation.hooks.datagram)
-        self.client_socket = (TracedClientSocket if traced else ClientSocket)(self, route.udp((host, 0)))
+        host, told = route.reached_by(self.session.client, host)
+        self.client_socket = (TracedClientSocket if traced else ClientSocket)(self, route.udp_relay(host))
         self.target_sockets: Dict[int, TargetSocket] = {}   # by address family
         self.sockets: List[AssociationSocket] = [self.client_socket]    # all of them
         self.closed = False
-        self.bound = Address.of(self.client_socket.socket.getsockname())    # where the client has to send to
+        self.here = Address.of(self.client_socket.socket.getsockname())     # what the client's socket is bound to
+        self.bound = Address.numeric(told, self.here.port)                  # where the client has to send to
         # What has been found out, each to be thrown away at any time, and the oldest if there is too much:
         self.targets: Dict[bytes, Path] = {}              # by header
         self.stale: Dict[bytes, Path] = {}                # names that are to be looked up again when they are used again
@@ -121,6 +125,11 @@ class Association:
         self.looking_up: Dict[bytes, List[bytes]] = {}      # payloads that wait, by header
         self.forget_at = time.monotonic() + self.forget
         self.fragments: Optional[Fragments] = Fragments() if reassemble else None
+
+    @property
+    def addresses(self) -> FrozenSet[Address]:
+        """By which it is reached."""
+        return frozenset((self.here, self.bound))
 
     def start(self, connection: socket.socket) -> None:
         """Hand it to the relay thread, with the TCP connection that it lives by."""
@@ -161,10 +170,14 @@ class Association:
 
     def unlock(self) -> None:
         """Hear the client's host on any port again.  No call takes back connect(), so the socket is made anew, on the same port."""
-        sockaddr = self.client_socket.socket.getsockname()
-        self.relay.discard(self.client_socket.socket)
+        old = self.client_socket.socket
         try:
-            self.client_socket.listen_on(self.route.udp(sockaddr))
+            if outbound.PORT_CAN_BE_SHARED:         # for a moment, in which no other process can take it
+                old.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            else:
+                self.relay.discard(old)
+            self.client_socket.listen_on(self.route.udp(self.here.sockaddr, share=outbound.PORT_CAN_BE_SHARED))
+            self.relay.discard(old)
             self.relay.watch((self.client_socket.socket, self.client_socket, READ))
         except OSError as error:        # another program has taken the port meanwhile
             self.abort(f"its UDP port is lost: {reason_of(error)}")
@@ -363,6 +376,7 @@ class ClientSocket(AssociationSocket):
         super().__init__(association, sock)
         self.client: Optional[SockAddr] = None      # its host and port: where it has sent from last
         self.there: SockAddr = ()                   # the same, as its socket address
+        self.answer_from: Ancillary = ()            # our address for that, if the route may choose another
         self.heard_at = 0.0             # when it has last sent something, by time.monotonic()
         self.turn = self.most           # datagrams in the next one: to ask in vain costs as much as to move one
         self.listen_on(sock)
@@ -371,9 +385,14 @@ class ClientSocket(AssociationSocket):
         """Hear the client's host on any port, until the first good datagram locks one."""
         self.socket = sock
         self.arrivals = Arrivals(sock)
-        self.locked = False
+        self.exclusive = False          # all that waits in it is the client's
+        self.everywhere = Address.of(sock.getsockname()).is_unspecified     # on all our addresses,
+        self.arrived_at = ""                                                # and the client sends to this one of them
+        if self.everywhere:
+            ask_for_arrival(sock)
+        self.locked = self.connected = False
         self.receive = self.receive_from_anyone
-        self.send_by(self.send_unlocked)
+        self.send_by(self.send_unconnected)
 
     def expect(self, client: Address) -> None:
         """Hear this port only, from now on; if it is silent for long, any."""
@@ -381,14 +400,32 @@ class ClientSocket(AssociationSocket):
         self.lock((client.host, client.port), client.sockaddr)
 
     def lock(self, source: SockAddr, sockaddr: SockAddr) -> None:
-        """From now on the kernel keeps all others out."""
+        """Hear no others from now on."""
         self.client, self.there, self.locked = source, sockaddr, True
-        self.socket.connect(sockaddr)
+        if not self.everywhere:
+            self.connect()
+
+    def connect(self) -> None:
+        """Have the kernel keep all others out."""
+        self.socket.connect(self.there)
+        self.connected = True
         self.send_by(self.socket.send)
+
+    def arrives_at(self, host: str) -> None:
+        """
+        The client sends to this address of ours, so NAT, or the client itself, takes answers from no other.
+
+        connect() would choose the address by the route, and hear only that one then: it has to be the same.
+        """
+        self.arrived_at, self.answer_from = host, answering_from(host)
+        route = outbound.Route(socket_factory=self.association.route.socket_factory)
+        with suppress(OSError):         # there may be no way back
+            if host == outbound.local_address_towards(Address.of(self.there), route):
+                self.connect()
 
     def send_by(self, send: Callable[[Octets], int]) -> None:
         self.send = send
-        self.path = Path(send, self.socket, singly=self.singly or not self.locked)
+        self.path = Path(send, self.socket, singly=self.singly or not self.connected)
 
     def ready(self, events: int) -> None:
         association = self.association
@@ -430,14 +467,14 @@ class ClientSocket(AssociationSocket):
                 break
         else:
             self.turn = min(2 * self.turn, self.most)
-        if len(came) >= MANY:
+        if len(came) >= MANY and self.exclusive:    # whose a train is, is not looked at
             self.arrivals.consider(came)
         return came
 
     def all_received(self, moved: int) -> None:
         """Nothing is there any more after these."""
-        if self.locked:             # so all that came before the lock has been seen
-            self.receive = self.socket.recv_into
+        if self.connected and not self.exclusive:   # so all that came before that has been seen
+            self.receive, self.exclusive = self.socket.recv_into, True
         self.turn = moved or 1
 
     def pass_on(self, octets: memoryview) -> Outcome:
@@ -450,7 +487,7 @@ class ClientSocket(AssociationSocket):
 
     def receive_from_anyone(self, chunk: memoryview) -> int:
         """The next datagram's length; OSError if it is not the client's.  The first good one locks its port."""
-        n, sockaddr = self.socket.recvfrom_into(chunk)
+        n, sockaddr, here = receive_at(self.socket, chunk) if self.everywhere else (*self.socket.recvfrom_into(chunk), "")
         source, octets = (Address.of(sockaddr).host, sockaddr[1]), chunk[:n]
         if source[0] != self.association.client_host:
             self.drop(octets, f"it comes from {source[0]}, and the client is {self.association.client_host}")
@@ -458,16 +495,20 @@ class ClientSocket(AssociationSocket):
             self.lock(source, sockaddr)
         if self.locked and source != self.client:       # it has been queued before
             self.drop(octets, f"it comes from port {source[1]}, and the client sends from another")
+        if self.locked and here != self.arrived_at:
+            self.arrives_at(here)
         return n
 
     def drop(self, octets: memoryview, reason: str) -> NoReturn:
         """Not the client's datagram."""
         raise OSError(errno.EACCES, reason)
 
-    def send_unlocked(self, octets: Octets) -> int:
+    def send_unconnected(self, octets: Octets) -> int:
         """To where the client was last; it may still listen there although it is silent."""
         if self.client is None:
             raise OSError(errno.EDESTADDRREQ, os.strerror(errno.EDESTADDRREQ))
+        if self.answer_from:
+            return self.socket.sendmsg([octets], self.answer_from, 0, self.there)
         return self.socket.sendto(octets, self.there)
 
 

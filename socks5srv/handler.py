@@ -157,7 +157,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     RequestFailed or LoginFailed, which become replies.  What socketserver documents (setup(), handle(), finish()) is
     overridden as there.
 
-    For the other modules: close(), hang_up(), judge(), linger(), look_up_of(), resolved(), `hooks`, `reported`.
+    For the other modules: close(), hang_up(), here(), judge(), linger(), look_up_of(), resolved(), `hooks`, `reported`.
 
     Attributes:
         session: the record of this client, a Session
@@ -379,9 +379,10 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         until = time.monotonic() + self.server.bind_timeout
         expected = self._expected_peers(request, until)
         with outbound.errors_as_replies(request.destination):
-            listener = self.server.route.listener(self._bind_host(expected))
+            host, told = self._bind_host(expected)
+            listener = self.server.route.listener(host)
         with listener:
-            self.succeed(Address.of(listener.getsockname()))    # and it listens already
+            self.succeed(Address.numeric(told, listener.getsockname()[1]))      # and it listens already
             target, peer = self._await_peer(listener, expected, until)
         self.session.peer = peer
         self.open_tunnel(target, peer)
@@ -393,7 +394,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         with outbound.errors_as_replies("UDP relay"):
             association = self._association()
         with on_error(association.close):
-            self.server.policy.relays.add(association.bound)
+            for address in association.addresses:
+                self.server.policy.relays.add(address)
             self.succeed(association.bound)
             self._opened(None)
         self._tunnel, self._stage = association, Stage.HANDED_OVER
@@ -401,8 +403,13 @@ class Socks5Handler(socketserver.StreamRequestHandler):
 
     def _association(self) -> Association:
         """The relay for do_UDP_ASSOCIATE, not started yet."""
-        here = Address.of(self.connection.getsockname()).zoned
-        return Association(self, self.server.relay_thread(), here, self.server.route, self.server.reassemble)
+        return Association(self, self.server.relay_thread(), self.here(), self.server.route, self.server.reassemble)
+
+    def here(self) -> str:
+        """Our address for the client, with its zone: where it has come, or, if a balancer has, where packets to the client leave from."""
+        if Address.of(self.connection.getpeername()).host == self.session.client.host:
+            return Address.of(self.connection.getsockname()).zoned
+        return outbound.local_address_towards(self.session.client, Route(socket_factory=self.server.route.socket_factory))
 
     # --- decisions ---
 
@@ -526,19 +533,24 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         if not self.allow(command, UNSPECIFIED):
             raise RequestFailed(ReplyCode.NOT_ALLOWED, f"{UNSPECIFIED} is not allowed")
 
-    def _bind_host(self, expected: List[Address]) -> str:
-        """Where to listen: on the address that the peer, by the first of its addresses to which there is a way, would reach us by."""
+    def _bind_host(self, expected: List[Address]) -> Tuple[str, str]:
+        """
+        Where to listen, and what to tell: the address that the peer, by the first of its addresses to which there is a way, would reach us by.
+
+        A peer that is not known is taken to be where the client is.
+        """
+        route = self.server.route
         failures: List[RequestFailed] = []
         for address in expected:
             try:
-                return outbound.local_address_towards(address, self.server.route)
+                return route.reached_by(address, outbound.local_address_towards(address, route))
             except (OSError, RequestFailed) as error:
                 failures.append(outbound.failure(error, address))
         if failures:
             raise outbound.most_telling(failures)
-        here = Address.of(self.connection.getsockname()).zoned
-        sources = sorted(self.server.route.sources, key=lambda source: (":" in source) != (":" in here))
-        return sources[0] if sources else here      # of the family by which the client has come, if there is one
+        here = self.here()
+        sources = sorted(route.sources, key=lambda source: (":" in source) != (":" in here))
+        return route.reached_by(self.session.client, sources[0] if sources else here)       # of the family by which the client has come, if there is one
 
     def _await_peer(self, listener: socket.socket, expected: List[Address], until: float) -> Tuple[socket.socket, Address]:
         """The first connection from an expected host.  Only the host is compared: the RFC's clients cannot know the port."""
@@ -622,7 +634,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     def close(self) -> None:
         """The client is gone, its sockets are closed; called by the thread that had them last."""
         if isinstance(self._tunnel, Association):
-            self.server.policy.relays.discard(self._tunnel.bound)
+            for address in self._tunnel.addresses:
+                self.server.policy.relays.discard(address)
         if self._reserved:
             descriptors.give_back(self._reserved)
         self.server.registry.remove(self)

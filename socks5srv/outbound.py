@@ -25,6 +25,7 @@ from collections import deque
 from itertools import zip_longest
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
+from .advertise import Advertised, host_told_to, shuffled
 from .descriptors import descriptors, on_error
 from .names import ascii_form
 from .observer import Attempt
@@ -45,22 +46,57 @@ class Route(NamedTuple):
     family: int = socket.AF_UNSPEC                      # or AF_INET, or AF_INET6, for that one only
     source: Union[str, Tuple[str, ...], None] = None    # an address of this computer, or one of each family
     socket_factory: Callable[..., socket.socket] = socket.socket    # called like it: family, type, proto, fileno
+    advertise: Tuple[Advertised, ...] = ()              # what BND.ADDR says, if not where the client has come: advertise.parse()
+    udp_ports: Optional[range] = None                   # for clients' datagrams, and for BIND; None: whichever the system chooses
 
-    def udp(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
-        """A non-blocking UDP socket at this address of ours, with room to queue bursts."""
+    def reached_by(self, peer: Address, here: str) -> Tuple[str, str]:
+        """Which of our addresses to bind for this peer, which otherwise comes to `here`, and the one that it is to be told."""
+        told = host_told_to(peer, self.advertise)
+        return (here, here) if told is None else (Address.numeric(told, 0).wildcard, told)
+
+    def udp(self, sockaddr: Tuple[Any, ...], share: bool = False) -> socket.socket:
+        """A non-blocking UDP socket at this address of ours, with room to queue bursts; `share` it with one that has SO_REUSEADDR."""
         sock = self._new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
         with on_error(sock.close):
+            keep_to_its_family(sock)
+            if share:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(with_scope(sockaddr))
+            if share:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             enlarge(sock)
         return sock
 
+    def udp_relay(self, host: str) -> socket.socket:
+        """A socket like that on a port for a client to send to."""
+        return self._on_free_port(lambda port: self.udp((host, port)))
+
     def listener(self, host: str) -> socket.socket:
-        """A non-blocking socket that listens on a free port of this address of ours, which has its zone with it if it has one."""
-        listener = self._new(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        """A non-blocking socket that listens for a peer, at this address of ours, which has its zone with it if it has one."""
+        return self._on_free_port(lambda port: self._listener((host, port)))
+
+    def _listener(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
+        listener = self._new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET)
         with on_error(listener.close):
-            listener.bind(with_scope((host, 0)))
+            keep_to_its_family(listener)
+            if sockaddr[1] and os.name == "posix":      # or a port would be taken until a minute after the connection that it was for
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(with_scope(sockaddr))
             listener.listen(16)     # other peers may queue before the expected one
         return listener
+
+    def _on_free_port(self, make: Callable[[int], socket.socket]) -> socket.socket:
+        """What `make` returns for a port that is free; RequestFailed 01 if none of `udp_ports` is."""
+        if self.udp_ports is None:
+            return make(0)
+        for port in shuffled(self.udp_ports):
+            try:
+                return make(port)       # of all processes that try it the system lets one have it
+            except OSError as error:
+                if error.errno not in NOT_FREE:
+                    raise
+        ports = f"{self.udp_ports[0]}-{self.udp_ports[-1]}"
+        raise RequestFailed(ReplyCode.GENERAL_FAILURE, f"all ports of --udp-ports {ports} are in use")
 
     def _new(self, family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """A non-blocking socket; `kind` may reach the factory with SOCK_NONBLOCK in it."""
@@ -105,6 +141,16 @@ class Route(NamedTuple):
     def sources(self) -> Tuple[str, ...]:
         """Our addresses to go out from, as far as they are given."""
         return () if self.source is None else (self.source,) if isinstance(self.source, str) else self.source
+
+
+PORT_CAN_BE_SHARED = hasattr(select, "epoll")   # by UDP sockets that both have SO_REUSEADDR, and by no others: on Linux
+NOT_FREE = (errno.EADDRINUSE, errno.EACCES)     # the second where the system keeps a port for itself
+
+
+def keep_to_its_family(sock: socket.socket) -> None:
+    """At ``::`` hear IPv6 only, or it would have the port for IPv4 as well."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
 
 # Linux only, and the module socket has the name since Python 3.11.

@@ -91,8 +91,14 @@ class Policy:
 
     def is_own(self, command: Command, address: Address) -> bool:
         """Whether this leads to one of our own sockets, where the server would talk to itself."""
-        is_ours = self.relays.__contains__ if command is Command.UDP_ASSOCIATE else self.is_listener
+        is_ours = self.is_relay if command is Command.UDP_ASSOCIATE else self.is_listener
         return is_ours(address) or any(map(is_ours, behind(address)))
+
+    def is_relay(self, address: Address) -> bool:
+        if address in self.relays:
+            return True
+        everywhere = address._replace(host=address.wildcard, scope=0)
+        return everywhere in self.relays and is_own_address(address.zoned)
 
     def is_listener(self, address: Address) -> bool:
         for listener in self.access.listeners:

@@ -331,6 +331,11 @@ class Address(NamedTuple):
         return self.host in ("0.0.0.0", "::", "[::]", "0")
 
     @property
+    def wildcard(self) -> str:
+        """All addresses of its family, as bind() takes it."""
+        return "::" if self.address_type is AddressType.IPV6 else "0.0.0.0"
+
+    @property
     def dialled(self) -> Address:
         """Where the system goes if asked for this: all zeros stand for the computer itself."""
         return self.numeric(LOOPBACK[self.host], self.port) if self.host in LOOPBACK else self

@@ -269,8 +269,7 @@ class ChainedAssociation(Association):
     """
 
     def __init__(self, handler: UpstreamHandler, call: UpstreamConversation, relay: Address) -> None:
-        here = Address.of(handler.connection.getsockname()).zoned
-        super().__init__(handler, handler.server.relay_thread(), here, handler.server.route, handler.server.reassemble)
+        super().__init__(handler, handler.server.relay_thread(), handler.here(), handler.server.route, handler.server.reassemble)
         with on_error(self.close):
             self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route))
         self.sockets += [self.answers, UpstreamControl(self, call.socket)]
@@ -325,8 +324,7 @@ class UpstreamControl(ControlConnection):
 
 def udp_towards(relay: Address, here: Address, route: outbound.Route) -> socket.socket:
     """A UDP socket connected to `relay`, from the address that it expects us at, if we can; RequestFailed 08 if we may not."""
-    wildcard = "::" if relay.address_type is AddressType.IPV6 else "0.0.0.0"
-    sock = route.udp((here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or wildcard, 0))
+    sock = route.udp((here.zoned if here.address_type is relay.address_type else route.source_towards(relay) or relay.wildcard, 0))
     with on_error(sock.close):
         sock.connect(relay.sockaddr)
     return sock

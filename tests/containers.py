@@ -94,7 +94,7 @@ def is_container(value: ast.expr, given: Set[str]) -> bool:
 OPENING = {
     "socket", "socketpair", "accept", "create_connection", "create_server", "pipe", "pipe2", "open", "epoll", "DefaultSelector", "dup", "memfd_create",
     "TemporaryFile", "mkstemp", "Popen", "FileIO", "FileHandler", "WatchedFileHandler", "getaddrinfo",
-    "Waker", "factory", "socket_factory", "listener", "udp", "listening_socket",       # ours that do
+    "Waker", "factory", "socket_factory", "listener", "udp", "udp_relay", "listening_socket",       # ours that do
 }
 
 

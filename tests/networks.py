@@ -3,6 +3,8 @@ A network of its own for a test: what the kernel calls a network namespace.
 
 There the test may do what would be in the way of others on this computer: leave it a handful of ports, or
 give it addresses.  The calling thread moves in, and all threads and processes that it starts meanwhile.
+
+`Networks` has several of them, with cables between them: computers, as far as a socket can see.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ import ctypes
 import os
 import socket
 import struct
+import subprocess
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, List, NamedTuple, Optional
 
 import pytest
+
+from .clients.harness import need
 
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS, SIOCSIFADDR = 0x8914, 0x8916      # ioctl(): set the flags of an interface, give it an address
@@ -38,10 +43,80 @@ def network_of_its_own() -> Iterator[None]:
             ioctl(socket.AF_INET, SIOCSIFFLAGS, struct.pack("16sh22x", LO.encode(), IFF_UP))
             yield
         finally:
-            if libc.setns(before, CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "cannot go back to the network of all others")
+            move_to(before)
     finally:
         os.close(before)
+
+
+def move_to(network: int) -> None:
+    """The calling thread goes to this network, which a descriptor stands for."""
+    if ctypes.CDLL(None, use_errno=True).setns(network, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "cannot go to that network")
+
+
+class Host:
+    """A computer: what is opened and started ``with host.inside()`` is there, and stays there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        with network_of_its_own():
+            self.network = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        try:
+            move_to(self.network)
+            try:
+                yield
+            finally:
+                move_to(before)
+        finally:
+            os.close(before)
+
+    def ip(self, words: str) -> None:
+        """Have ip(8) do this there."""
+        self.run(need("ip"), *words.split())
+
+    def nft(self, rules: str) -> None:
+        """Have nft(8) read these rules there."""
+        self.run(need("nft"), "-f", "-", text=rules)
+
+    def run(self, *command: str, text: str = "") -> None:
+        with self.inside():
+            done = subprocess.run(command, input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False)
+        assert done.returncode == 0, f"{self.name}: {' '.join(command)}: {done.stdout}"
+
+    def forward(self) -> None:
+        """Be a router: pass on what is for others."""
+        with self.inside():
+            set_up("ipv4/ip_forward")
+            set_up("ipv6/conf/all/forwarding")
+
+
+class Networks:
+    """Hosts, and cables between them, until the end of a test: ``networks.host("client")``."""
+
+    def __init__(self) -> None:
+        need("ip")
+        self.hosts: List[Host] = []
+
+    def host(self, name: str) -> Host:
+        self.hosts.append(Host(name))
+        return self.hosts[-1]
+
+    def cable(self, one: Host, addresses: str, other: Host, others: str, mtu: int = 1500) -> None:
+        """Between an interface ``to-OTHER`` of the one host and ``to-ONE`` of the other, each with these addresses (ADDRESS/BITS)."""
+        ends = (one, f"to-{other.name}", addresses), (other, f"to-{one.name}", others)
+        one.ip(f"link add {ends[0][1]} mtu {mtu} type veth peer name {ends[1][1]} mtu {mtu} netns /proc/{os.getpid()}/fd/{other.network}")
+        for host, interface, own in ends:
+            for address in own.split():
+                host.ip(f"address add {address} dev {interface} {'nodad' if ':' in address else ''}")
+            host.ip(f"link set {interface} up")
+
+    def close(self) -> None:
+        for host in self.hosts:
+            os.close(host.network)
 
 
 def ioctl(family: int, code: int, request: bytes) -> None:

@@ -131,7 +131,7 @@ API: Dict[type, Dict[str, str]] = {
     Socks5Handler: {
         "for overriding": "authenticate allow resolve connect relay session_ended select_method perform",
         "for those": "receive send succeed open_tunnel session server client_address connection stream",
-        "for the other modules": "close hang_up judge linger look_up_of resolved hooks reported",
+        "for the other modules": "close hang_up here judge linger look_up_of resolved hooks reported",
     },
 }
 BY_PATTERN = {"do_CONNECT", "do_BIND", "do_UDP_ASSOCIATE", "auth_NO_AUTHENTICATION_REQUIRED", "auth_USERNAME_PASSWORD"}

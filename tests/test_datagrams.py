@@ -15,7 +15,7 @@ from typing import Any, Callable, ClassVar, Dict, Iterator, List, Optional, Sequ
 
 import pytest
 
-from socks5srv import datagrams, relay, trains
+from socks5srv import datagrams, outbound, relay, trains
 from socks5srv.capture.pcap import CaptureWriter, open_file
 from socks5srv.capture.sockets import Capture
 from socks5srv.handler import Socks5Handler
@@ -457,12 +457,41 @@ def test_a_port_that_is_lost_while_the_client_is_silent_ends_its_association(
     client = associate(server, idle_timeout=0.2)
     client.echo(target)
 
-    def taken(_route: Route, _sockaddr: Any) -> socket.socket:
-        raise OSError(98, "Address already in use")
+    def taken(_route: Route, _sockaddr: Any, share: bool) -> socket.socket:
+        raise OSError(98, f"Address already in use, to share it: {share}")
 
     monkeypatch.setattr(Route, "udp", taken)
-    assert server.next_ended().reason == "its UDP port is lost: Address already in use"
+    monkeypatch.setattr(outbound, "PORT_CAN_BE_SHARED", False)
+    assert server.next_ended().reason == "its UDP port is lost: Address already in use, to share it: False"
     assert client.control.rest() == b""
+
+
+@pytest.mark.skipif(not outbound.PORT_CAN_BE_SHARED, reason="not on this platform: a port for two sockets")
+def test_no_other_process_can_take_it_then(monkeypatch: pytest.MonkeyPatch, server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    """Nor afterwards."""
+    client, refused, udp = associate(server, idle_timeout=0.1), [], Route.udp
+
+    def try_it(port: int) -> None:
+        with pytest.raises(OSError, match="in use"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind((LOCALHOST, port))
+        refused.append(port)
+
+    def udp_later(route: Route, sockaddr: Any, share: bool = False) -> socket.socket:
+        if share:
+            try_it(sockaddr[1])
+        sock = udp(route, sockaddr, share)
+        if share:
+            try_it(sockaddr[1])
+        return sock
+
+    monkeypatch.setattr(Route, "udp", udp_later)
+    client.echo(target)
+    eventually(lambda: client.is_heard(new_socket(), target))
+    assert set(refused) == {client.relay.port}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with pytest.raises(OSError, match="in use"):
+            other.bind((LOCALHOST, client.relay.port))
 
 
 @needs_neighbour

@@ -21,10 +21,10 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, NoReturn, Optional, Sequence, Tuple, Union
 
-from .. import __version__
+from .. import __version__, advertise
 from ..client import Proxy
 from ..protocol import Command
-from ..rules import BadRule, Network, Rule
+from ..rules import BadRule, Network, Rule, parse_ports
 from ..service.build import CannotStart
 from ..service.log import complain
 from ..service.settings import DEFAULT_ADDRESS, DEFAULT_PORT, Settings
@@ -118,6 +118,12 @@ def build_parser() -> Parser:
     out.add_argument("--upstream", type=proxy_url, metavar="URL",
                      help="connect through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT, which resolves names. Put a URL with a password in an @FILE")
 
+    behind = parser.add_argument_group("Behind a load balancer or NAT")
+    behind.add_argument("--advertise", action="append", type=advertised, metavar="[NETWORK=]ADDRESS",
+                        help="where we are reached from NETWORK, or from everywhere: the address in replies to UDP ASSOCIATE and BIND; may be repeated. auto: the one by which the client has come (default)")
+    behind.add_argument("--udp-ports", type=udp_ports, metavar="A-B",
+                        help="use only these ports for UDP ASSOCIATE and BIND, such as 20000-20999 (default: any free one)")
+
     many = parser.add_argument_group("Limits")
     many.add_argument("--max-clients", type=count, metavar="N", help="at most N connections at a time (default: what the file descriptors allow)")
     many.add_argument("--max-per-client", type=count, metavar="N", help="at most N connections from one address (default: no limit)")
@@ -202,6 +208,10 @@ def complete(parser: Parser, options: argparse.Namespace) -> None:
     if options.status is not None:
         options.status = (options.status[0] or DEFAULT_ADDRESS, options.status[1])
     refuse_sources(parser, options)
+    try:
+        options.advertise = advertise.parse(*options.advertise or ())
+    except ValueError as error:
+        parser.error(f"--advertise: {error}")
     options.users = logins_of(parser, options.users) or None
 
 
@@ -280,6 +290,25 @@ def source(text: str) -> str:
     if percent or (ip.version == 6 and ip.is_link_local):
         raise ArgumentTypeError(f"invalid address {text!r}: expected one that is not link-local, without a zone")
     return str(ip)
+
+
+def advertised(text: str) -> str:
+    """As it is: that two contradict each other is seen when all are read."""
+    try:
+        advertise.parse(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return text
+
+
+def udp_ports(text: str) -> range:
+    try:
+        ports = parse_ports(text, text)
+    except BadRule as error:
+        raise ArgumentTypeError(str(error)) from None
+    if 0 in ports:
+        raise ArgumentTypeError(f"invalid ports {text!r}: 0 is none that a client could send to; leave the option out for any")
+    return ports
 
 
 def rule(verb: str, text: str) -> Rule:

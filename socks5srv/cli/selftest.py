@@ -8,25 +8,28 @@ import time
 from typing import Callable
 
 from ..client import bind, connect, udp_associate
-from ..protocol import Address
-from ..server import Socks5Server
+from ..locality import can_be_bound
+from ..outbound import Route
+from ..protocol import Address, in_brackets
+from ..server import Socks5Server, listening_socket
 
 TIMEOUT = 5.0       # seconds for each step; on loopback it takes milliseconds
 
 
 def self_test() -> int:
     """Print a line for each command; 0 if all work, 1 if not."""
-    with Socks5Server(("127.0.0.1", 0)) as server:
+    host = "127.0.0.1" if can_be_bound(Address.numeric("127.0.0.1", 0)) else "::1"      # there are computers without IPv4
+    with Socks5Server((host, 0)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"socks5://127.0.0.1:{server.server_address[1]}"
-        results = [report(name, test, url) for name, test in TESTS.items()]
+        url = f"socks5://{in_brackets(host)}:{server.server_address[1]}"
+        results = [report(name, test, url, host) for name, test in TESTS.items()]
     return 0 if all(results) else 1
 
 
-def report(name: str, test: Callable[[str], None], url: str) -> bool:
+def report(name: str, test: Callable[[str, str], None], url: str, host: str) -> bool:
     started = time.monotonic()
     try:
-        test(url)
+        test(url, host)
     except Exception as error:      # whatever it is, this is the place that was made to tell it
         print(f"{name:<14} failed: {type(error).__name__}: {error}")
         return False
@@ -51,31 +54,30 @@ def echo(one: socket.socket, other: socket.socket) -> None:
     expect(one.recv(100), b"and back")
 
 
-def test_connect(url: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as target:
+def test_connect(url: str, host: str) -> None:
+    with listening_socket((host, 0)) as target:
         target.settimeout(TIMEOUT)
-        with connect(url, *target.getsockname(), timeout=TIMEOUT) as client, target.accept()[0] as accepted:
+        with connect(url, *target.getsockname()[:2], timeout=TIMEOUT) as client, target.accept()[0] as accepted:
             echo(client, accepted)
 
 
-def test_bind(url: str) -> None:
-    with bind(url, "127.0.0.1", timeout=TIMEOUT) as waiting, socket.create_connection(waiting.address[:2], TIMEOUT) as peer:
+def test_bind(url: str, host: str) -> None:
+    with bind(url, host, timeout=TIMEOUT) as waiting, socket.create_connection(waiting.address[:2], TIMEOUT) as peer:
         client, address = waiting.accept()
         with client:
             expect(address, Address.of(peer.getsockname()))
             echo(client, peer)
 
 
-def test_udp_associate(url: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as target, udp_associate(url, timeout=TIMEOUT) as relay:
-        target.bind(("127.0.0.1", 0))
+def test_udp_associate(url: str, host: str) -> None:
+    with Route().udp((host, 0)) as target, udp_associate(url, timeout=TIMEOUT) as relay:
         for sock in (target, relay.socket):
             sock.settimeout(TIMEOUT)
-        relay.sendto(b"there", target.getsockname())
+        relay.sendto(b"there", target.getsockname()[:2])
         data, source = target.recvfrom(100)
         expect(data, b"there")
         target.sendto(b"and back", source)
-        expect(relay.recvfrom(), (b"and back", target.getsockname()))
+        expect(relay.recvfrom(), (b"and back", target.getsockname()[:2]))
 
 
 TESTS = {"CONNECT": test_connect, "BIND": test_bind, "UDP ASSOCIATE": test_udp_associate}

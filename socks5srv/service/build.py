@@ -25,7 +25,7 @@ from ..upstream import UpstreamHandler
 from ..users import UsersFile
 from . import log
 from .affinity import CoreAffinity
-from .settings import Settings
+from .settings import DEFAULT_ADDRESS, Settings
 from .summary import Summary
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Service:
 def server_settings(settings: Settings) -> Dict[str, Any]:
     """What the constructor of Socks5Server is to be given by name, beside the users."""
     given = {name: getattr(settings, name) for name in OF_THE_SERVER if getattr(settings, name) is not None}
-    return {**given, "rules": settings.rules, "route": Route(settings.family, settings.source)}
+    return {**given, "rules": settings.rules, "route": Route(settings.family, settings.source, advertise=settings.advertise, udp_ports=settings.udp_ports)}
 
 
 def handler_class(settings: Settings) -> Type[Socks5Handler]:
@@ -179,7 +179,8 @@ def cannot_listen(error: OSError, host: str, port: int) -> Tuple[str, ...]:
     if error.errno == errno.EINVAL and ":" in host and "%" not in host:
         return f"{host} is link-local: on which link has to be said, too", f"as in  socks5srv -b {host}%eth0"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is not an address of this computer", "for this computer only:  socks5srv -b 127.0.0.1"
+        own = "::1" if host == DEFAULT_ADDRESS else DEFAULT_ADDRESS     # there are computers without IPv4
+        return f"{host} is not an address of this computer", f"for this computer only:  socks5srv -b {own}"
     return f"cannot listen on {host} port {port}: {error.strerror or error}", "try another with -b and -p"
 
 

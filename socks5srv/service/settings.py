@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import FrozenSet, Mapping, Optional, Sequence, Tuple
 
+from ..advertise import Advertised
 from ..client import Proxy
 from ..protocol import Command
 from ..rules import Network, Rule
@@ -41,6 +42,10 @@ class Settings:
     family: int = socket.AF_UNSPEC      # or AF_INET, or AF_INET6
     source: Optional[Tuple[str, ...]] = None    # one address for each family at most
     upstream: Optional[Proxy] = None
+
+    # How clients and the peers of BIND come straight to it.
+    advertise: Tuple[Advertised, ...] = ()
+    udp_ports: Optional[range] = None   # None: whichever the system chooses
 
     # How many there may be, and how many seconds it waits.
     max_clients: Optional[int] = None

@@ -451,7 +451,7 @@ def test_a_port_for_root_is_told(run_command: Run) -> None:
     (errno.EADDRINUSE, ("port 80 on 127.0.0.1 is already in use", "socks5srv 0", "lsof -i :80")),
     (errno.EACCES, ("may not listen on port 80", "ports below 1024 need root", "socks5srv 1080")),
     (errno.EPERM, ("may not listen on port 80", "socks5srv 1080")),
-    (errno.EADDRNOTAVAIL, ("127.0.0.1 is not an address of this computer", "socks5srv -b 127.0.0.1")),
+    (errno.EADDRNOTAVAIL, ("127.0.0.1 is not an address of this computer", "socks5srv -b ::1")),
     (errno.ENOBUFS, ("cannot listen on 127.0.0.1 port 80", os.strerror(errno.ENOBUFS), "-b and -p")),
 ])
 def test_whatever_the_system_says_is_explained(number: int, words: Tuple[str, ...]) -> None:

@@ -135,6 +135,20 @@ def test_a_source_address_can_be_chosen_for_each_family(words: str, addresses: A
     assert parse(words.split()).source == addresses
 
 
+def test_addresses_can_be_advertised_for_networks(conf: Conf) -> None:
+    file = conf("--advertise=203.0.113.7\n--advertise 10.0.0.0/8=auto\n")
+    found = parse([file, "--advertise", "2001:db8::7", "--advertise=fd00::/8=fd00::5", "--advertise", "auto"]).advertise
+    assert [(str(each.network), each.host) for each in found] == [
+        ("0.0.0.0/0", "203.0.113.7"), ("10.0.0.0/8", "auto"), ("::/0", "2001:db8::7"), ("fd00::/8", "fd00::5"),
+    ]
+    assert parse([]).advertise == ()
+
+
+@pytest.mark.parametrize(("words", "ports"), [("", None), ("--udp-ports 20000-20999", range(20000, 21000)), ("--udp-ports 4000", range(4000, 4001))])
+def test_ports_can_be_chosen_for_those_who_come_straight(words: str, ports: Any) -> None:
+    assert parse(words.split()).udp_ports == ports
+
+
 @pytest.mark.parametrize("name", ["handshake", "connect", "bind", "idle"])
 def test_every_timeout_is_a_setting_of_the_server(name: str) -> None:
     assert getattr(parse([f"--{name}-timeout", "2.5"]), f"{name}_timeout") == 2.5
@@ -191,6 +205,14 @@ MISTAKES: List[Tuple[Any, ...]] = [     # what it is, command lines that make it
     ("a network with an address in it", ["--allow-from 192.168.1.7/24"], "did you mean 192.168.1.0/24?"),
     ("the same of a balancer", ["--proxy-protocol 10.0.0.2/8"], "did you mean 10.0.0.0/8?"),
     ("a name as a network", ["--allow-from example.com", "--allow-from 'has host bits set'"], "invalid network {!r}: expected an IP address or NETWORK/BITS"),
+    (
+        "nothing to advertise", [f"--advertise={text}" for text in ("proxy.example.com", "", "203.0.113.7:1080")],
+        "invalid address {!r}: expected an IP address, or one with its network, as in 10.0.0.0/8=10.0.0.5",
+    ),
+    ("a network to advertise for that is none", ["--advertise 10.0.0.1/8=auto"], "invalid network '10.0.0.1/8': expected NETWORK/BITS without host bits"),
+    ("no ports", [f"--udp-ports={text}" for text in ("20000-", "", "20000-70000", "many")], "invalid port in {!r}: expected PORT or PORT-PORT, 0-65535"),
+    ("ports for clients the wrong way round", ["--udp-ports 9-8"], "the lower one comes first"),
+    ("the port for any port", ["--udp-ports 0-9"], "invalid ports {!r}: 0 is none that a client could send to"),
     ("no number of clients", ["--max-clients 0", "--max-per-client many"], "invalid number {!r}: expected 1 or more"),
 ]
 
@@ -244,6 +266,12 @@ def test_a_command_that_is_run_has_no_balancer_in_front(expect_error: Expect) ->
     words = "--proxy-protocol 10.0.0.2 --proxy-protocol 2001:db8::/64"
     assert list(map(str, parse(words.split()).proxy_protocol)) == ["10.0.0.2/32", "2001:db8::/64"]
     assert expect_error(parse, [*words.split(), "--run", "curl"]) == "--run serves one COMMAND, and no balancer: leave --proxy-protocol out"
+
+
+def test_addresses_to_advertise_that_contradict_each_other_are_refused(expect_error: Expect) -> None:
+    assert expect_error(parse, ["--advertise=203.0.113.7", "--advertise=203.0.113.8"]) == (
+        "--advertise: 203.0.113.7 and 203.0.113.8 are for the same clients: name the network that one of them is for, as in 10.0.0.0/8=203.0.113.8"
+    )
 
 
 # --- options from elsewhere ---

@@ -20,6 +20,8 @@ complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-pas
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -s 6 -d 'use IPv6 only'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l source -x -d 'bind outgoing connections to this address, and use its family only'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l upstream -x -d 'connect through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT, which resolves names'
+complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l advertise -x -d 'where we are reached from NETWORK, or from everywhere'
+complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l udp-ports -x -d 'use only these ports for UDP ASSOCIATE and BIND, such as 20000-20999'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l max-clients -x -d 'at most N connections at a time'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l max-per-client -x -d 'at most N connections from one address'
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l workers -x -d 'serve with N processes'
