@@ -439,12 +439,16 @@ def is_for_here(host: str) -> bool:
         return is_loopback(socket.gethostbyname(host))
 
 
-def listening_socket(server_address: Tuple[Any, ...], factory: Callable[..., socket.socket] = socket.socket) -> socket.socket:
+def listening_socket(
+    server_address: Tuple[Any, ...], factory: Callable[..., socket.socket] = socket.socket, reuse_port: bool = False,
+) -> socket.socket:
     """A socket that listens there; its getsockname() has the port found for port 0."""
     sock = factory(socket.AF_INET6 if ":" in server_address[0] else socket.AF_INET, socket.SOCK_STREAM)
     with on_error(sock.close):
         if Socks5Server.allow_reuse_address:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         prepare(sock, server_address[0])
         sock.bind(outbound.with_scope(server_address))
         sock.listen(Socks5Server.request_queue_size)
