@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import select
 import socket
+import struct
 import threading
 import time
+from array import array
 from contextlib import suppress
-from typing import Any, Callable, Set, Tuple
+from typing import Any, Callable, Optional, Set, Tuple
 
 from .protocol import Address
 
@@ -31,6 +34,28 @@ logger = logging.getLogger("socks5srv")
 OUT_OF = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 RETRY = 0.1     # seconds until we try again to accept then
 LEAVE = 0.5     # seconds that threads have to leave accept() once they have been called away
+IN_FLIGHT = 0.2 # seconds that a TCP handshake which has begun may take to its end: a way around the world
+
+# For Linux: a program of its packet filter that drops a SYN, by the flags in octet 13 of the TCP header, and passes the rest.
+SO_ATTACH_FILTER = 26
+NO_SYN = [(0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]     # load, test, drop, pass
+
+
+def drop_new(sock: socket.socket) -> bool:
+    """
+    Have the system ignore those who want to connect from now on; False if it cannot.
+
+    Between the last accept() and close() somebody could connect, and be reset.  One who gets no answer tries again a
+    second later, and then is refused, or comes to another server.
+    """
+    if not hasattr(select, "epoll"):
+        return False
+    program = array("B", b"".join(struct.pack("HBBI", *step) for step in NO_SYN))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(NO_SYN), program.buffer_info()[0]))
+    except OSError:
+        return False
+    return True
 
 
 class Listener:
@@ -55,6 +80,7 @@ class Listener:
         self.backlog = 0            # clients in the accept queue at most
         self.stopping = False       # no thread comes back to accept()
         self.draining = False       # and yet whoever has been accepted is a client
+        self.closing: Optional[float] = None    # when drain() closes it, by time.monotonic()
 
     def start(self, backlog: int) -> None:
         """Begin to accept; may follow a stop()."""
@@ -150,26 +176,33 @@ class Listener:
             self.own_calls.add(sock.getsockname()[:2])      # before who has accepted it can ask, which takes the lock
 
     def drain(self) -> None:
-        """Talk to all who have connected by now, and close; conversations go on."""
-        with self.lock:
-            self.stopping = self.draining = True
-        self.socket.setblocking(False)
-        self.accept_queue(self.socket)
+        """Talk to all who have connected by now, and close; conversations go on.  To be called again until it is closed."""
+        if self.closing is None:
+            self.closing = time.monotonic() + (IN_FLIGHT if drop_new(self.socket) else 0)
+        if time.monotonic() >= self.closing:
+            with self.lock:
+                self.stopping = self.draining = True
+            self.socket.setblocking(False)
+            self.accept_rest()
+
+    def accept_rest(self) -> None:
+        """Without waiting; and have the threads leave accept()."""
+        self.accept_queue()
         try:
-            self.socket.shutdown(socket.SHUT_RDWR)      # on Linux this takes the others out of accept(), and nobody comes any more
+            self.socket.shutdown(socket.SHUT_RDWR)      # on Linux this takes them out of it
         except OSError:
             self.call_away()
             until = time.monotonic() + LEAVE
             while self.waiting and time.monotonic() < until:
                 time.sleep(0.001)
-            self.accept_queue(self.socket)
+            self.accept_queue()
         self.socket.close()
 
-    def accept_queue(self, sock: socket.socket) -> None:
-        """Accept without waiting, and talk in new threads."""
+    def accept_queue(self) -> None:
+        """Talk in new threads to all who have come."""
         for _ in range(self.backlog + 1):       # or those who come meanwhile would keep us here
             try:
-                connection, client_address = self.accept(sock)
+                connection, client_address = self.accept(self.socket)
             except OSError as error:
                 if isinstance(error, BlockingIOError) or error.errno in OUT_OF:
                     return

@@ -394,9 +394,8 @@ COUNTED = {
     """,
     "before or after serving, or in another program": """
         cli/main.py:main cli/options.py:words_of cli/selftest.py:test_bind,test_connect,test_udp_associate
-        cli/signals.py:has_terminal cli/startup.py:port_file explain/__main__.py:main listener.py:Listener.stop
+        cli/signals.py:has_terminal cli/startup.py:port_file explain/__main__.py:main listener.py:Listener.call
         server.py:Socks5Server.add_listener service/build.py:Single.capture,listening_sockets
-        workers/shared.py:SharedListener.connect_until_threads_left
     """,
     "COMMANDS: what BIND or UDP ASSOCIATE holds beyond that": """
         datagrams.py:Association.__init__,Association.socket_towards

@@ -82,7 +82,7 @@ def run(settings: Settings) -> int:
         return serve_command(node, settings) if settings.command else serve(node, settings, page)
 
 
-def make_node(settings: Settings, hosts: Sequence[str], passed: Sequence[socket.socket]) -> Node:
+def make_node(settings: Settings, hosts: Sequence[str], passed: Sequence[socket.socket] = ()) -> Node:
     """What serves, at these IP addresses, on the sockets that were passed if there are any."""
     sockets = passed or listening_sockets(hosts, settings.port, settings.reuse_port)
     if settings.workers > 1:

@@ -30,12 +30,16 @@ class SharedListener(Listener):
         self.close()
 
     def drain(self) -> None:
+        if self.takes_queue:
+            super().drain()
+            return
         with self.lock:
             self.stopping = self.draining = True
-        if self.takes_queue:
-            self.socket.setblocking(False)      # which holds for all who have it: an accept() that is interrupted does not wait again
-            self.interrupt()
-            self.accept_queue(self.socket)
+        self.close()
+
+    def accept_rest(self) -> None:
+        self.interrupt()            # an accept() that is begun again does not wait, now that the socket does not block
+        self.accept_queue()
         self.close()
 
     def close(self) -> None:

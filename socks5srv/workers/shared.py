@@ -37,7 +37,7 @@ class Scoreboard:
 
     def __init__(self, descriptor: int, workers: int) -> None:
         self.descriptor = descriptor
-        self.memory = mmap.mmap(descriptor, 8 * workers)
+        self.memory = mmap.mmap(descriptor, GENERATIONS * workers * 8)
         self.clients = memoryview(self.memory).cast("Q")        # 8 octets, which are written at once
 
     @classmethod
@@ -48,7 +48,7 @@ class Scoreboard:
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
-        os.ftruncate(descriptor, 8 * workers)
+        os.ftruncate(descriptor, GENERATIONS * workers * 8)
         return cls(descriptor, workers)
 
     def next_id(self) -> int:

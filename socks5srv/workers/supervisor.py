@@ -108,7 +108,7 @@ class Supervisor(Resilient):
         self.rate_limit = RateLimit()
         self.replica = Replica(LoginThrottle(), self.rate_limit, {})
         self.requests = Requests()
-        self.scoreboard = Scoreboard.new(GENERATIONS * settings.workers)
+        self.scoreboard = Scoreboard.new(settings.workers)
         self.slots = [Slot() for _ in range(settings.workers)]
         self.running: Dict[int, Worker] = {}    # by number, of which a slot has GENERATIONS
         self.last_cause = ""                    # of death
@@ -328,6 +328,12 @@ class Supervisor(Resilient):
 
     def bury(self, worker: Worker) -> None:
         """It has ended, or is as good as dead: forget its clients, and have another one started if it was to go on."""
+        slot = self.slot_of(worker)
+        was_successor = slot.successor is worker
+        if slot.worker is worker:
+            slot.worker = None
+        if was_successor:
+            slot.successor = None
         self.running.pop(worker.number, None)
         self.scoreboard.clients[worker.number] = 0
         with contextlib.suppress(KeyError):     # it is not registered, if it has not come so far
@@ -342,23 +348,19 @@ class Supervisor(Resilient):
         if not self.stopping:
             dispatch(self.replica, WorkerGone(worker.number))
             self.tell_all(WorkerGone(worker.number))
-            self.fill_gap(worker)
+            self.fill_gap(slot, worker, was_successor)
 
-    def fill_gap(self, worker: Worker) -> None:
+    def fill_gap(self, slot: Slot, worker: Worker, was_successor: bool) -> None:
         """What comes of its death, if it was one."""
-        slot, code = self.slot_of(worker), worker.process.returncode
+        code = worker.process.returncode
         cause = worker.trouble or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
         cause = f"process {worker.process.pid}, {cause}"
-        if slot.successor is worker:
-            slot.successor = None
-        if worker.draining:
-            if code:
-                logger.error("worker %d has died while it was draining (%s): its connections are cut off", self.name_of(slot), cause)
-        elif slot.worker in (None, worker):
-            slot.worker = None
-            self.restart_later(slot, cause, time.monotonic() - worker.started < self.min_uptime)
-        else:
+        if was_successor and slot.worker is not None:
             self.give_up_restart(cause)
+        elif not worker.draining:
+            self.restart_later(slot, cause, time.monotonic() - worker.started < self.min_uptime)
+        elif code:
+            logger.error("worker %d has died while it was draining (%s): its connections are cut off", self.name_of(slot), cause)
 
     def name_of(self, slot: Slot) -> int:
         """By which the log has it."""

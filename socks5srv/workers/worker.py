@@ -31,7 +31,7 @@ from .channel import (
     UPDATES, Answer, Channel, HostCount, MayAdmit, NotAccepting, Question, ReopenLog, Report, ReportWanted, Requests, RulesChanged, Serving,
     SessionWanted, SetExplain, StartFailed, Stop, StopAccepting, SummaryUpdate, UsersChanged, WorkerConfig, dispatch,
 )
-from .shared import GENERATIONS, RelayAddresses, Replica, ReplicatedUsers, Scoreboard, SharedRateLimit, SharedThrottle
+from .shared import RelayAddresses, Replica, ReplicatedUsers, Scoreboard, SharedRateLimit, SharedThrottle
 
 logger = logging.getLogger("socks5srv")
 
@@ -103,7 +103,7 @@ class WorkerServer(Socks5Server):
     def __init__(self, channel: Channel, config: WorkerConfig) -> None:
         self.channel = channel
         self.number = config.number
-        self.scoreboard = Scoreboard(config.scoreboard, GENERATIONS * config.workers)
+        self.scoreboard = Scoreboard(config.scoreboard, config.workers)
         self.requests = Requests()
         self.stopping_all = threading.Event()
         self.peak_told = 0
@@ -161,7 +161,7 @@ class WorkerServer(Socks5Server):
 
     def _stop_accepting(self) -> None:
         super()._stop_accepting()
-        if not self.told_not_accepting:
+        if not self.told_not_accepting and all(listener.socket.fileno() < 0 for listener in self.listeners):
             self.told_not_accepting = True
             self.channel.send(NotAccepting())
 
