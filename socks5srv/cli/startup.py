@@ -177,12 +177,15 @@ def port_file(path: Optional[str], port: int) -> Iterator[Callable[[], None]]:
                 stream.close()
                 if whole:
                     os.chmod(stream.name, 0o644)
+                    ours = os.stat(stream.name)
                     os.replace(stream.name, path)
-                    old.callback(remove, path)
+                    old.callback(remove, path, ours)
 
         yield write
 
 
-def remove(path: str) -> None:
+def remove(path: str, ours: os.stat_result) -> None:
+    """Unless a server that goes on in our place has put its own there."""
     with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
+        if os.path.samestat(os.stat(path), ours):
+            os.remove(path)
