@@ -84,6 +84,9 @@ class Reader(Parser):
     def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
         raise ValueError("--help or --version is among the options")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Nobody has asked for it."""
+
 
 def build_parser(kind: Type[Parser] = Parser) -> Parser:
     parser = kind(
