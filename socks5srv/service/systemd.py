@@ -7,16 +7,14 @@ See sd_listen_fds(3) and sd_notify(3).
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
 from contextlib import suppress
 from typing import Dict, List, Optional
 
+from ..relay import tune
 from .build import CannotStart
-
-logger = logging.getLogger("socks5srv")
 
 FIRST = 3           # the number of the first descriptor that is passed
 TIMEOUT = 1.0       # seconds that the manager has to take a notification; one that is late is of no use
@@ -45,6 +43,7 @@ def adopted(descriptor: int) -> socket.socket:
         listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if listens and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setblocking(True)
+            tune(sock)
             return sock
         why = "not a TCP socket that listens"
     except OSError as error:
