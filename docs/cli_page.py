@@ -57,8 +57,11 @@ MORE: Dict[str, str] = {
     "--source": "Targets of the other family get reply 08, and their datagrams are dropped.",
     "--upstream": "See :ref:`upstream`.",
     "--max-clients": "A connection counts as two descriptors, with BIND or UDP ASSOCIATE as four.",
+    "--reuse-port": "See :ref:`restart`.",
     "--workers": "See :ref:`workers`.",
     "--idle-timeout": "Keepalive finds peers that are gone.",
+    "--drain-grace": "See :ref:`draining`.",
+    "--drain-timeout": "0 cuts them off.  See :ref:`draining`; on SIGUSR2 there is no limit unless this is one.",
     "--explain": "See :ref:`explain`.",
     "--log-format": "The form of lines for people may change; for programs there is :ref:`json-log`.",
     "--log-file": "When the file has been renamed (logrotate), the next line goes to a new file; on SIGHUP that is opened at once.  "
@@ -74,7 +77,7 @@ Files and environment
 
 .. option:: @FILE
 
-   Read options from a file, one or more a line; ``#`` begins a comment.
+   Read options from a file, one or more a line; ``#`` begins a comment.  On SIGHUP the rules in it are read again.
 
 .. envvar:: SOCKS5SRV_OPTIONS
 
