@@ -60,8 +60,11 @@ MORE: Dict[str, str] = {
     "--advertise": "See :ref:`advertise`.",
     "--udp-ports": "When all are in use, the next client gets reply 01.",
     "--max-clients": "A connection counts as two descriptors, with BIND or UDP ASSOCIATE as four.",
+    "--reuse-port": "See :ref:`restart`.",
     "--workers": "See :ref:`workers`.",
     "--idle-timeout": "Keepalive finds peers that are gone.",
+    "--drain-grace": "See :ref:`draining`.",
+    "--drain-timeout": "0 cuts them off.  See :ref:`draining`; on SIGUSR2 there is no limit unless this is one.",
     "--explain": "See :ref:`explain`.",
     "--log-format": "The form of lines for people may change; for programs there is :ref:`json-log`.",
     "--log-file": "When the file has been renamed (logrotate), the next line goes to a new file; on SIGHUP that is opened at once.  "
@@ -77,7 +80,7 @@ Files and environment
 
 .. option:: @FILE
 
-   Read options from a file, one or more a line; ``#`` begins a comment.
+   Read options from a file, one or more a line; ``#`` begins a comment.  On SIGHUP the rules in it are read again.
 
 .. envvar:: SOCKS5SRV_OPTIONS
 

@@ -77,8 +77,19 @@ class Defaults:
     connect_timeout: float = 10
     bind_timeout: float = 120
     idle_timeout: Optional[float] = None
+    drain_grace: float = 0
+    drain_timeout: Optional[float] = 3
     relay_threads = RELAY_THREADS
     reassemble = False
+
+
+class Drain:
+    """The two moments in the end of a server that drains, by time.monotonic()."""
+
+    def __init__(self, grace: float, timeout: Optional[float]) -> None:
+        self.closing = time.monotonic() + grace         # until then clients are accepted
+        self.end = float("inf") if timeout is None else self.closing + timeout      # those that are left then are cut off
+        self.accepting = True
 
 
 class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
@@ -89,10 +100,10 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
     listen already, if there are any.  Settings are passed by name, or are attributes of a subclass, or of the server before
     it serves.  TypeError for a name that is none; ValueError, before anything is bound, where it would be an open proxy.
 
-    For callers: serve_forever(), shutdown(), server_close(), add_listener(), call(); `sessions`, `observers`, and
+    For callers: serve_forever(), drain(), shutdown(), server_close(), add_listener(), call(); `sessions`, `observers`, and
     `server_address`.  For overriding: what socketserver documents, such as service_actions() and verify_request().
-    For the other modules: relay_thread(), warn_once(), `hooks`, `listeners`, `policy`, `rate_limit`, `registry`, `relays`,
-    `serving_thread`, `stopped`, `stopping`.
+    For the other modules: relay_thread(), warn_once(), `draining`, `hooks`, `listeners`, `policy`, `rate_limit`, `registry`,
+    `relays`, `serving_thread`, `stopped`, `stopping`.
 
     Attributes:
         users: passwords by name, or a UsersFile; None asks for no password, with an empty mapping none is right (None)
@@ -112,6 +123,8 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         connect_timeout: seconds for the DNS lookup and all addresses together (10)
         bind_timeout: seconds that BIND waits for its peer (120: FTP servers take a while)
         idle_timeout: seconds a tunnel may be silent (None: no limit, since ssh and chats are, for days)
+        drain_grace: seconds that drain() goes on accepting, for a load balancer to notice (0: there may be none)
+        drain_timeout: seconds that it then waits for the clients at most (3: a page has come by then, and nobody believes that it hangs; None: no limit)
         relay_threads: threads that carry tunnels, if there are as many; more where one is full (1; free-threaded: one a core)
         reassemble: put fragments of UDP datagrams together (False: hardly a client sends any)
         observers: told what happens to each client: see observer.py (none)
@@ -142,6 +155,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         self.listeners: List[Listener] = []
         self._calls: Deque[Callable[[], Any]] = deque()     # for the thread of serve_forever()
         self.stopping = False                               # serve_forever() has to end
+        self.draining: Optional[Drain] = None               # it ends when the clients have gone
         self._wake_now = Bell()                             # wakes it from its pause, too
         self.stopped = threading.Event()                    # it has ended
         self.stopped.set()
@@ -218,12 +232,13 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
                         listener.start(self.request_queue_size)
                 self.stopped.clear()
             while not self.stopping:
-                self._attempt(self._report_ended, poll_interval)
+                self._attempt(self._report_ended, BATCH if self.draining else poll_interval)
                 self._attempt(self.registry.hang_up_on_slow, self.handshake_timeout)
                 self._attempt(self.service_actions)
+                self._attempt(self._continue_drain)
                 self._attempt(self._pause)
         finally:
-            self.stopping = False
+            self.stopping, self.draining = False, None
             try:
                 for listener in self.listeners:
                     listener.stop()
@@ -271,6 +286,42 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         if threading.current_thread() is not self.serving_thread:
             self.stopped.wait()
 
+    def drain(self) -> None:
+        """
+        Make serve_forever() return when the clients have gone; wait for that, as shutdown() does.
+
+        For `drain_grace` seconds clients are still accepted.  Then those in the accept queue are, the listeners are closed,
+        and the server waits for its clients, but only for `drain_timeout` seconds.  shutdown() makes an end of it at once.
+        """
+        self.draining = self.draining or Drain(self.drain_grace, self.drain_timeout)
+        self.registry.wake.ring()
+        self._wake_now.ring()
+        if threading.current_thread() is not self.serving_thread:
+            self.stopped.wait()
+
+    def _continue_drain(self) -> None:
+        """Whatever of it is due."""
+        drain = self.draining
+        if drain is None or time.monotonic() < drain.closing:
+            return
+        drain.accepting = False
+        self._stop_accepting()
+        if self._is_deserted() or time.monotonic() >= drain.end:
+            self.stopping = True
+
+    def _stop_accepting(self) -> None:
+        """Once; but what has failed is tried again."""
+        for listener in self.listeners:
+            if listener.socket.fileno() >= 0:
+                self._attempt(listener.drain)
+
+    def _is_deserted(self) -> bool:
+        """Nobody is served, and nobody has just been accepted, who is not counted yet."""
+        return not any(listener.threads for listener in self.listeners) and not self.registry.clients
+
+    def _accepts(self) -> bool:
+        return not self.stopping and (self.draining is None or self.draining.accepting)
+
     def server_close(self) -> None:
         """Stop, close the listeners, end all conversations and tunnels, and wait for the threads."""
         with self._lock:
@@ -296,12 +347,12 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
 
     def _accept(self, sock: socket.socket) -> Tuple[socket.socket, Any]:
         """Wait for a client.  OSError when there is none to be had, after a pause if we are out of something."""
-        while len(self.registry.to_report) > MOST_ENDED and not self.stopping:      # a log that is stuck; each of them takes memory
+        while len(self.registry.to_report) > MOST_ENDED and self._accepts():        # a log that is stuck; each of them takes memory
             time.sleep(RETRY)
         try:
             connection, client_address = sock.accept()
         except OSError as error:
-            if not self.stopping:
+            if self._accepts():
                 for accept_failed in self.hooks.all.accept_failed:
                     accept_failed(error)
             if error.errno in OUT_OF:
@@ -421,12 +472,16 @@ def is_for_here(host: str) -> bool:
         return is_loopback(socket.gethostbyname(host))
 
 
-def listening_socket(server_address: Tuple[Any, ...], factory: Callable[..., socket.socket] = socket.socket) -> socket.socket:
+def listening_socket(
+    server_address: Tuple[Any, ...], factory: Callable[..., socket.socket] = socket.socket, reuse_port: bool = False,
+) -> socket.socket:
     """A socket that listens there; its getsockname() has the port found for port 0."""
     sock = factory(socket.AF_INET6 if ":" in server_address[0] else socket.AF_INET, socket.SOCK_STREAM)
     with on_error(sock.close):
         if Socks5Server.allow_reuse_address:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         prepare(sock, server_address[0])
         sock.bind(outbound.with_scope(server_address))
         sock.listen(Socks5Server.request_queue_size)

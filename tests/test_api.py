@@ -119,13 +119,13 @@ def test_on_loopback_nothing_need_be_said(host: str) -> None:
 
 API: Dict[type, Dict[str, str]] = {
     Socks5Server: {
-        "for callers": "serve_forever shutdown server_close add_listener call sessions observers server_address",
+        "for callers": "serve_forever drain shutdown server_close add_listener call sessions observers server_address",
         "for overriding": "service_actions verify_request",
         "for the other modules":
-            "relay_thread warn_once hooks listeners policy rate_limit registry relays serving_thread stopped stopping",
+            "relay_thread warn_once draining hooks listeners policy rate_limit registry relays serving_thread stopped stopping",
         "settings": """
             users rules allow_from allow_open_proxy allow_local_targets proxy_protocol commands upstream route max_clients max_per_client
-            max_handshakes max_logins handshake_timeout connect_timeout bind_timeout idle_timeout relay_threads reassemble
+            max_handshakes max_logins handshake_timeout connect_timeout bind_timeout idle_timeout drain_grace drain_timeout relay_threads reassemble
         """,
     },
     Socks5Handler: {

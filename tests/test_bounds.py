@@ -53,7 +53,7 @@ BOUNDED = {
         __init__.py:HOMES,__all__ capture/sockets.py:RESETS,SYN_SENT cli/console.py:KEYS,NUMBERS cli/selftest.py:TESTS cli/unknown.py:HABITS
         descriptors.py:COMMANDS explain/__init__.py:__all__
         explain/fields.py:COMMAND_WORDS,DEVIATIONS,LAYOUTS,METHOD_WORDS,MessageLayout.sizes,NUMBERS,REPLIES,SENTENCES,TYPE_WORDS
-        explain/tables.py:AFTER,HIDDEN handler.py:AUTH,DO,Host.rules listener.py:OUT_OF locality.py:NOBODYS,OWN
+        explain/tables.py:AFTER,HIDDEN handler.py:AUTH,DO,Host.rules listener.py:NO_SYN,OUT_OF locality.py:NOBODYS,OWN
         monitor/http.py:FILES,HEADERS,PAGES monitor/metrics.py:HANG_UPS monitor/prometheus.py:COUNTERS,HISTOGRAMS
         monitor/stats.py:Publisher.facts names.py:JOINERS observer.py:HookTable.selective
         outbound.py:MOST_TELLING,NO_SUCH_FAMILY,REPLY_CODES,UNDER_WAY proxyprotocol.py:SIZES policy.py:Access.listeners,Access.rules,Policy.private
@@ -61,7 +61,7 @@ BOUNDED = {
         rules.py:METADATA server.py:Socks5Server.listeners,Socks5Server.relays service/affinity.py:CoreAffinity.cores
         service/build.py:Service.observers,Single.addresses service/explaining.py:__all__ service/log.py:COLORS
         service/node.py:Node.private session.py:COMMAND_NAMES,COMMAND_WORDS trains.py:PATH_ERRORS workers/channel.py:WorkerConfig.listeners
-        workers/supervisor.py:Supervisor.addresses,Supervisor.private
+        workers/supervisor.py:Supervisor.addresses,Supervisor.private workers/worker.py:WorkerServer.rules
     """,
     "one answer of the resolver, or one message, and it goes with that": """
         explain/tables.py:Explanation.fields,Explanation.remarks,FieldRow.meanings handler.py:ClientStream.consumed
@@ -88,7 +88,8 @@ BOUNDED = {
         service/settings.py:Settings.users users.py:Users.passwords,UsersFile.hashes,UsersFile.verified
         workers/channel.py:WorkerConfig.users workers/shared.py:ReplicatedUsers.verified
     """,
-    "an entry for each worker": "workers/stats.py:WorkerStats.reports workers/supervisor.py:Supervisor.slots",
+    "an entry for each worker": "workers/stats.py:WorkerStats.reports workers/supervisor.py:Supervisor.running,Supervisor.slots",
+    "an entry for each thread that waits in accept() when it is stopped": "listener.py:Listener.own_calls",
     "the client's, one for each family, and control connections": "datagrams.py:Association.sockets",
     "what Association.targets had before": "datagrams.py:Association.stale",
     "one for each family": "datagrams.py:Association.target_sockets",
@@ -397,7 +398,7 @@ COUNTED = {
     "RESERVED: opened by the server for itself, and not by what a client does": """
         capture/pcap.py:open_file cli/child.py:run_command
         relay.py:EpollWaiter.__init__,Relay.__init__,SelectorWaiter.__init__ service/log.py:File,File._open
-        workers/shared.py:Scoreboard.new workers/supervisor.py:Supervisor.__init__,Supervisor.spawn
+        service/systemd.py:adopted workers/shared.py:Scoreboard.new workers/supervisor.py:Supervisor.__init__,Supervisor.spawn
         workers/worker.py:WorkerServer.__init__,WorkerServer.control,main
     """,
     "by those who call it": """
@@ -406,19 +407,18 @@ COUNTED = {
     """,
     "before or after serving, or in another program": """
         cli/main.py:main cli/options.py:words_of cli/selftest.py:test_bind,test_connect,test_udp_associate
-        cli/signals.py:has_terminal cli/startup.py:port_file explain/__main__.py:main listener.py:Listener.stop
+        cli/signals.py:has_terminal cli/startup.py:port_file explain/__main__.py:main listener.py:Listener.call
         server.py:Socks5Server.add_listener service/build.py:Single.capture,listening_sockets
-        workers/shared.py:SharedListener.connect_until_threads_left
     """,
     "COMMANDS: what BIND or UDP ASSOCIATE holds beyond that": """
         datagrams.py:Association.__init__,Association.socket_towards
         handler.py:Socks5Handler._await_peer,Socks5Handler.do_BIND upstream.py:udp_towards
     """,
     "CLIENT: its connection and its target's":
-        "listener.py:Listener.serve_one server.py:Socks5Server._accept",
+        "listener.py:Listener.accept_queue,Listener.serve_one server.py:Socks5Server._accept",
     "RESERVED: closed again in the same function; a thread has one of these at a time": """
         locality.py:ask_kernel,can_be_bound,guess outbound.py:local_address_towards service/affinity.py:current_core
-        users.py:read_users
+        service/systemd.py:notify users.py:read_users
     """,
     "LOOK_UP, or WAIT": "resolver.py:in_time,look_up,look_up_as_it_is",
     "none: it replaces one": "datagrams.py:Association.unlock",

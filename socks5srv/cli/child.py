@@ -88,7 +88,7 @@ def pass_signals_to(started: List[subprocess.Popen[bytes]], early: List[int], no
         elif number != signal.SIGINT:
             started[0].send_signal(number)
 
-    answer_hangup(node, settings, pass_on)
+    answer_hangup(settings, pass_on, lambda: node.call(lambda: node.reload(None)))
     answer(PASSED_ON, pass_on)
 
 

@@ -11,11 +11,14 @@ import errno
 import gc
 import logging
 import os
+import socket
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, List, Optional, Sequence
 
 from ..service.build import CannotStart, Single, listening_sockets, or_cannot_start
+from ..service.lifecycle import Lifecycle
 from ..service.log import complain, show
 from ..service.node import Node
 from ..service.settings import Settings
@@ -23,9 +26,9 @@ from ..service.summary import Summary
 from ..users import BadUsersFile
 from .banner import banner, listening
 from .child import Destinations, run_command
-from .options import COMMANDS, Parser, parse, print_hash
-from .signals import hear_ctrl_c, stop_on_signals
-from .startup import cannot_show, check, port_file, refuse_to_be_its_own_upstream, status_address
+from .options import COMMANDS, Parser, parse, print_hash, rules_again
+from .signals import answer_signals, hear_ctrl_c
+from .startup import cannot_show, check, passed_sockets, port_file, refuse_to_be_its_own_upstream, status_address
 
 if TYPE_CHECKING:
     from ..monitor.http import StatusPage
@@ -68,25 +71,28 @@ def command(name: str, words: List[str], prog: str) -> int:
 
 def run(settings: Settings) -> int:
     with contextlib.ExitStack() as stack:
-        node = stack.enter_context(contextlib.closing(make_node(settings, check(settings))))
+        passed, page_socket = ([], None) if settings.command else passed_sockets()
+        if page_socket is not None:
+            settings = replace(settings, status=page_socket.getsockname()[:2])
+        node = stack.enter_context(contextlib.closing(make_node(settings, check(settings, passed), passed)))
         refuse_to_be_its_own_upstream(settings.upstream, node.addresses)
-        page = stack.enter_context(status_page(node, settings, *settings.status)).url if settings.status else None
+        page = stack.enter_context(status_page(node, settings, *settings.status, page_socket)).url if settings.status else None
         if isinstance(node, Single) and settings.pcap is not None:
             node.capture(settings.pcap)     # now that nothing else can fail, since it empties the file
         return serve_command(node, settings) if settings.command else serve(node, settings, page)
 
 
-def make_node(settings: Settings, hosts: Sequence[str]) -> Node:
-    """What serves, at these IP addresses."""
-    sockets = listening_sockets(hosts, settings.port)
+def make_node(settings: Settings, hosts: Sequence[str], passed: Sequence[socket.socket] = ()) -> Node:
+    """What serves, at these IP addresses, on the sockets that were passed if there are any."""
+    sockets = passed or listening_sockets(hosts, settings.port, settings.reuse_port)
     if settings.workers > 1:
         from ..workers.supervisor import Supervisor
 
-        return Supervisor(settings, sockets)
-    return Single(settings, sockets, Destinations if settings.command else Summary)
+        return Supervisor(settings, sockets, passed=bool(passed))
+    return Single(settings, sockets, Destinations if settings.command else Summary, bool(passed))
 
 
-def status_page(node: Node, settings: Settings, host: str, port: int) -> StatusPage:
+def status_page(node: Node, settings: Settings, host: str, port: int, passed: Optional[socket.socket]) -> StatusPage:
     """The page of --status, to be entered while serving and until all has ended."""
     from ..monitor.http import StatusPage
 
@@ -94,18 +100,20 @@ def status_page(node: Node, settings: Settings, host: str, port: int) -> StatusP
     words = listening(node.addresses, node.users, settings.commands)
     facts = {"listening": [f"socks5h://{each}" for each in node.addresses], "auth": words["auth"], "commands": words["commands"], "workers": settings.workers}
     with or_cannot_start(cannot_show, address, node.addresses):
-        page = StatusPage(node.stats, facts, address, settings.status_open)
+        page = StatusPage(node.stats, facts, address, settings.status_open, passed)
     node.private.add(page.address)
     return page
 
 
 def serve(node: Node, settings: Settings, page: Optional[str]) -> int:
     """Serve until a signal says to stop."""
-    stop_on_signals(node, settings)
+    lifecycle = Lifecycle(node, partial(rules_again, settings.words))
+    answer_signals(lifecycle, settings)
     if node.start():
         with port_file(settings.port_file, node.addresses[0].port) as write_port:
             greet(node, settings, page)
             write_port()            # a script that waits for it finds the greeting in the log
+            lifecycle.ready()
             if at_keyboard():
                 from .console import Console
 

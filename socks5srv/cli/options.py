@@ -19,7 +19,7 @@ from argparse import ArgumentTypeError
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, NoReturn, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NoReturn, Optional, Sequence, Tuple, Type, Union
 
 from .. import __version__, advertise
 from ..client import Proxy
@@ -75,8 +75,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def build_parser() -> Parser:
-    parser = Parser(
+class Reader(Parser):
+    """One that a server which serves reads files with: a mistake in them is a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def exit(self, status: int = 0, message: Optional[str] = None) -> NoReturn:
+        raise ValueError("--help or --version is among the options")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Nobody has asked for it."""
+
+
+def build_parser(kind: Type[Parser] = Parser) -> Parser:
+    parser = kind(
         prog="socks5srv", usage="socks5srv [options] [PORT | ADDRESS:PORT]", description=DESCRIPTION, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
         allow_abbrev=False,     # or a new option could break a script that abbreviates
@@ -87,6 +100,7 @@ def build_parser() -> Parser:
     where.add_argument("-b", "--bind", dest="hosts", action="append", default=[], metavar="ADDRESS", help=f"address to listen on; may be repeated (default: {DEFAULT_ADDRESS})")
     where.add_argument("-p", "--port", type=port_number, help=f"port to listen on; 0 picks a free one (default: {DEFAULT_PORT})")
     where.add_argument("--port-file", metavar="FILE", help="write the port to FILE when ready to serve")
+    where.add_argument("--reuse-port", action="store_true", help="let a second server, started with the same option, listen on the same port")
 
     where.add_argument("--proxy-protocol", action="append", type=network, metavar="NETWORK",
                        help="expect a PROXY header with the client's address of load balancers in NETWORK; may be repeated")
@@ -135,6 +149,8 @@ def build_parser() -> Parser:
     limit("--connect-timeout", help="longest wait for a target to answer, lookup included (default: 10)")
     limit("--bind-timeout", help="longest wait for the incoming connection of BIND (default: 120)")
     limit("--idle-timeout", help="longest silence of a tunnel (default: no limit)")
+    limit("--drain-grace", type=seconds_or_none, help="on SIGTERM, go on accepting for so long, while /readyz says 503 (default: 0)")
+    limit("--drain-timeout", type=seconds_or_none, help="on SIGTERM, then wait at most so long for open connections (default: 3)")
 
     see = parser.add_argument_group("Output")
     see.add_argument("-v", "--verbose", action="count", default=0, help="log also when clients connect; -vv: every message")
@@ -161,16 +177,7 @@ def parse(words: Optional[Sequence[str]] = None) -> Union[Settings, Callable[[],
     """What SOCKS5SRV_OPTIONS and then `words` (default: the command line) ask for; a function returns the exit code."""
     parser = build_parser()
     given = list(sys.argv[1:] if words is None else words)
-    end = given.index("--run") if "--run" in given else len(given)      # what follows is not ours, not even an @
-    try:
-        further = shlex.split(os.environ.get("SOCKS5SRV_OPTIONS", ""))
-    except ValueError as error:         # a quote that is not closed
-        parser.error(f"{error} in SOCKS5SRV_OPTIONS")
-    ours = unknown.with_values(parser, expand(parser, further + given[:end]))
-    complaint = unknown.complaint(parser, ours)     # before anything else is told of: what follows an unknown option looks wrong, too
-    if complaint is not None:
-        parser.error(complaint)
-    options = parser.parse_args([*ours, *given[end:]])
+    options = read(parser, given)
     if options.self_test or options.hash_password:
         return self_test if options.self_test else print_hash
     refuse_contradictions(parser, options)
@@ -178,7 +185,38 @@ def parse(words: Optional[Sequence[str]] = None) -> Union[Settings, Callable[[],
     values: Dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()
     }
+    values["words"] = tuple(given)
     return Settings(**{field.name: values[field.name] for field in fields(Settings) if values[field.name] is not None})
+
+
+def read(parser: Parser, given: Sequence[str]) -> argparse.Namespace:
+    """The options that these words are, and before them SOCKS5SRV_OPTIONS."""
+    ours, command = split(parser, given)
+    ours = unknown.with_values(parser, expand(parser, ours))
+    complaint = unknown.complaint(parser, ours)     # before anything else is told of: what follows an unknown option looks wrong, too
+    if complaint is not None:
+        parser.error(complaint)
+    return parser.parse_args([*ours, *command])
+
+
+def split(parser: Parser, given: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Our words, those of the environment first; and from --run on those that are not ours, not even with an @."""
+    end = given.index("--run") if "--run" in given else len(given)
+    try:
+        return [*shlex.split(os.environ.get("SOCKS5SRV_OPTIONS", "")), *given[:end]], list(given[end:])
+    except ValueError as error:         # a quote that is not closed
+        parser.error(f"{error} in SOCKS5SRV_OPTIONS")
+
+
+def has_files(words: Sequence[str]) -> bool:
+    """Whether some of the options are in files."""
+    ours, _command = split(Reader(), words)
+    return any(word.startswith("@") for word in ours)
+
+
+def rules_again(words: Sequence[str]) -> Optional[Sequence[Rule]]:
+    """The rules among these options as their files have them now; None if there are no files.  ValueError if they cannot be read."""
+    return read(build_parser(Reader), words).rules or () if has_files(words) else None
 
 
 def refuse_contradictions(parser: Parser, options: argparse.Namespace) -> None:
@@ -189,6 +227,7 @@ def refuse_contradictions(parser: Parser, options: argparse.Namespace) -> None:
         (command == [], "--run needs a COMMAND after it, such as  --run curl example.com"),
         (command and (many or options.users_file is not None), "--run needs neither --users-file nor --workers: leave them out"),
         (command and options.proxy_protocol, "--run serves one COMMAND, and no balancer: leave --proxy-protocol out"),
+        (options.reuse_port and not hasattr(socket, "SO_REUSEPORT"), "--reuse-port: two servers cannot share a port on this system; leave it out"),
         (pcap is not None and many, "--pcap records one process: leave --workers out"),
         (pcap == "-" and command, "--pcap - and the COMMAND of --run would write to the same output: give a FILE"),
         (pcap == "-" and sys.stdout is not None and sys.stdout.isatty(),
@@ -358,6 +397,13 @@ def seconds(text: str) -> float:
         if 0 < float(text) < 1e9:
             return float(text)
     raise ArgumentTypeError(f"invalid number of seconds {text!r}: expected more than 0")
+
+
+def seconds_or_none(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < 1e9:
+            return float(text)
+    raise ArgumentTypeError(f"invalid number of seconds {text!r}: expected 0 or more")
 
 
 def command_list(text: str) -> FrozenSet[Command]:

@@ -1,8 +1,10 @@
 """
-What a signal means: the end, or that a file has changed.
+What a signal means: the end, now or when the clients have gone, or that a file has changed.
 
-SIGINT and SIGTERM, on Windows SIGBREAK, are the end.  SIGHUP is one of two things.  The terminal has been
-closed: that is the end as well.  Or a daemon, which has no terminal, is told to read its files again.
+SIGTERM comes from whoever manages services, and wants no client lost: the server drains.  SIGINT (on Windows
+SIGBREAK, too) comes from the keyboard, where somebody waits: it is the end.  SIGHUP is one of two things.  The
+terminal has been closed: that is the end as well.  Or a daemon, which has no terminal, is told to read its files
+again.  SIGUSR2 has the workers replaced.
 
 A handler runs in the main thread, between any two of its steps and with any lock that it holds.  So what
 is called here takes no lock, and leaves the work to the thread of serve_forever().
@@ -15,29 +17,30 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
-from typing import Any, Callable, Iterable, List
+from typing import Any, Callable, Iterable
 
-from ..service.node import Node
+from ..service import systemd
+from ..service.lifecycle import Lifecycle
 from ..service.settings import Settings
+from .options import has_files
 
 
-def stop_on_signals(node: Node, settings: Settings) -> None:
+def answer_signals(lifecycle: Lifecycle, settings: Settings) -> None:
     """
-    Ctrl-C and SIGTERM end serve_forever(); the second Ctrl-C ends the process.
+    SIGTERM drains, Ctrl-C stops; the second SIGTERM stops as well, and the second Ctrl-C ends the process.
 
     Set even where SIGINT is ignored: a shell script ignores it for what it starts with &.
     """
-    asked: List[int] = []
-
     def stop(number: int, _frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            node.kill()
+        if lifecycle.stopping and number == signal.SIGINT:
+            lifecycle.node.kill()
             os._exit(130)
-        asked.append(number)
-        node.shutdown()
+        lifecycle.stop()
 
-    answer(("SIGINT", "SIGTERM", "SIGBREAK"), stop)
-    answer_hangup(node, settings, stop)
+    answer(("SIGINT", "SIGBREAK"), stop)
+    answer(["SIGTERM"], lambda _number, _frame: lifecycle.drain())
+    answer(["SIGUSR2"], lambda _number, _frame: lifecycle.restart_workers())
+    answer_hangup(settings, stop, lifecycle.reload)
 
 
 def hear_ctrl_c() -> None:
@@ -53,17 +56,17 @@ def answer(names: Iterable[str], handler: Callable[[int, Any], None]) -> None:
             signal.signal(getattr(signal, name), handler)
 
 
-def answer_hangup(node: Node, settings: Settings, end: Callable[[int, Any], None]) -> None:
+def answer_hangup(settings: Settings, end: Callable[[int, Any], None], reload: Callable[[], None]) -> None:
     """
-    SIGHUP is the end, by this handler, or has the users file and the log file opened afresh.
+    SIGHUP is the end, by this handler, or has the files read again.
 
-    That it does where it was ignored (nohup), and where there is a users file.  A server with a log file may
-    be a daemon or not: the terminal tells.
+    That it does where it was ignored (nohup), under a service manager, and where there is a users file.  A server with
+    a log file or an @FILE may be a daemon or not: the terminal tells.
     """
     if hasattr(signal, "SIGHUP"):
-        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        reloads = ignored or settings.users_file is not None or (settings.log_file is not None and not has_terminal())
-        answer(["SIGHUP"], (lambda _number, _frame: node.reload()) if reloads else end)
+        expected = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or systemd.is_told() or settings.users_file is not None
+        reloads = expected or ((settings.log_file is not None or has_files(settings.words)) and not has_terminal())
+        answer(["SIGHUP"], (lambda _number, _frame: reload()) if reloads else end)
 
 
 def has_terminal() -> bool:

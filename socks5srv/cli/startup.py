@@ -22,7 +22,7 @@ from ..policy import is_at, is_loopback
 from ..protocol import Address
 from ..resolver import look_up
 from ..rules import behind
-from ..service import log
+from ..service import log, systemd
 from ..service.build import CannotStart, cannot_listen, cannot_write, or_cannot_start
 from ..service.settings import DEFAULT_PORT, Settings
 from .banner import reachable_address
@@ -30,9 +30,9 @@ from .banner import reachable_address
 logger = logging.getLogger("socks5srv")
 
 
-def check(settings: Settings) -> List[str]:
-    """The IP addresses to listen on, if it may serve there.  From here on there is a log."""
-    addresses = listen_addresses(settings.hosts)
+def check(settings: Settings, passed: Sequence[socket.socket] = ()) -> List[str]:
+    """The IP addresses to listen on, or that the sockets listen on which were passed, if it may serve there.  From here on there is a log."""
+    addresses = addresses_of(passed, settings) if passed else listen_addresses(settings.hosts)
     refuse_to_be_open(settings, addresses)
     for source in settings.source or ():
         if not is_own_address(source):
@@ -44,6 +44,21 @@ def check(settings: Settings) -> List[str]:
 
 
 # --- where to listen ---
+
+def addresses_of(passed: Sequence[socket.socket], settings: Settings) -> List[str]:
+    if (settings.hosts, settings.port) != (Settings.hosts, Settings.port):
+        raise CannotStart("sockets were passed to listen on, and the options name others", "leave out PORT, -b and -p, or the .socket unit", code=2)
+    return [sock.getsockname()[0] for sock in passed]
+
+
+def passed_sockets() -> Tuple[List[socket.socket], Optional[socket.socket]]:
+    """What the service manager has opened for us: to serve on, and the one named "status" for the page."""
+    named = systemd.passed_sockets()
+    pages = named.pop("status", [])
+    if len(pages) > 1:
+        raise CannotStart("several sockets are named status", "there is one page: leave one ListenStream= in that .socket unit")
+    return [sock for sockets in named.values() for sock in sockets], pages[0] if pages else None
+
 
 def listen_addresses(hosts: Sequence[str]) -> List[str]:
     found = [address for host in hosts for address in resolved(host, "-b 127.0.0.1")]
@@ -164,12 +179,15 @@ def port_file(path: Optional[str], port: int) -> Iterator[Callable[[], None]]:
                 stream.close()
                 if whole:
                     os.chmod(stream.name, 0o644)
+                    ours = os.stat(stream.name)
                     os.replace(stream.name, path)
-                    old.callback(remove, path)
+                    old.callback(remove, path, ours)
 
         yield write
 
 
-def remove(path: str) -> None:
+def remove(path: str, ours: os.stat_result) -> None:
+    """Unless a server that goes on in our place has put its own there."""
     with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
+        if os.path.samestat(os.stat(path), ours):
+            os.remove(path)

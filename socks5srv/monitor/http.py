@@ -216,6 +216,7 @@ class Handler(BaseHTTPRequestHandler):
 class StatusPage(ThreadingHTTPServer):
     """
     The page, from open to close; `facts` are those of /status.json that stay the same.  OSError if it cannot listen there.
+    It may be given a socket that does.
 
     With `others` it is meant for other computers, too, which may call this one by names that are not known here.
     Each connection has a thread, and beyond a limit the one that has been silent longest makes room: so connections
@@ -227,13 +228,13 @@ class StatusPage(ThreadingHTTPServer):
     descriptors = most + 8      # for all connections, the listener, and files: it is there when the proxy is full
     poll_interval = 0.5         # seconds between two looks whether it is to end
 
-    def __init__(self, stats: Stats, facts: Mapping[str, Any], address: Address, others: bool = False) -> None:
+    def __init__(self, stats: Stats, facts: Mapping[str, Any], address: Address, others: bool = False, sock: Optional[socket.socket] = None) -> None:
         self.stats, self.others = stats, others
         self.publisher = Publisher(stats, facts)
         self.lock = threading.Lock()
         self.silent: Dict[socket.socket, None] = {}     # which have not asked yet; the oldest first
         self.busy: Set[socket.socket] = set()           # which get more than a short answer
-        self.socket = listening_socket(address.sockaddr)
+        self.socket = sock or listening_socket(address.sockaddr)
         self.address = Address.of(self.socket.getsockname())
         self.url = f"http://{in_url(self.address)}/"
         socketserver.BaseServer.__init__(self, self.socket.getsockname(), Handler)

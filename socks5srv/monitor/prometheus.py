@@ -21,7 +21,7 @@ from prometheus_client.exposition import choose_encoder
 from .. import __version__
 from ..session import COMMAND_WORDS
 from .metrics import BOUNDS
-from .stats import Snapshot, Stats, sum_of_counters
+from .stats import DRAINING, Snapshot, Stats, sum_of_counters
 
 # Counts that become a metric as they are: name in Counters, name, what it is, labels.
 COUNTERS: List[Tuple[str, str, str, Tuple[str, ...]]] = [
@@ -72,6 +72,7 @@ class Collector:
         yield GaugeMetricFamily("socks5srv_threads", "Threads of all processes that serve.", threads)
         yield GaugeMetricFamily("socks5srv_workers", "Processes that serve.", workers)
         yield GaugeMetricFamily("socks5srv_ready", "1 if more connections are accepted, as /readyz says.", float(not self.stats.not_ready()))
+        yield GaugeMetricFamily("socks5srv_draining", "1 from SIGTERM on, until the last connection has ended.", float(self.stats.not_ready() == DRAINING))
         yield GaugeMetricFamily("socks5srv_limit_connections", "How many connections of clients may be open at a time; +Inf: no limit.", self.stats.capacity()[1])
 
 

@@ -31,6 +31,7 @@ logger = logging.getLogger("socks5srv")
 SECOND = 1.0            # between two looks
 SOON = 0.2              # seconds until a session that has just begun or ended is told of
 LOOKS = 120             # looks that the plot shows
+DRAINING = "draining"   # why no more clients should be sent here, although they are still accepted for a while
 
 Rate = Tuple[float, float]      # octets a second, up and down
 
@@ -91,6 +92,8 @@ class LocalStats:
     def not_ready(self) -> str:
         if self.server.stopping:
             return "stopping"
+        if self.server.draining:
+            return DRAINING
         if self.server.stopped.is_set():
             return "starting" if self.server.serving_thread is None else "stopping"
         return why_full(*self.capacity()) or (USED_UP if descriptors.are_scarce() else "")

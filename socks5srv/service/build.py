@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 from functools import cached_property
@@ -20,12 +21,14 @@ from ..handler import Socks5Handler
 from ..observer import Observer
 from ..outbound import Route
 from ..protocol import Address
+from ..rules import Rule, Rules
 from ..server import Socks5Server, listening_socket
 from ..upstream import UpstreamHandler
 from ..users import UsersFile
 from . import log
 from .affinity import CoreAffinity
 from .settings import DEFAULT_ADDRESS, Settings
+from .shared_listener import SharedListener
 from .summary import Summary
 
 if TYPE_CHECKING:
@@ -35,10 +38,12 @@ if TYPE_CHECKING:
     from ..monitor.metrics import Metrics
     from ..monitor.stats import Stats
 
+logger = logging.getLogger("socks5srv")
+
 # Settings that are attributes of the server by the same name; None leaves its default.
 OF_THE_SERVER = (
     "commands", "allow_from", "allow_open_proxy", "allow_local_targets", "proxy_protocol", "upstream", "max_clients", "max_per_client",
-    "handshake_timeout", "connect_timeout", "bind_timeout", "idle_timeout",
+    "handshake_timeout", "connect_timeout", "bind_timeout", "idle_timeout", "drain_grace", "drain_timeout",
 )
 
 
@@ -95,14 +100,21 @@ def handler_class(settings: Settings) -> Type[Socks5Handler]:
 
 
 class Single(Service):
-    """The Node of one process.  It adopts the listening sockets.  BadUsersFile if there is a users file that cannot be read."""
+    """
+    The Node of one process.  It adopts the listening sockets; `passed` ones are those of a service manager, which goes on with them.
 
-    def __init__(self, settings: Settings, sockets: Sequence[socket.socket], summary: Type[Summary] = Summary) -> None:
+    BadUsersFile if there is a users file that cannot be read.
+    """
+
+    def __init__(self, settings: Settings, sockets: Sequence[socket.socket], summary: Type[Summary] = Summary, passed: bool = False) -> None:
         users = settings.users if settings.users_file is None else UsersFile(settings.users_file)
         handler, address = handler_class(settings), sockets[0].getsockname()
         server = Socks5Server(address, handler, users=users, sockets=sockets, **server_settings(settings))
+        if passed or settings.reuse_port:
+            server.listeners[:] = [SharedListener(sock, server._accept, server._talk, takes_queue=not passed) for sock in sockets]
         super().__init__(server, settings, summary(lambda: server.registry.clients))
         self.serve_forever, self.shutdown, self.call = server.serve_forever, server.shutdown, server.call
+        self.drain = server.drain
         self.addresses: Sequence[Address] = [listener.address for listener in server.listeners]
         self.private = server.policy.private
         self.capturing: Optional[CaptureWriter] = None
@@ -129,7 +141,7 @@ class Single(Service):
         self.server.socket = self.server.listeners[0].socket
 
     def start(self) -> bool:
-        return not self.server.stopping
+        return not (self.server.stopping or self.server.draining)
 
     def close(self) -> None:
         self.server.server_close()
@@ -139,21 +151,30 @@ class Single(Service):
     def kill(self) -> None:
         """There is no other process to end."""
 
-    def reload(self) -> None:
+    def reload(self, rules: Optional[Sequence[Rule]]) -> None:
+        log.reopen()
+        if rules is not None:
+            self.server.rules = Rules(rules)
         if isinstance(self.server.users, UsersFile):
-            self.server.call(self.server.users.read_again)
-        self.server.call(log.reopen)
+            self.server.users.read_again()
+
+    def restart_workers(self) -> None:
+        logger.warning("there are no workers to restart: see --workers")
 
 
 # --- what can be opened, and why not ---
 
-def listening_sockets(hosts: Sequence[str], port: int) -> List[socket.socket]:
-    """A socket at each IP address, all on the same port; 0 is a free one.  CannotStart if one of them cannot listen."""
+def listening_sockets(hosts: Sequence[str], port: int, reuse_port: bool = False) -> List[socket.socket]:
+    """
+    A socket at each IP address, all on the same port; 0 is a free one.  CannotStart if one of them cannot listen.
+
+    With `reuse_port` other servers of this user may listen there as well, if all of them say so.
+    """
     with contextlib.ExitStack() as stack:
         sockets: List[socket.socket] = []
         for host in hosts:
             with or_cannot_start(cannot_listen, host, port):
-                sockets.append(stack.enter_context(listening_socket((host, port))))
+                sockets.append(stack.enter_context(listening_socket((host, port), reuse_port=reuse_port)))
             port = sockets[0].getsockname()[1]
         stack.pop_all()
         return sockets

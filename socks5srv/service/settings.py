@@ -27,6 +27,7 @@ class Settings:
     hosts: Sequence[str] = (DEFAULT_ADDRESS,)
     port: int = DEFAULT_PORT            # 0: a free one
     port_file: Optional[str] = None     # where to write it when the server serves
+    reuse_port: bool = False            # other servers may listen there as well
     proxy_protocol: Sequence[Network] = ()      # of load balancers
 
     # Who may use it, and for what.
@@ -55,6 +56,8 @@ class Settings:
     connect_timeout: Optional[float] = None
     bind_timeout: Optional[float] = None
     idle_timeout: Optional[float] = None
+    drain_grace: Optional[float] = None
+    drain_timeout: Optional[float] = None
 
     # What is seen of it, how and where.
     verbose: int = 0                    # -v, -vv
@@ -70,3 +73,6 @@ class Settings:
     # What to run while it serves, and whether to tell at its end what it has contacted.
     command: Sequence[str] = ()
     summary: bool = True
+
+    # The words that all this was made of: files among them are read again for their rules.
+    words: Sequence[str] = field(default=(), repr=False)

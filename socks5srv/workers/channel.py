@@ -16,10 +16,11 @@ import pickle
 import socket
 import struct
 import threading
-from typing import TYPE_CHECKING, Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from ..listener import OUT_OF
 from ..protocol import Address
+from ..rules import Rule
 from ..service.settings import Settings
 from ..service.summary import Summary
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 class WorkerConfig(NamedTuple):
     """The first message."""
 
-    number: int                         # from 0
-    workers: int                        # of so many
+    number: int                         # its place on the scoreboard, from 0
+    workers: int                        # so many serve at a time
     settings: Settings
     users: Optional[Mapping[str, str]]  # hashes by name, if they are those of a file
     listeners: List[int]                # descriptors
@@ -42,7 +43,10 @@ class WorkerConfig(NamedTuple):
 
 
 Stop = NamedTuple("Stop", [])                                               # end all sessions, and the process
+# Accept no more, and end the process when the clients have gone, or after so many seconds.  The `last` one empties the accept queue.
+StopAccepting = NamedTuple("StopAccepting", [("timeout", Optional[float]), ("last", bool)])
 UsersChanged = NamedTuple("UsersChanged", [("hashes", Dict[str, str])])     # the users file has been read again
+RulesChanged = NamedTuple("RulesChanged", [("rules", Sequence[Rule])])      # so have the rules
 ReopenLog = NamedTuple("ReopenLog", [])                                     # the log file may have been renamed
 SetExplain = NamedTuple("SetExplain", [("on", bool)])                       # explain every message of new clients, or no longer
 
@@ -50,6 +54,7 @@ SetExplain = NamedTuple("SetExplain", [("on", bool)])                       # ex
 
 Serving = NamedTuple("Serving", [])                                         # the worker accepts clients from now on
 StartFailed = NamedTuple("StartFailed", [("reason", str)])                  # it cannot, and ends
+NotAccepting = NamedTuple("NotAccepting", [])                               # the worker has done what StopAccepting says
 SummaryUpdate = NamedTuple("SummaryUpdate", [("summary", Summary)])         # what has been counted since the last one
 HostCount = NamedTuple("HostCount", [("host", str), ("change", int)])       # with --max-per-client: as many more than have been counted
 

@@ -13,19 +13,18 @@ from __future__ import annotations
 import mmap
 import os
 import queue
-import socket
 import tempfile
 import threading
-import time
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Set, Tuple, cast
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Set, cast
 
-from ..listener import Listener
 from ..protocol import Address
 from ..ratelimit import RateLimit
 from ..users import AT_ONCE, LoginThrottle, UsersFile
 from .channel import LoginFailed, LoginSucceeded, RelayClosed, RelayOpened, Update, Warned, WorkerGone
 
 Tell = Callable[[Update], None]
+
+GENERATIONS = 2     # of workers at a time: those that serve, and those that have been replaced and still have clients
 
 
 class Scoreboard:
@@ -38,7 +37,7 @@ class Scoreboard:
 
     def __init__(self, descriptor: int, workers: int) -> None:
         self.descriptor = descriptor
-        self.memory = mmap.mmap(descriptor, 8 * workers)
+        self.memory = mmap.mmap(descriptor, GENERATIONS * workers * 8)
         self.clients = memoryview(self.memory).cast("Q")        # 8 octets, which are written at once
 
     @classmethod
@@ -49,7 +48,7 @@ class Scoreboard:
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
-        os.ftruncate(descriptor, 8 * workers)
+        os.ftruncate(descriptor, GENERATIONS * workers * 8)
         return cls(descriptor, workers)
 
     def next_id(self) -> int:
@@ -166,37 +165,3 @@ class RelayAddresses(Telling, Set[Address]):
 
     def __contains__(self, address: object) -> bool:
         return super().__contains__(address) or any(address in relays for relays in list(self.others.values()))
-
-
-class SharedListener(Listener):
-    """A socket on which other processes accept as well.  `stopping_all` is set when all of them stop."""
-
-    patience = 2.5      # seconds that the threads have to leave accept()
-
-    def __init__(self, sock: socket.socket, accept: Callable[[socket.socket], Tuple[socket.socket, Any]],
-                 talk: Callable[[socket.socket, Any], None], stopping_all: threading.Event) -> None:
-        super().__init__(sock, accept, talk)
-        self.stopping_all = stopping_all
-
-    def stop(self) -> None:
-        with self.lock:
-            self.stopping = True
-        if not self.stopping_all.is_set():      # a bug ends this worker, and the others go on
-            return
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)      # on Linux every accept() of it fails then, everywhere
-        except OSError:
-            self.connect_until_threads_left()
-
-    def connect_until_threads_left(self) -> None:
-        """Another worker may accept this connection; keep connecting until our own threads have left."""
-        dialled, until = self.address.dialled, time.monotonic() + self.patience
-        while self.waiting and time.monotonic() < until:
-            try:
-                socket.create_connection((dialled.zoned, dialled.port), timeout=0.2).close()
-            except OSError:         # no thread is waiting any more, here or elsewhere
-                return
-
-    def close(self) -> None:
-        self.stopping = True
-        self.socket.close()

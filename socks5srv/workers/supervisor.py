@@ -28,9 +28,11 @@ from dataclasses import replace
 from typing import Any, Callable, Counter as CounterType, Deque, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from ..descriptors import descriptors
-from ..monitor.stats import why_full
+from ..monitor.stats import DRAINING, why_full
 from ..protocol import Address
 from ..ratelimit import RateLimit, Resilient
+from ..rules import Rule
+from ..server import Defaults, Drain
 from ..service import log
 from ..service.build import CannotStart
 from ..service.settings import Settings
@@ -38,10 +40,10 @@ from ..service.summary import Summary
 from ..users import LoginThrottle, UsersFile
 from ..waker import Waker
 from .channel import (
-    UPDATES, Answer, Channel, HostCount, MayAdmit, Message, Question, ReopenLog, Report, Requests, Serving, SetExplain, StartFailed, Stop,
-    SummaryUpdate, UsersChanged, WorkerConfig, WorkerGone, dispatch,
+    UPDATES, Answer, Channel, HostCount, MayAdmit, Message, NotAccepting, Question, ReopenLog, Report, Requests, RulesChanged, Serving, SetExplain,
+    StartFailed, Stop, StopAccepting, SummaryUpdate, UsersChanged, WorkerConfig, WorkerGone, dispatch,
 )
-from .shared import Replica, Scoreboard
+from .shared import GENERATIONS, Replica, Scoreboard
 from .stats import WorkerStats
 
 logger = logging.getLogger("socks5srv")
@@ -62,30 +64,40 @@ class Worker:
         self.number, self.process, self.channel = number, process, channel
         self.started = time.monotonic()
         self.serving = False
+        self.draining = False                   # it has been told to end when its clients have gone
+        self.accepting = True
         self.trouble = ""                       # why it cannot go on, if that is known
         self.hosts: CounterType[str] = Counter()        # its clients, with --max-per-client
 
 
 class Slot:
-    """A slot for one worker: the running process, or when to start the next."""
+    """A slot for one worker: the running process, or when to start the next, and the one that is to replace it."""
 
     worker: Optional[Worker] = None
+    successor: Optional[Worker] = None
+    wants_successor = False
     due = 0.0                       # by time.monotonic()
     fast_failures = 0               # the last ones, in a row
 
 
 class Supervisor(Resilient):
-    """A Node of several processes, which accept from these listening sockets and close them at the end."""
+    """
+    A Node of several processes, which accept from these listening sockets and close them at the end.
+
+    `passed` ones are those of a service manager, which goes on with them, and so with who is in their accept queues.
+    """
 
     min_uptime = 5.0            # seconds; a worker that dies earlier is a fast failure
     max_fast_failures = 5       # give up after this many in a row, in all slots
     restart_backoff = 0.1       # seconds before the second restart, and twice as long each time after
     max_backoff = 10.0          # seconds
     stop_timeout = 6.0          # seconds that the workers have to end; they end by themselves before
+    leave_timeout = 1.0         # seconds that they have to leave accept(), after which the last one does not wait for the others
 
-    def __init__(self, settings: Settings, sockets: Sequence[socket.socket], command: Callable[[int], List[str]] = worker_command) -> None:
+    def __init__(self, settings: Settings, sockets: Sequence[socket.socket], command: Callable[[int], List[str]] = worker_command,
+                 passed: bool = False) -> None:
         """BadUsersFile if there is a users file that cannot be read."""
-        self.settings, self.sockets, self.command = settings, sockets, command
+        self.settings, self.sockets, self.command, self.passed = settings, sockets, command, passed
         self.addresses: Sequence[Address] = [Address.of(sock.getsockname()) for sock in sockets]
         path = settings.users_file
         self.users_file = None if path is None else UsersFile(path)
@@ -98,12 +110,15 @@ class Supervisor(Resilient):
         self.requests = Requests()
         self.scoreboard = Scoreboard.new(settings.workers)
         self.slots = [Slot() for _ in range(settings.workers)]
+        self.running: Dict[int, Worker] = {}    # by number, of which a slot has GENERATIONS
         self.last_cause = ""                    # of death
         self.calls: Deque[Callable[[], None]] = deque()     # for the thread of serve_forever()
         self.waker = Waker()
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.waker, selectors.EVENT_READ, self.waker.drain)      # with what to call then
         self.thread: Optional[threading.Thread] = None      # of start() and serve_forever()
+        self.draining: Optional[Drain] = None
+        self.last: Optional[Worker] = None      # to accept then
         self.stopping = self.closed = False
         self.stopped = threading.Event()        # serve_forever() has ended
         self.stopped.set()
@@ -120,17 +135,17 @@ class Supervisor(Resilient):
 
     @property
     def workers(self) -> List[Worker]:
-        return [slot.worker for slot in self.slots if slot.worker is not None]
+        return list(self.running.values())
 
     # --- serving ---
 
     def start(self) -> bool:
         """Start all, and wait until they serve."""
         self.thread = threading.current_thread()
-        while not self.stopping and not all(slot.worker and slot.worker.serving for slot in self.slots):
+        while not (self.stopping or self.draining) and not all(slot.worker and slot.worker.serving for slot in self.slots):
             self.turn(0.5)
             self.give_up_if_hopeless(any)
-        return not self.stopping
+        return not (self.stopping or self.draining)
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         self.thread = threading.current_thread()
@@ -141,7 +156,10 @@ class Supervisor(Resilient):
                 while self.calls:
                     self._attempt(self.calls.popleft())
                 self._attempt(self.refresh_users)
-                self.give_up_if_hopeless(all)
+                self._attempt(self.continue_restart)
+                self._attempt(self.continue_drain)
+                if self.draining is None:
+                    self.give_up_if_hopeless(all)
         finally:
             self.stopping = True
             self.stopped.set()
@@ -153,9 +171,9 @@ class Supervisor(Resilient):
 
     def turn(self, timeout: float) -> None:
         """Fill the slots, send what waits to be sent, and receive."""
-        for number, slot in enumerate(self.slots):
-            if slot.worker is None and not self.stopping and time.monotonic() >= slot.due:
-                self.start_worker(number)
+        for slot in self.slots:
+            if slot.worker is slot.successor is None and self.starts_workers and time.monotonic() >= slot.due:
+                slot.worker = self.start_worker(slot)
         for key, _events in self.selector.select(self.shortened(timeout)):
             key.data()
         for worker in self.workers:
@@ -165,8 +183,12 @@ class Supervisor(Resilient):
 
     def shortened(self, timeout: float) -> float:
         """Not longer than until a slot is to be filled, or a worker may be able to take more."""
-        due = [slot.due - time.monotonic() for slot in self.slots if slot.worker is None and not self.stopping]
-        return max(0.0, min([timeout, *due, *(0.05 for worker in self.workers if worker.channel.outgoing)]))
+        due = [slot.due - time.monotonic() for slot in self.slots if slot.worker is slot.successor is None and self.starts_workers]
+        return max(0.0, min([0.05 if self.draining else timeout, *due, *(0.05 for worker in self.workers if worker.channel.outgoing)]))
+
+    @property
+    def starts_workers(self) -> bool:
+        return not self.stopping and (self.draining is None or self.draining.accepting)
 
     def refresh_users(self) -> None:
         """Read the users file again if it has changed, for all."""
@@ -189,6 +211,8 @@ class Supervisor(Resilient):
     def not_ready(self) -> str:
         if self.stopping:
             return "stopping"
+        if self.draining:
+            return DRAINING
         return why_full(*self.capacity()) if any(worker.serving for worker in self.workers) else "starting"
 
     def capacity(self) -> Tuple[int, float]:
@@ -200,18 +224,35 @@ class Supervisor(Resilient):
         self.calls.append(function)
         self.waker.wake()
 
-    def reload(self) -> None:
-        self.call(self.reload_now)
-
-    def reload_now(self) -> None:
-        if self.users_file is not None:
-            self.users_file.read_again()
+    def reload(self, rules: Optional[Sequence[Rule]]) -> None:
         log.reopen()
         self.tell_all(ReopenLog())
+        if rules is not None:
+            self.settings = replace(self.settings, rules=rules)     # of workers to come
+            self.tell_all(RulesChanged(rules))
+        if self.users_file is not None:
+            self.users_file.read_again()
 
     def set_explain(self, on: bool) -> None:
         self.settings = replace(self.settings, explain=on)      # of workers to come
         self.tell_all(SetExplain(on))
+
+    def restart_workers(self) -> None:
+        """One after the other, by continue_restart()."""
+        for slot in self.slots:
+            slot.wants_successor = True
+
+    def drain(self) -> None:
+        """Waits for the end of serve_forever(), unless called in its thread."""
+        grace = Defaults.drain_grace if self.settings.drain_grace is None else self.settings.drain_grace
+        self.draining = self.draining or Drain(grace, self.drain_timeout)
+        self.waker.wake()
+        if threading.current_thread() is not self.thread:
+            self.stopped.wait()
+
+    @property
+    def drain_timeout(self) -> Optional[float]:
+        return Defaults.drain_timeout if self.settings.drain_timeout is None else self.settings.drain_timeout
 
     def shutdown(self) -> None:
         """Waits for the end of serve_forever(), unless called in its thread."""
@@ -222,13 +263,21 @@ class Supervisor(Resilient):
 
     # --- the life of a worker ---
 
-    def start_worker(self, number: int) -> None:
+    def start_worker(self, slot: Slot) -> Optional[Worker]:
+        """It serves when it says so.  None if it could not be started."""
+        number = self.free_number(slot)
+        if number is None:      # as soon as one has gone
+            return None
         try:
             channel, process = self.spawn()
         except OSError as error:
-            self.restart_later(number, error.strerror or str(error))
-            return
-        worker = self.slots[number].worker = Worker(number, process, channel)
+            cause = error.strerror or str(error)
+            if slot.worker is None:
+                self.restart_later(slot, cause)
+            else:
+                self.give_up_restart(cause)
+            return None
+        worker = self.running[number] = Worker(number, process, channel)
         try:
             self.selector.register(channel.socket, selectors.EVENT_READ, lambda: self.fill(worker))
             channel.send(WorkerConfig(
@@ -239,6 +288,8 @@ class Supervisor(Resilient):
         except Exception as error:      # it would wait for its config for ever
             worker.trouble = str(error)
             self.bury(worker)
+            return None
+        return worker
 
     def spawn(self) -> Tuple[Channel, subprocess.Popen[bytes]]:
         """A process that has our sockets, and the other end of this channel.  OSError if there can be none."""
@@ -267,9 +318,23 @@ class Supervisor(Resilient):
         else:
             dispatch(self, message, worker)
 
+    def slot_of(self, worker: Worker) -> Slot:
+        return self.slots[worker.number % len(self.slots)]
+
+    def free_number(self, slot: Slot) -> Optional[int]:
+        """For one more worker of this slot; None while those that it has replaced have all others."""
+        first = self.slots.index(slot)
+        return next((number for number in range(first, GENERATIONS * len(self.slots), len(self.slots)) if number not in self.running), None)
+
     def bury(self, worker: Worker) -> None:
-        """It is dead, or as good as that: forget its clients, and have another one started."""
-        self.slots[worker.number].worker = None
+        """It has ended, or is as good as dead: forget its clients, and have another one started if it was to go on."""
+        slot = self.slot_of(worker)
+        was_successor = slot.successor is worker
+        if slot.worker is worker:
+            slot.worker = None
+        if was_successor:
+            slot.successor = None
+        self.running.pop(worker.number, None)
         self.scoreboard.clients[worker.number] = 0
         with contextlib.suppress(KeyError):     # it is not registered, if it has not come so far
             self.selector.unregister(worker.channel.socket)
@@ -283,21 +348,68 @@ class Supervisor(Resilient):
         if not self.stopping:
             dispatch(self.replica, WorkerGone(worker.number))
             self.tell_all(WorkerGone(worker.number))
-            code, fast = worker.process.returncode, time.monotonic() - worker.started < self.min_uptime
-            cause = worker.trouble or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
-            self.restart_later(worker.number, f"process {worker.process.pid}, {cause}", fast)
+            self.fill_gap(slot, worker, was_successor)
 
-    def restart_later(self, number: int, cause: str, fast: bool = True) -> None:
-        slot, self.last_cause = self.slots[number], cause
+    def fill_gap(self, slot: Slot, worker: Worker, was_successor: bool) -> None:
+        """What comes of its death, if it was one."""
+        code = worker.process.returncode
+        cause = worker.trouble or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+        cause = f"process {worker.process.pid}, {cause}"
+        if was_successor and slot.worker is not None:
+            self.give_up_restart(cause)
+        elif not worker.draining:
+            self.restart_later(slot, cause, time.monotonic() - worker.started < self.min_uptime)
+        elif code:
+            logger.error("worker %d has died while it was draining (%s): its connections are cut off", self.name_of(slot), cause)
+
+    def name_of(self, slot: Slot) -> int:
+        """By which the log has it."""
+        return self.slots.index(slot) + 1
+
+    def restart_later(self, slot: Slot, cause: str, fast: bool = True) -> None:
+        self.last_cause = cause
         slot.fast_failures = min(slot.fast_failures + 1, 100) if fast else 0        # more is no longer pause, but a power too large
         pause = min(self.max_backoff, self.restart_backoff * 2.0 ** (slot.fast_failures - 2)) if slot.fast_failures > 1 else 0
         slot.due = time.monotonic() + pause
-        logger.error("worker %d has died (%s): its connections are cut off, and another is started", number + 1, cause)
+        logger.error("worker %d has died (%s): its connections are cut off, and another is started", self.name_of(slot), cause)
+
+    # --- a worker makes room for another ---
+
+    def continue_restart(self) -> None:
+        """Start the next successor, or hand over to it when it serves."""
+        slot = next((slot for slot in self.slots if slot.wants_successor and (slot.successor or self.free_number(slot) is not None)), None)
+        if slot is None or not self.starts_workers:
+            return
+        if slot.successor is not None:
+            if slot.successor.serving:
+                self.hand_over(slot)
+        elif slot.worker is not None and slot.worker.serving:
+            slot.successor = self.start_worker(slot)
+        else:                       # the one that is being started is new
+            slot.wants_successor = False
+
+    def hand_over(self, slot: Slot) -> None:
+        old, slot.worker, slot.successor, slot.wants_successor = slot.worker, slot.successor, None, False
+        if old is not None:         # it has not died meanwhile
+            logger.info("worker %d has a successor, and is draining", self.name_of(slot), extra={"event": "restart"})
+            self.stop_accepting(old, self.settings.drain_timeout)
+
+    def stop_accepting(self, worker: Worker, timeout: Optional[float], last: bool = False) -> None:
+        worker.draining = True
+        worker.channel.send(StopAccepting(timeout, last))
+
+    def give_up_restart(self, cause: str) -> None:
+        for slot in self.slots:
+            slot.wants_successor = False
+        logger.error("the restart is given up, and the workers go on as they are: the new one has ended (%s)", cause)
 
     # --- what the workers say: on_<Message> ---
 
     def on_Serving(self, worker: Worker, _message: Serving) -> None:
         worker.serving = True
+
+    def on_NotAccepting(self, worker: Worker, _message: NotAccepting) -> None:
+        worker.accepting = False
 
     def on_StartFailed(self, worker: Worker, message: StartFailed) -> None:
         worker.trouble = message.reason
@@ -329,6 +441,30 @@ class Supervisor(Resilient):
 
     # --- the end ---
 
+    def continue_drain(self) -> None:
+        """Whatever of it is due: all but one worker leave the sockets, then this one does, and has who is in the accept queues."""
+        drain, now = self.draining, time.monotonic()
+        if drain is None or now < drain.closing:
+            return
+        if drain.accepting:
+            drain.accepting = False
+            self.last = next((worker for worker in self.workers if worker.serving and not worker.draining), None)
+            for worker in self.workers:
+                if worker is not self.last:
+                    self.stop_accepting(worker, self.drain_timeout)
+        others_accept = any(worker.accepting for worker in self.workers if worker is not self.last)
+        if self.sockets and (not others_accept or now >= drain.closing + self.leave_timeout):
+            self.close_sockets()        # first, or more would come into the queues
+            if self.last is not None:
+                self.stop_accepting(self.last, self.drain_timeout, last=not self.passed)
+        if not self.running or now >= drain.end + self.stop_timeout:
+            self.stopping = True
+
+    def close_sockets(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.sockets = ()
+
     def close(self) -> None:
         """Have all stop, and wait for them."""
         self.shutdown()
@@ -336,15 +472,12 @@ class Supervisor(Resilient):
             return
         self.closed = True
         self.tell_all(Stop())
-        for sock in self.sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)     # on Linux this ends accept() in all workers
-            sock.close()
+        self.close_sockets()
         until = time.monotonic() + self.stop_timeout
         while self.workers and time.monotonic() < until:
             self.turn(0.1)
         for worker in self.workers:
-            logger.error("worker %d does not stop, and is killed", worker.number + 1)
+            logger.error("worker %d does not stop, and is killed", self.name_of(self.slot_of(worker)))
             worker.process.kill()
             self.bury(worker)
         self.selector.close()

@@ -21,15 +21,17 @@ from typing import Any, Dict, NoReturn, Optional, cast
 
 from ..handler import Socks5Handler
 from ..registry import Refusal, Registry, host_limit_reached, limit_reached
-from ..server import Socks5Server
+from ..rules import Rules
+from ..server import Drain, Socks5Server
 from ..service import log
 from ..service.build import Service, handler_class, server_settings
+from ..service.shared_listener import SharedListener
 from ..service.summary import Summary
 from .channel import (
-    UPDATES, Answer, Channel, HostCount, MayAdmit, Question, ReopenLog, Report, ReportWanted, Requests, Serving, SessionWanted, SetExplain,
-    StartFailed, Stop, SummaryUpdate, UsersChanged, WorkerConfig, dispatch,
+    UPDATES, Answer, Channel, HostCount, MayAdmit, NotAccepting, Question, ReopenLog, Report, ReportWanted, Requests, RulesChanged, Serving,
+    SessionWanted, SetExplain, StartFailed, Stop, StopAccepting, SummaryUpdate, UsersChanged, WorkerConfig, dispatch,
 )
-from .shared import RelayAddresses, Replica, ReplicatedUsers, Scoreboard, SharedListener, SharedRateLimit, SharedThrottle
+from .shared import RelayAddresses, Replica, ReplicatedUsers, Scoreboard, SharedRateLimit, SharedThrottle
 
 logger = logging.getLogger("socks5srv")
 
@@ -105,11 +107,12 @@ class WorkerServer(Socks5Server):
         self.requests = Requests()
         self.stopping_all = threading.Event()
         self.peak_told = 0
+        self.told_not_accepting = False
         settings, (failures, relays) = config.settings, config.state
         users: Any = settings.users if config.users is None else ReplicatedUsers(config.users, config.workers)
         sockets = [socket.socket(fileno=descriptor) for descriptor in config.listeners]
         super().__init__(sockets[0].getsockname(), handler_class(settings), users=users, sockets=sockets, **server_settings(settings))
-        self.listeners[:] = [SharedListener(sock, self._accept, self._talk, self.stopping_all) for sock in sockets]
+        self.listeners[:] = [SharedListener(sock, self._accept, self._talk) for sock in sockets]
         self.rate_limit = SharedRateLimit(channel.hint)
         self.policy.throttle = SharedThrottle(channel.hint)
         self.policy.throttle.failures.update(failures)
@@ -149,6 +152,21 @@ class WorkerServer(Socks5Server):
 
     def on_Stop(self, _message: Stop) -> None:
         self.stopping_all.set()
+
+    def on_StopAccepting(self, message: StopAccepting) -> None:
+        for listener in self.listeners:
+            cast(SharedListener, listener).takes_queue = message.last
+        self.draining = Drain(0, message.timeout)       # which may be the second, with less time
+        self.registry.wake.ring()
+
+    def _stop_accepting(self) -> None:
+        super()._stop_accepting()
+        if not self.told_not_accepting and all(listener.socket.fileno() < 0 for listener in self.listeners):
+            self.told_not_accepting = True
+            self.channel.send(NotAccepting())
+
+    def on_RulesChanged(self, message: RulesChanged) -> None:
+        self.rules = Rules(message.rules)
 
     def on_UsersChanged(self, message: UsersChanged) -> None:
         cast(ReplicatedUsers, self.users).update(message.hashes)
@@ -225,7 +243,7 @@ def keep_to_one_cpu(number: int, workers: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         cpus = sorted(os.sched_getaffinity(0))
         if len(cpus) >= workers:
-            os.sched_setaffinity(0, {cpus[number]})
+            os.sched_setaffinity(0, {cpus[number % workers]})
 
 
 def serve(server: WorkerServer) -> None:

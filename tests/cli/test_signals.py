@@ -1,11 +1,12 @@
 """
 What SIGHUP means: to a server at a terminal that is closed, to one that nohup has started, and to a daemon.
 
-(Ctrl-C and SIGTERM are in test_main.py, users files in test_startup.py, log files in service/test_log.py.)
+(Ctrl-C is in test_main.py, SIGTERM in test_drain.py, users files in test_startup.py, log files in service/test_log.py.)
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Tuple
 
 import pytest
-from tests.conftest import TIMEOUT, Place, eventually
-from tests.program import AtTerminal, Start, Terminal, by_shell, needs_hangup, processes_too, started
+
+from socks5srv.protocol import Command, ReplyCode
+from tests.conftest import TIMEOUT, Place, eventually, exchange
+from tests.load import Load
+from tests.program import AtTerminal, Service, Start, Terminal, by_shell, needs_hangup, processes_too, started
 from tests.cli.test_startup import write_users
 
 pytestmark = needs_hangup
@@ -85,6 +89,74 @@ def test_a_program_that_is_run_is_told_of_the_closed_terminal_as_by_sigterm(at_t
 
 
 # --- the signal alone ---
+
+@processes_too
+def test_a_daemon_reads_the_rules_of_its_file_again(words: Tuple[str, ...], start: Start, echo: Place, tmp_path: Path) -> None:
+    options = tmp_path / "options"
+    options.write_text("# nothing yet\n")
+    service = start(*words, f"@{options}")
+    tunnel = service.tunnel(echo)
+    options.write_text("--deny *.ads.example\n--deny 127.0.0.0/8\n")
+    service.process.send_signal(signal.SIGHUP)
+    service.wait_for("2 rules read")
+    eventually(lambda: reply_to(service, echo) == ReplyCode.NOT_ALLOWED)
+    exchange(tunnel)
+    options.write_text("--allow :*oops\n")
+    service.process.send_signal(signal.SIGHUP)
+    line = service.wait_for("the rules stay as they are")
+    assert f"{options}:1: " in line
+    assert reply_to(service, echo) == ReplyCode.NOT_ALLOWED
+    options.write_text("--help\n")
+    service.process.send_signal(signal.SIGHUP)
+    service.wait_for("--help or --version is among the options")
+    options.write_text("")
+    service.process.send_signal(signal.SIGHUP)
+    service.wait_for("0 rules read")
+    eventually(lambda: reply_to(service, echo) == ReplyCode.SUCCEEDED)
+    assert service.stop() == 0
+    assert service.stdout == ""
+
+
+def reply_to(service: Service, place: Place) -> ReplyCode:
+    with service.client() as client:
+        return client.ask(Command.CONNECT, place).code
+
+
+def test_a_file_in_the_environment_counts_as_well(start: Start, tmp_path: Path) -> None:
+    options = tmp_path / "options"
+    options.write_text("--deny 192.0.2.1\n")
+    service = start(SOCKS5SRV_OPTIONS=f"@{options}")
+    service.process.send_signal(signal.SIGHUP)
+    service.wait_for("1 rule read")
+    assert service.stop() == 0
+
+
+def test_at_a_terminal_a_file_with_options_makes_no_daemon(serve: AtTerminal, tmp_path: Path) -> None:
+    options = tmp_path / "options"
+    options.write_text("--deny 192.0.2.1\n")
+    terminal = serve(f"@{options}")
+    terminal.hang_up()
+    assert terminal.process.wait(TIMEOUT) == 0
+
+
+@processes_too
+def test_logrotate_under_load_loses_no_line_and_no_client(words: Tuple[str, ...], start: Start, echo: Place, tmp_path: Path) -> None:
+    """As it does it: rename, signal, and later look into what it has put aside."""
+    log = tmp_path / "log"
+    service = start(*words, "--log-file", str(log), "--log-format", "json")
+    with Load(service.port, echo) as load:
+        for number in range(3):
+            log.rename(tmp_path / f"log.{number}")
+            service.process.send_signal(signal.SIGHUP)
+            eventually(log.exists)
+            load.wait_for(10)
+    assert load.lost == []
+    assert service.stop() == 0
+    lines = [json.loads(line) for path in sorted(tmp_path.glob("log*")) for line in path.read_text().splitlines()]
+    ids = [line["id"] for line in lines if line["event"] == "close"]
+    assert sorted(ids) == sorted(set(ids))
+    assert len(ids) == len(load.done)
+
 
 def test_sighup_ends_a_server_that_has_no_file_to_read_again(start: Start) -> None:
     service = start()

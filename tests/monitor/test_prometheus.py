@@ -21,7 +21,7 @@ KINDS = {
     "counter": {
         "connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes",
     },
-    "gauge": {"build_info", "sessions", "threads", "workers", "ready", "limit_connections"},
+    "gauge": {"build_info", "sessions", "threads", "workers", "ready", "draining", "limit_connections"},
     "histogram": {"connect_duration_seconds", "dns_duration_seconds"},
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from typing import Any, Callable, Dict, Iterator, List, Set
+from typing import Dict, List, Set
 
 import pytest
 
@@ -12,7 +10,7 @@ from socks5srv.protocol import Address
 from socks5srv.ratelimit import RateLimit
 from socks5srv.users import LoginThrottle
 from socks5srv.workers.channel import LoginFailed, LoginSucceeded, RelayClosed, RelayOpened, Update, Warned, WorkerGone, dispatch
-from socks5srv.workers.shared import RelayAddresses, Replica, ReplicatedUsers, Scoreboard, SharedListener, SharedRateLimit, SharedThrottle
+from socks5srv.workers.shared import RelayAddresses, Replica, ReplicatedUsers, Scoreboard, SharedRateLimit, SharedThrottle
 from tests.conftest import eventually
 
 from .processes import hash_of, needs_posix
@@ -111,48 +109,3 @@ def test_a_scoreboard_counts_over_all_who_have_its_descriptor() -> None:
     assert [board.next_id(), board.next_id(), board.total()] == [1, 2, 9]
     board.close()
     assert board.total() == 0, "there may be a question, still"
-
-
-# --- a listener ---
-
-@pytest.fixture
-def listener() -> Iterator[Callable[..., Any]]:
-    made: List[Any] = []
-
-    def make(sock: Any = None) -> Any:
-        sock = sock or socket.create_server(("127.0.0.1", 0))
-        listener = SharedListener(sock, socket.socket.accept, lambda connection, _address: connection.close(), threading.Event())
-        listener.start(16)
-        made.append(listener)
-        eventually(lambda: listener.waiting)
-        return listener
-
-    yield make
-    for each in made:
-        each.stopping_all.set()
-        each.stop()
-        each.close()
-        each.join(10)
-
-
-def test_a_worker_that_stops_alone_leaves_the_socket_to_the_others(listener: Callable[..., Any]) -> None:
-    one = listener()
-    other = listener(one.socket.dup())
-    one.stop()
-    with socket.create_connection(other.socket.getsockname(), 10) as client:
-        client.settimeout(10)
-        assert client.recv(1) == b""
-    other.stopping_all.set()
-    other.stop()
-    eventually(lambda: not one.waiting and not other.waiting)
-
-
-def test_where_no_shutdown_ends_accept_it_connects_until_its_threads_have_left(
-    listener: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    one = listener()
-    monkeypatch.setattr(socket.socket, "shutdown", lambda *_: (_ for _ in ()).throw(OSError("not here")))
-    one.stopping_all.set()
-    one.stop()
-    monkeypatch.undo()
-    eventually(lambda: not one.waiting)
