@@ -273,7 +273,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
             listener.close()
         super().server_close()
         for handler in self.registry.everyone():
-            handler.hang_up("server stopped")
+            handler.hang_up("server stopped", "stopped")
         for listener in self.listeners:
             listener.join(timeout=LAST_WORDS)
         for relay in self.relays:

@@ -39,6 +39,7 @@ class Session:
     login_failed = False
     no_acceptable_method = False
     reason = ""                             # why it failed, or how it ended
+    hung_up = ""                            # the same in a word, if the server has hung up on it during the handshake
     up = 0                                  # octets of payload, client to target
     down = 0                                # octets of payload, target to client
     seconds: Optional[float] = None         # how long it took; None while it lives

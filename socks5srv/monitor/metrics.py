@@ -29,14 +29,6 @@ from ..session import COMMAND_WORDS, Session
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)      # the upper bounds of a histogram
 BOUNDS = (*map(str, SECONDS), "+Inf")           # the same as labels; the last one: longer than all
 
-# Why a client never came to a request, if another thread has hung up on it; the others have left by themselves.
-HANG_UPS = {
-    "the handshake took too long": "timeout",
-    "evicted: too many clients had not sent a request": "crowded_out",
-    "evicted: too many passwords are being checked": "crowded_out",
-    "server stopped": "stopped",
-}
-
 Octets = Tuple[int, int]        # up and down
 
 
@@ -78,7 +70,7 @@ class Progress:
         """What else is counted when the session is over."""
         outcome, reply = self.session.outcome, self.session.reply
         keys: List[Tuple[str, ...]] = [("sessions", outcome)]
-        failure = outcome if outcome == "no_acceptable_method" else self.failure or HANG_UPS.get(self.session.reason, "closed")
+        failure = outcome if outcome == "no_acceptable_method" else self.failure or self.session.hung_up or "closed"
         if outcome in ("no_acceptable_method", "bad_protocol") and failure != "pac":        # a PAC file is no failure
             keys.append(("handshake_failures", failure))
         if not any(key[0] == "requests" for key in self.keys) and (self.session.command is not None or reply is not None):
