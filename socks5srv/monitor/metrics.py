@@ -1,5 +1,5 @@
 """
-The numbers of one process: clients, sessions, octets, replies, failures, seconds.
+The numbers of one process: clients, sessions, octets, replies, failures, seconds, and what it has taken of the CPU.
 
 `Metrics` is an observer that counts into `Counters`.
 
@@ -37,8 +37,9 @@ class Counters(CounterType[Tuple[str, ...]]):
     What has been counted since the start; update() adds those of another process.
 
     The keys are ``(name, label, ...)``: clients (taken, turned_away), sessions (outcome), requests (command, reply),
-    handshake_failures (reason), auth_attempts (method, result), accept_errors (errno), and octets (up, down).
-    Of connecting and resolving, which are timed, there is one for each of BOUNDS, and the ``microseconds`` of all.
+    handshake_failures (reason), auth_attempts (method, result), accept_errors (errno), octets (up, down), worker_deaths.
+    Of connecting and resolving, which are timed, there is one for each of BOUNDS, and the ``microseconds`` of all; of the
+    cpu there are only those.
     """
 
     def time(self, name: str, seconds: float) -> None:
@@ -84,7 +85,7 @@ class Metrics(Observer):
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.counters = Counters({("octets", "up"): 0, ("octets", "down"): 0})       # which are always there
+        self.counters = Counters()
         self.live: Dict[int, Progress] = {}     # until their octets have joined the sum
         self.changed = threading.Event()        # a session has begun or ended
 
@@ -100,6 +101,7 @@ class Metrics(Observer):
                     counters.update(progress.endings())
                 else:
                     alive[progress.session] = octets
+        counters["cpu", "microseconds"] = round(time.process_time() * 1e6)
         return counters, alive
 
     def count(self, *key: str) -> None:

@@ -31,6 +31,7 @@ logger = logging.getLogger("socks5srv")
 SECOND = 1.0            # between two looks
 SOON = 0.2              # seconds until a session that has just begun or ended is told of
 LOOKS = 120             # looks that the plot shows
+DRAINING = "draining"   # why no more clients should be sent here, although they are still accepted for a while
 
 Rate = Tuple[float, float]      # octets a second, up and down
 
