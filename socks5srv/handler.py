@@ -311,7 +311,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return username
 
     def authenticate(self, username: str, password: str) -> bool:
-        """Whether this is a user.  The default asks the server's `users`."""
+        """Whether this is a user; OSError if that cannot be known now.  The default asks the server's `users`."""
         users = self.server.users
         return users is not None and users.check_for(self._still_there, username, password)
 
