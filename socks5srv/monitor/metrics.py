@@ -37,9 +37,9 @@ class Counters(CounterType[Tuple[str, ...]]):
     What has been counted since the start; update() adds those of another process.
 
     The keys are ``(name, label, ...)``: clients (taken, turned_away), sessions (outcome), requests (command, reply),
-    handshake_failures (reason), auth_attempts (method, result), accept_errors (errno), octets (up, down), worker_deaths.
-    Of connecting and resolving, which are timed, there is one for each of BOUNDS, and the ``microseconds`` of all; of the
-    cpu there are only those.
+    handshake_failures (reason), auth_attempts (method, result), accept_errors (errno), octets, datagrams and drops (up,
+    down), and worker_deaths.  Of connecting and resolving, which are timed, there is one for each of BOUNDS, and the
+    ``microseconds`` of all; of the cpu there are only those.
     """
 
     def time(self, name: str, seconds: float) -> None:
@@ -47,9 +47,15 @@ class Counters(CounterType[Tuple[str, ...]]):
         self[name, BOUNDS[bisect_left(SECONDS, seconds)]] += 1
         self[name, "microseconds"] += round(seconds * 1e6)
 
-    def add_octets(self, octets: Octets) -> None:
+    def add_traffic(self, session: Session, octets: Octets) -> None:
+        """What a session has moved."""
         self["octets", "up"] += octets[0]
         self["octets", "down"] += octets[1]
+        if session.command is Command.UDP_ASSOCIATE:
+            self["datagrams", "up"] += session.datagrams_up
+            self["datagrams", "down"] += session.datagrams_down
+            self["drops", "up"] += session.dropped_up
+            self["drops", "down"] += session.dropped_down
 
     def by(self, name: str) -> Dict[Tuple[str, ...], int]:
         """Those of this name, by their labels."""
@@ -95,7 +101,7 @@ class Metrics(Observer):
             counters, alive = self.counters.copy(), {}
             for progress in self.live.values():
                 is_over, octets = progress.session.seconds is not None, progress.session.octets()
-                counters.add_octets(octets)
+                counters.add_traffic(progress.session, octets)
                 counters.update(progress.keys)
                 if is_over:         # though ended() may be told a moment later
                     counters.update(progress.endings())
@@ -149,7 +155,7 @@ class Metrics(Observer):
     def ended(self, session: Session) -> None:
         with self.lock:
             progress = self.live.pop(session.id, None) or Progress(session)
-            self.counters.add_octets((session.up, session.down))
+            self.counters.add_traffic(session, (session.up, session.down))
             for key in progress.keys + progress.endings():
                 self.counters[key] += 1
         if not self.changed.is_set():       # which is cheaper

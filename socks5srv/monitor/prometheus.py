@@ -36,6 +36,8 @@ COUNTERS: List[Tuple[str, str, str, Tuple[str, ...], Sequence[Tuple[str, ...]]]]
      [("username_password", "success"), ("username_password", "failure")]),
     ("accept_errors", "socks5srv_accept_errors", "Calls of accept() that failed, by errno.", ("errno",), []),
     ("octets", "socks5srv_relay_bytes", "Bytes of payload moved: up from clients, down to them.", ("direction",), [("up",), ("down",)]),
+    ("datagrams", "socks5srv_udp_datagrams", "Datagrams of UDP ASSOCIATE that have come: up from clients, down from targets.", ("direction",), [("up",), ("down",)]),
+    ("drops", "socks5srv_udp_drops", "Of these, those that have not been sent on.", ("direction",), [("up",), ("down",)]),
     ("worker_deaths", "socks5srv_worker_deaths", "Processes that served and have died; their clients were cut off.", (), [()]),
 ]
 HISTOGRAMS: List[Tuple[str, str, str]] = [

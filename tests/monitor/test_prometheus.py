@@ -20,8 +20,8 @@ REASONS = {"closed", "timeout", "crowded_out", "stopped", "no_acceptable_method"
 # After "socks5srv_", by their types.
 KINDS = {
     "counter": {
-        "connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes", "worker_deaths",
-        "cpu_seconds",
+        "connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes", "udp_datagrams",
+        "udp_drops", "worker_deaths", "cpu_seconds",
     },
     "gauge": {"build_info", "sessions", "threads", "workers", "ready", "draining", "limit_connections"},
     "histogram": {"connect_duration_seconds", "dns_duration_seconds"},
@@ -72,7 +72,7 @@ def test_what_a_rate_is_asked_of_is_there_before_it_is_more_than_none(page: Watc
     assert {name[len("socks5srv_"):-len("_total")]: found for name, found in counters.items() if name.startswith("socks5srv_")} == {
         "connections": {("taken",), ("turned_away",)}, "sessions_ended": {(event,) for event in CLOSED["event"]},
         "auth_attempts": {("username_password", "success"), ("username_password", "failure")}, "relay_bytes": {("up",), ("down",)},
-        "worker_deaths": {()}, "cpu_seconds": {()},
+        "udp_datagrams": {("up",), ("down",)}, "udp_drops": {("up",), ("down",)}, "worker_deaths": {()}, "cpu_seconds": {()},
     }
 
 
