@@ -316,7 +316,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         return username
 
     def authenticate(self, username: str, password: str) -> bool:
-        """Whether this is a user.  The default asks the server's `users`."""
+        """Whether this is a user; OSError if that cannot be known now.  The default asks the server's `users`."""
         users = self.server.users
         return users is not None and users.check_for(self._still_there, username, password)
 
@@ -730,13 +730,13 @@ class Socks5Handler(socketserver.StreamRequestHandler):
             if not self.connection.recv(4096):
                 return
 
-    def hang_up(self, reason: str) -> None:
-        """Called in another thread: end the tunnel, or make whatever this conversation waits for fail now."""
+    def hang_up(self, reason: str, code: str = "") -> None:
+        """Called in another thread: end the tunnel, or make whatever this conversation waits for fail now.  `code` is a word for `reason`."""
         if self._tunnel is not None:
             self._tunnel.abort_soon(reason)
             return
-        if self.session.seconds is None:
-            self.session.reason = self.session.reason or reason
+        if self.session.seconds is None and not self.session.reason:
+            self.session.reason, self.session.hung_up = reason, code
         try:
             self.connection.shutdown(socket.SHUT_RDWR)
             if os.name == "nt":     # where it takes this to wake a recv()

@@ -46,7 +46,7 @@ class Client(Protocol):
     request: Any
     reported: bool
 
-    def hang_up(self, reason: str) -> None: ...
+    def hang_up(self, reason: str, code: str = "") -> None: ...
 
 
 C = TypeVar("C", bound=Client)
@@ -155,7 +155,7 @@ class Registry(Generic[C]):
             evicted = self.slow.fullest()[0] if self.slow.total > self.limits.max_handshakes else None
         if evicted is not None:
             self.request_complete(evicted)
-            evicted.hang_up("evicted: too many clients had not sent a request")
+            evicted.hang_up("evicted: too many clients had not sent a request", "crowded_out")
 
     def login_begins(self, client: C) -> None:
         """It has sent its login: from now on it waits for us, and is not slow."""
@@ -167,7 +167,7 @@ class Registry(Generic[C]):
             if evicted is not None:
                 self.logins.discard(evicted)
         if evicted is not None:
-            evicted.hang_up("evicted: too many passwords are being checked")
+            evicted.hang_up("evicted: too many passwords are being checked", "crowded_out")
 
     def login_over(self, client: C) -> None:
         """Right or wrong, it is the client's turn again."""
@@ -190,7 +190,7 @@ class Registry(Generic[C]):
             for client in self.handshakes.values():
                 if time.monotonic() - client.session.clock < timeout:
                     return
-                client.hang_up("the handshake took too long")
+                client.hang_up("the handshake took too long", "timeout")
 
     # --- the end ---
 

@@ -334,7 +334,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
             listener.close()
         super().server_close()
         for handler in self.registry.everyone():
-            handler.hang_up("server stopped")
+            handler.hang_up("server stopped", "stopped")
         self._headers.close()
         for listener in self.listeners:
             listener.join(timeout=LAST_WORDS)

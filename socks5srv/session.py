@@ -42,8 +42,13 @@ class Session:
     login_failed = False
     no_acceptable_method = False
     reason = ""                             # why it failed, or how it ended
+    hung_up = ""                            # the same in a word, if the server has hung up on it during the handshake
     up = 0                                  # octets of payload, client to target
     down = 0                                # octets of payload, target to client
+    datagrams_up = 0                        # of UDP ASSOCIATE, that have come from the client
+    datagrams_down = 0                      # and from targets
+    dropped_up = 0                          # of these, that have not been sent on
+    dropped_down = 0
     seconds: Optional[float] = None         # how long it took; None while it lives
     tunnel: Any = None                      # the relay.Tunnel that has the octets of a TCP session until it has ended
 

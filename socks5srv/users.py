@@ -294,7 +294,7 @@ def hash_password(password: str) -> str:
 
 
 def verify(password: str, hash: str) -> bool:
-    """Whether this is the password of the hash."""
+    """Whether this is the password of the hash.  ValueError if that is none."""
     known = Hash.parse(hash)
     return hmac.compare_digest(known.digest, known.of(password))
 

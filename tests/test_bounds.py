@@ -54,7 +54,7 @@ BOUNDED = {
         descriptors.py:COMMANDS explain/__init__.py:__all__
         explain/fields.py:COMMAND_WORDS,DEVIATIONS,LAYOUTS,METHOD_WORDS,MessageLayout.sizes,NUMBERS,REPLIES,SENTENCES,TYPE_WORDS
         explain/tables.py:AFTER,HIDDEN handler.py:AUTH,DO,Host.rules listener.py:NO_SYN,OUT_OF locality.py:NOBODYS,OWN
-        monitor/http.py:FILES,HEADERS,PAGES monitor/metrics.py:HANG_UPS monitor/prometheus.py:COUNTERS,HISTOGRAMS
+        monitor/http.py:FILES,HEADERS,PAGES monitor/prometheus.py:COUNTERS,HISTOGRAMS
         monitor/stats.py:Publisher.facts names.py:JOINERS observer.py:HookTable.selective
         outbound.py:MOST_TELLING,NO_SUCH_FAMILY,REPLY_CODES,UNDER_WAY proxyprotocol.py:SIZES policy.py:Access.listeners,Access.rules,Policy.private
         protocol.py:CODES,COMMANDS,LOOPBACK,METHODS,REPLY_CODES relay.py:TUNING,WORDS resolver.py:NO_SUCH_NAME

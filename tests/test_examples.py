@@ -8,21 +8,24 @@ this computer, and have all their questions answered.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import runpy
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Dict, List, Set, Tuple
+from typing import Dict, List, Sequence, Set, Tuple
 
 import pytest
 
-from .clients.harness import need_module
+from .clients.harness import need, need_module
 from .docs.pages import page, table
 from .conftest import within
+from socks5srv.users import UsersFile, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -92,26 +95,58 @@ def environment() -> Dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("SOCKS5SRV_")}
 
 
-def ran(*words: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def ran(*words: str, directory: Path, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words, by the command `within` which it is to be run, if there is one."""
     return subprocess.run(
-        [sys.executable, "-W", "error", *words], cwd=directory, env=environment(), timeout=20, check=False,
+        [*within, sys.executable, "-W", "error", *words], cwd=directory, env=environment(), timeout=20, check=False,
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )
 
 
-def run(*words: str, directory: Path) -> str:
+def run(*words: str, directory: Path, within: Sequence[str] = ()) -> str:
     """What such a Python program prints; it may neither fail nor complain."""
-    done = ran(*words, directory=directory)
+    done = ran(*words, directory=directory, within=within)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
+
+
+# --- PAM ---
+
+PAM = ROOT / "examples" / "users_pam.py"
+
+
+def with_pam_services(folder: Path, **services: str) -> List[str]:
+    """The command within which a program finds these services in /etc/pam.d and no others: nothing else tells PAM where they are."""
+    need_module("pam")
+    (folder / "pam.d").mkdir()
+    for name, lines in services.items():
+        (folder / "pam.d" / name).write_text(lines)
+    as_root = ["--map-root-user"] * (os.geteuid() != 0)
+    within = [need("unshare"), *as_root, "--mount", "sh", "-c", f"mount --bind '{folder / 'pam.d'}' /etc/pam.d && exec \"$@\"", "sh"]
+    if subprocess.run([*within, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("not on this platform: a mount namespace for this user, with /etc/pam.d in it")
+    return within
+
+
+def lines_of_pam(text: str) -> str:
+    return "".join(re.findall(r"^    ((?:auth|account) .*\n)", text, re.MULTILINE))
+
+
+def surroundings(path: Path, folder: Path) -> List[str]:
+    """The command within which this example is run, if it needs one."""
+    if path != PAM:
+        return []
+    if sys.platform != "linux":
+        pytest.skip("not on this platform: PAM as Linux has it")
+    return with_pam_services(folder, socks5srv=lines_of_pam(docstring(path)))
 
 
 # --- all examples ---
 
 @examples
 def test_an_example_runs_from_anywhere_and_prints_what_its_docstring_promises(path: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
-    printed, promised = run(str(path), *["--check"] * (path in LABS), directory=tmp_path), promised_output(path)
+    within_what, promised, started = surroundings(path, tmp_path), promised_output(path), time.monotonic()
+    printed = run(str(path), *["--check"] * (path in LABS), directory=tmp_path, within=within_what)
     assert time.monotonic() - started < within(5)
     assert comparable(printed) == comparable(promised)
     pairs = set(zip(ports(promised), ports(printed)))
@@ -145,6 +180,48 @@ def answered(path: Path) -> str:
 def test_the_questions_of_an_example_are_answered(path: Path) -> None:
     asked = [" ".join(question.split()) for question in re.findall(r"^\*([^*]+\?)\*\s+\S", answered(path), re.MULTILINE)]
     assert asked == questions(docstring(path))
+
+
+# --- accounts from elsewhere ---
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not on this platform: PAM as Linux has it")
+def test_while_pam_cannot_say_nobody_comes_in_and_nobody_is_told_that_the_password_is_wrong(tmp_path: Path) -> None:
+    lines = run(str(PAM), directory=tmp_path, within=with_pam_services(tmp_path)).splitlines()
+    assert {line.partition(": ")[2] for line in lines[::2]} == {"the proxy has closed the connection instead of answering"}
+    assert all(" bad protocol: PAM: " in line for line in lines[1::2])
+    assert len(lines) == 2 * 3
+
+
+def test_what_socks5_can_carry_and_pam_cannot_is_no_password() -> None:
+    need_module("pam")
+    authenticate = runpy.run_path(str(PAM))["Handler"].authenticate
+    assert [authenticate(None, *login) for login in (("an\0na", "sesame"), ("anna", "sesame\0"))] == [False, False]
+
+
+def test_a_password_that_was_right_costs_no_second_hash(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "users_sql.py"))
+    path, hashes = str(tmp_path / "accounts.db"), []
+    example["set_password"](path, "anna", "sesame")
+    accounts = example["Accounts"](path)
+    accounts.check.__globals__["verify"] = lambda *arguments: hashes.append(arguments) or verify(*arguments)
+    assert [accounts.check("anna", password) for password in ("sesame", "sesame", "open", "sesame")] == [True, True, False, True]
+    assert len(hashes) == 2
+    example["set_password"](path, "anna", "sesame")     # and so another hash
+    assert accounts.check("anna", "sesame")
+    assert len(hashes) == 3
+
+
+def test_the_query_in_the_manual_makes_a_users_file_of_such_a_database(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "users_sql.py"))
+    for name in ("anna", "ben"):
+        example["set_password"](str(tmp_path / "accounts.db"), name, f"of {name}")
+    (query,) = re.findall(r"``(SELECT .*?)``", page("rules-users-upstream"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "accounts.db")) as database:
+        lines = [row[0] for row in database.execute(query)]
+    (tmp_path / "users").touch(0o600)
+    (tmp_path / "users").write_text("\n".join(lines))
+    users = UsersFile(str(tmp_path / "users"))
+    assert [users.check(name, f"of {name}") for name in ("anna", "ben", "carl")] == [True, True, False]
 
 
 # --- the labs ---

@@ -630,6 +630,22 @@ def test_authenticate_is_asked_instead_of_the_users(start_server, new_client, ec
     assert asked == [("bücher", "ali"), ("bücher", "sesame")]
 
 
+def test_an_authenticate_that_cannot_know_closes_the_connection_without_an_answer_and_bars_nobody(start_server, new_client, caplog):
+    def authenticate(_self, _username, _password):
+        raise OSError("the accounts cannot be read")
+
+    server = start_server(handler_with(authenticate=authenticate))
+    for _ in range(10):         # more than may fail before the next one has to wait
+        client = new_client(server)
+        assert client.greet(Method.USERNAME_PASSWORD) == WITH_LOGIN
+        client.send(Credentials(b"anna", b"sesame"))
+        assert client.rest() == b""
+        session = server.next_ended()
+        assert (session.outcome, session.reason, session.seconds < within(1)) == ("bad_protocol", "the accounts cannot be read", True)
+    assert "login failed" not in caplog.text
+    assert server.policy.throttle.failures == {}
+
+
 def test_a_login_method_of_ones_own_takes_two_methods(start_server, new_client, echo):
     def auth_gssapi(self):
         if self.stream.read(2) != b"hi":

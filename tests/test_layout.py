@@ -236,7 +236,7 @@ DOCUMENTED = {
     "socks5srv.rules": ["Rule", "Rules", "BadRule"], "socks5srv.testing": ["start", "faults", "targets"],
     "socks5srv.testing.faults": ["BoundTo", "CloseAfter", "Delay", "Raw", "ReplyWith", "ResetAfter", "SelectMethod", "Truncate"],
     "socks5srv.testing.targets": ["DnsServer", "EchoServer", "FtpServer", "WebServer"], "socks5srv.upstream": ["UpstreamHandler"],
-    "socks5srv.users": ["Users", "UsersFile", "hash_password"],
+    "socks5srv.users": ["Users", "UsersFile", "hash_password", "verify"],
     "socks5srv.service.explaining": ["explained"],      # until the next release
 }
 

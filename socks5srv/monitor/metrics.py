@@ -1,5 +1,5 @@
 """
-The numbers of one process: clients, sessions, octets, replies, failures, seconds.
+The numbers of one process: clients, sessions, octets, replies, failures, seconds, and what it has taken of the CPU.
 
 `Metrics` is an observer that counts into `Counters`.
 
@@ -29,14 +29,6 @@ from ..session import COMMAND_WORDS, Session
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)      # the upper bounds of a histogram
 BOUNDS = (*map(str, SECONDS), "+Inf")           # the same as labels; the last one: longer than all
 
-# Why a client never came to a request, if another thread has hung up on it; the others have left by themselves.
-HANG_UPS = {
-    "the handshake took too long": "timeout",
-    "evicted: too many clients had not sent a request": "crowded_out",
-    "evicted: too many passwords are being checked": "crowded_out",
-    "server stopped": "stopped",
-}
-
 Octets = Tuple[int, int]        # up and down
 
 
@@ -45,8 +37,9 @@ class Counters(CounterType[Tuple[str, ...]]):
     What has been counted since the start; update() adds those of another process.
 
     The keys are ``(name, label, ...)``: clients (taken, turned_away), sessions (outcome), requests (command, reply),
-    handshake_failures (reason), auth_attempts (method, result), accept_errors (errno), and octets (up, down).
-    Of connecting and resolving, which are timed, there is one for each of BOUNDS, and the ``microseconds`` of all.
+    handshake_failures (reason), auth_attempts (method, result), accept_errors (errno), octets, datagrams and drops (up,
+    down), and worker_deaths.  Of connecting and resolving, which are timed, there is one for each of BOUNDS, and the
+    ``microseconds`` of all; of the cpu there are only those.
     """
 
     def time(self, name: str, seconds: float) -> None:
@@ -54,9 +47,15 @@ class Counters(CounterType[Tuple[str, ...]]):
         self[name, BOUNDS[bisect_left(SECONDS, seconds)]] += 1
         self[name, "microseconds"] += round(seconds * 1e6)
 
-    def add_octets(self, octets: Octets) -> None:
+    def add_traffic(self, session: Session, octets: Octets) -> None:
+        """What a session has moved."""
         self["octets", "up"] += octets[0]
         self["octets", "down"] += octets[1]
+        if session.command is Command.UDP_ASSOCIATE:
+            self["datagrams", "up"] += session.datagrams_up
+            self["datagrams", "down"] += session.datagrams_down
+            self["drops", "up"] += session.dropped_up
+            self["drops", "down"] += session.dropped_down
 
     def by(self, name: str) -> Dict[Tuple[str, ...], int]:
         """Those of this name, by their labels."""
@@ -78,7 +77,7 @@ class Progress:
         """What else is counted when the session is over."""
         outcome, reply = self.session.outcome, self.session.reply
         keys: List[Tuple[str, ...]] = [("sessions", outcome)]
-        failure = outcome if outcome == "no_acceptable_method" else self.failure or HANG_UPS.get(self.session.reason, "closed")
+        failure = outcome if outcome == "no_acceptable_method" else self.failure or self.session.hung_up or "closed"
         if outcome in ("no_acceptable_method", "bad_protocol") and failure != "pac":        # a PAC file is no failure
             keys.append(("handshake_failures", failure))
         if not any(key[0] == "requests" for key in self.keys) and (self.session.command is not None or reply is not None):
@@ -92,7 +91,7 @@ class Metrics(Observer):
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.counters = Counters({("octets", "up"): 0, ("octets", "down"): 0})       # which are always there
+        self.counters = Counters()
         self.live: Dict[int, Progress] = {}     # until their octets have joined the sum
         self.changed = threading.Event()        # a session has begun or ended
 
@@ -102,12 +101,13 @@ class Metrics(Observer):
             counters, alive = self.counters.copy(), {}
             for progress in self.live.values():
                 is_over, octets = progress.session.seconds is not None, progress.session.octets()
-                counters.add_octets(octets)
+                counters.add_traffic(progress.session, octets)
                 counters.update(progress.keys)
                 if is_over:         # though ended() may be told a moment later
                     counters.update(progress.endings())
                 else:
                     alive[progress.session] = octets
+        counters["cpu", "microseconds"] = round(time.process_time() * 1e6)
         return counters, alive
 
     def count(self, *key: str) -> None:
@@ -155,7 +155,7 @@ class Metrics(Observer):
     def ended(self, session: Session) -> None:
         with self.lock:
             progress = self.live.pop(session.id, None) or Progress(session)
-            self.counters.add_octets((session.up, session.down))
+            self.counters.add_traffic(session, (session.up, session.down))
             for key in progress.keys + progress.endings():
                 self.counters[key] += 1
         if not self.changed.is_set():       # which is cheaper

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from itertools import accumulate
-from typing import Iterator, List, Mapping, Tuple
+from typing import Iterator, List, Mapping, Sequence, Tuple
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -23,15 +23,22 @@ from ..session import COMMAND_WORDS
 from .metrics import BOUNDS
 from .stats import DRAINING, Snapshot, Stats, sum_of_counters
 
-# Counts that become a metric as they are: name in Counters, name, what it is, labels.
-COUNTERS: List[Tuple[str, str, str, Tuple[str, ...]]] = [
-    ("clients", "socks5srv_connections", "Connections of clients, accepted (taken) or rejected (turned_away).", ("result",)),
-    ("sessions", "socks5srv_sessions_ended", "Sessions that have ended, by outcome.", ("event",)),
-    ("requests", "socks5srv_requests", "Requests, by command and final reply.", ("command", "reply")),
-    ("handshake_failures", "socks5srv_handshake_failures", "Connections that ended before authentication or a request, by reason.", ("reason",)),
-    ("auth_attempts", "socks5srv_auth_attempts", "Authentication attempts, by method and result.", ("method", "result")),
-    ("accept_errors", "socks5srv_accept_errors", "Calls of accept() that failed, by errno.", ("errno",)),
-    ("octets", "socks5srv_relay_bytes", "Bytes of payload moved: up from clients, down to them.", ("direction",)),
+OUTCOMES = ("close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol", "lost")
+
+# Counts that become a metric as they are: name in Counters, name, what it is, labels, and the values of these that are there
+# from the start: that a series has grown is not seen where it begins with 1.
+COUNTERS: List[Tuple[str, str, str, Tuple[str, ...], Sequence[Tuple[str, ...]]]] = [
+    ("clients", "socks5srv_connections", "Connections of clients, accepted (taken) or rejected (turned_away).", ("result",), [("taken",), ("turned_away",)]),
+    ("sessions", "socks5srv_sessions_ended", "Sessions that have ended, by outcome.", ("event",), [(outcome,) for outcome in OUTCOMES]),
+    ("requests", "socks5srv_requests", "Requests, by command and final reply.", ("command", "reply"), []),
+    ("handshake_failures", "socks5srv_handshake_failures", "Connections that ended before authentication or a request, by reason.", ("reason",), []),
+    ("auth_attempts", "socks5srv_auth_attempts", "Authentication attempts, by method and result.", ("method", "result"),
+     [("username_password", "success"), ("username_password", "failure")]),
+    ("accept_errors", "socks5srv_accept_errors", "Calls of accept() that failed, by errno.", ("errno",), []),
+    ("octets", "socks5srv_relay_bytes", "Bytes of payload moved: up from clients, down to them.", ("direction",), [("up",), ("down",)]),
+    ("datagrams", "socks5srv_udp_datagrams", "Datagrams of UDP ASSOCIATE that have come: up from clients, down from targets.", ("direction",), [("up",), ("down",)]),
+    ("drops", "socks5srv_udp_drops", "Of these, those that have not been sent on.", ("direction",), [("up",), ("down",)]),
+    ("worker_deaths", "socks5srv_worker_deaths", "Processes that served and have died; their clients were cut off.", (), [()]),
 ]
 HISTOGRAMS: List[Tuple[str, str, str]] = [
     ("connecting", "socks5srv_connect_duration_seconds", "How long it took to connect to a target, once its addresses were known."),
@@ -53,14 +60,15 @@ class Collector:
         )
         info.add_metric([__version__, "%d.%d.%d" % sys.version_info[:3]], 1)
         yield info
-        for name, metric, text, labels in COUNTERS:
+        for name, metric, text, labels, always in COUNTERS:
             family = CounterMetricFamily(metric, text, labels=labels)
-            for values, number in counters.by(name).items():
+            for values, number in {**dict.fromkeys(always, 0), **counters.by(name)}.items():
                 family.add_metric(values, number)
             yield family
         for name, metric, text in HISTOGRAMS:
             numbers = accumulate(counters[name, bound] for bound in BOUNDS)
             yield HistogramMetricFamily(metric, text, buckets=list(zip(BOUNDS, numbers)), sum_value=counters[name, "microseconds"] / 1e6)
+        yield CounterMetricFamily("socks5srv_cpu_seconds", "CPU time of all processes that serve.", counters["cpu", "microseconds"] / 1e6)
         yield from self.gauges(snapshots)
 
     def gauges(self, snapshots: Mapping[int, Snapshot]) -> Iterator[Metric]:
@@ -71,8 +79,9 @@ class Collector:
         threads, workers = sum(snapshot.threads for snapshot in snapshots.values()), sum(number >= 0 for number in snapshots)
         yield GaugeMetricFamily("socks5srv_threads", "Threads of all processes that serve.", threads)
         yield GaugeMetricFamily("socks5srv_workers", "Processes that serve.", workers)
-        yield GaugeMetricFamily("socks5srv_ready", "1 if more connections are accepted, as /readyz says.", float(not self.stats.not_ready()))
-        yield GaugeMetricFamily("socks5srv_draining", "1 from SIGTERM on, until the last connection has ended.", float(self.stats.not_ready() == DRAINING))
+        reason = self.stats.not_ready()
+        yield GaugeMetricFamily("socks5srv_ready", "1 if more connections are accepted, as /readyz says.", float(not reason))
+        yield GaugeMetricFamily("socks5srv_draining", "1 from SIGTERM on, until the last connection has ended.", float(reason == DRAINING))
         yield GaugeMetricFamily("socks5srv_limit_connections", "How many connections of clients may be open at a time; +Inf: no limit.", self.stats.capacity()[1])
 
 

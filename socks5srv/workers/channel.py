@@ -66,7 +66,7 @@ Answer = NamedTuple("Answer", [("number", int), ("question", Any), ("answer", An
 MayAdmit = NamedTuple("MayAdmit", [("host", str)])                          # to the supervisor: one more of this host?  True has counted it
 SessionWanted = NamedTuple("SessionWanted", [("id", int)])                  # to a worker: all that is known of it, a dict or None
 ReportWanted = NamedTuple("ReportWanted", [("sessions", bool)])             # to a worker: a Report, with its sessions or without
-# As monitor.stats.Stats has it; `recent` is None if no sessions were wanted.
+# As monitor.stats.Stats has it; `recent` is None if no sessions were wanted.  Without a question it is the last one of a worker that ends.
 Report = NamedTuple("Report", [("snapshot", "Snapshot"), ("recent", Optional[List[Dict[str, Any]]])])
 
 # --- updates: a worker tells the supervisor, which tells the other workers ---

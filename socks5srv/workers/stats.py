@@ -2,7 +2,9 @@
 The numbers of all workers: each is asked, and the supervisor adds up.
 
 The one idea: to ask is to wait for the answers, but not for long.  A worker that is too busy to answer counts with
-its last report, and one that has died leaves what it has counted, so that no sum goes back.
+its last report, and one that has gone leaves what it has counted, so that no sum goes back.  The last report of a
+worker that ends in order is complete.  That of one that has died may be a second old, and the sessions that it had
+open then are lost: they are counted as that, or the sessions begun would never again be those ended and those open.
 """
 
 from __future__ import annotations
@@ -60,3 +62,8 @@ class WorkerStats:
             report = self.reports.pop(number, None)
             if report is not None:
                 self.past.update(report.snapshot.counters)
+                self.past["sessions", "lost"] += sum(report.snapshot.live.values())
+
+    def worker_died(self) -> None:
+        with self.lock:
+            self.past["worker_deaths",] += 1

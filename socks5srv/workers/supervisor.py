@@ -344,7 +344,8 @@ class Supervisor(Resilient):
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(2)
         worker.process.kill()                   # if it takes longer to end
-        worker.process.wait()
+        if worker.process.wait():               # its exit code, which is 0 if it was told to end
+            self.stats.worker_died()
         if not self.stopping:
             dispatch(self.replica, WorkerGone(worker.number))
             self.tell_all(WorkerGone(worker.number))
@@ -418,9 +419,12 @@ class Supervisor(Resilient):
         self.summary.merge(message.summary)
         self.stats.changed.set()
 
+    def on_Report(self, worker: Worker, message: Report) -> None:
+        self.stats.learn(worker.number, message)
+
     def on_Answer(self, worker: Worker, message: Answer) -> None:
         if isinstance(message.answer, Report):
-            self.stats.learn(worker.number, message.answer)
+            self.on_Report(worker, message.answer)
         self.requests.answered(worker.channel, message)
 
     def on_Question(self, worker: Worker, message: Question) -> None:

@@ -257,4 +257,6 @@ def serve(server: WorkerServer) -> None:
         os._exit(1)
     server.server_close()
     server.update_summary()
+    if server.service.metrics is not None:
+        server.channel.send(server.on_ReportWanted(ReportWanted(sessions=False)))
     server.channel.close(STOP_TIMEOUT)

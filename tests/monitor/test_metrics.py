@@ -85,20 +85,20 @@ def test_an_unknown_command_has_no_name(metrics: Metrics, session: Session) -> N
 SHORT = ProtocolError("it ends too soon")
 
 
-@pytest.mark.parametrize(("kind", "octets", "error", "user", "reason", "expected"), [
+@pytest.mark.parametrize(("kind", "octets", "error", "user", "hung_up", "expected"), [
     (Greeting, b"", ProtocolError("the client closed the connection before sending anything"), None, "", "closed"),
     (Greeting, b"\x05", SHORT, None, "", "bad_message"), (Credentials, b"", SHORT, None, "", "bad_message"),
     (Request, b"\x05", SHORT, "", "", "closed"), (Greeting, b"\x05", OSError("reset"), None, "", "closed"),
-    (Greeting, b"\x05", SHORT, None, "the handshake took too long", "timeout"),
-    (Greeting, b"\x05", SHORT, None, "evicted: too many passwords are being checked", "crowded_out"),
-    (Greeting, b"\x05", SHORT, None, "server stopped", "stopped"),
+    (Greeting, b"\x05", SHORT, None, "timeout", "timeout"),
+    (Greeting, b"\x05", SHORT, None, "crowded_out", "crowded_out"),
+    (Greeting, b"\x05", SHORT, None, "stopped", "stopped"),
     (Greeting, b"GET ", ForeignProtocol("this is HTTP", kind="http"), None, "", "http"),
     (Greeting, b"GET ", ForeignProtocol("the PAC file", kind="pac"), None, "", None),
 ])
 def test_a_handshake_fails_for_a_reason(
-    metrics: Metrics, session: Session, kind: Type[Message], octets: bytes, error: Exception, user: Optional[str], reason: str, expected: Optional[str],
+    metrics: Metrics, session: Session, kind: Type[Message], octets: bytes, error: Exception, user: Optional[str], hung_up: str, expected: Optional[str],
 ) -> None:
-    session.user, session.reason = user, reason     # that of a thread that has hung up on it
+    session.user, session.reason, session.hung_up = user, hung_up and "in a sentence", hung_up      # of a thread that has hung up on it
     metrics.malformed(session, kind, octets, error, 0)
     session.end(str(error))
     failures = counted(metrics, "handshake_failures")       # as soon as it is over

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import sys
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Set, Tuple
 
 import pytest
 from tests.clients.harness import need_module
 from tests.conftest import eventually, exchange, needs_proc
 from tests.monitor.watched import Start, Watched
 
+from socks5srv.monitor.stats import DRAINING
 from socks5srv.protocol import Command, ReplyCode
 from socks5srv.session import COMMAND_WORDS
 
@@ -19,7 +20,8 @@ REASONS = {"closed", "timeout", "crowded_out", "stopped", "no_acceptable_method"
 # After "socks5srv_", by their types.
 KINDS = {
     "counter": {
-        "connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes",
+        "connections", "sessions_ended", "requests", "handshake_failures", "auth_attempts", "accept_errors", "relay_bytes", "udp_datagrams",
+        "udp_drops", "worker_deaths", "cpu_seconds",
     },
     "gauge": {"build_info", "sessions", "threads", "workers", "ready", "draining", "limit_connections"},
     "histogram": {"connect_duration_seconds", "dns_duration_seconds"},
@@ -28,7 +30,7 @@ KINDS = {
 # All values that a label can have; what is not here has none but numbers.
 CLOSED = {
     "result": {"taken", "turned_away", "success", "failure"},
-    "event": {"close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol", "probe"},
+    "event": {"close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol", "probe", "lost"},
     "command": {*COMMAND_WORDS.values(), "none"},
     "reply": {code.name.lower() for code in ReplyCode} | {"none"},
     "reason": REASONS,
@@ -46,8 +48,8 @@ def families(page: Watched) -> Dict[str, Any]:
 
 
 def samples(page: Watched, name: str) -> Dict[Tuple[str, ...], float]:
-    """By the values of their labels, of the family of this name."""
-    return {tuple(sample.labels.values()): sample.value for sample in families(page)[name].samples if not sample.name.endswith("_created")}
+    """By the values of their labels, those of the family of this name that are not 0, or have no labels."""
+    return {tuple(sample.labels.values()): sample.value for sample in families(page)[name].samples if sample.value or not sample.labels}
 
 
 def one(page: Watched, name: str, part: str) -> float:
@@ -61,7 +63,17 @@ def test_the_names_are_those_that_are_promised(page: Watched) -> None:
     promised = {f"socks5srv_{name}": kind for kind, names in KINDS.items() for name in names}
     assert {name: family.type for name, family in found.items() if name.startswith("socks5srv_")} == promised
     assert all(family.documentation for family in found.values())
-    assert {sample.labels["direction"]: sample.value for sample in found["socks5srv_relay_bytes"].samples if "direction" in sample.labels} == {"up": 0, "down": 0}
+
+
+def test_what_a_rate_is_asked_of_is_there_before_it_is_more_than_none(page: Watched) -> None:
+    counters: Dict[str, Set[Tuple[str, ...]]] = {}
+    for name, *labels in page.metrics_by_type("counter"):
+        counters.setdefault(name, set()).add(tuple(labels))
+    assert {name[len("socks5srv_"):-len("_total")]: found for name, found in counters.items() if name.startswith("socks5srv_")} == {
+        "connections": {("taken",), ("turned_away",)}, "sessions_ended": {(event,) for event in CLOSED["event"]},
+        "auth_attempts": {("username_password", "success"), ("username_password", "failure")}, "relay_bytes": {("up",), ("down",)},
+        "udp_datagrams": {("up",), ("down",)}, "udp_drops": {("up",), ("down",)}, "worker_deaths": {()}, "cpu_seconds": {()},
+    }
 
 
 def test_they_count_what_happens(watch: Start, echo: Any, new_client: Any, refusing: Any) -> None:
@@ -76,7 +88,7 @@ def test_they_count_what_happens(watch: Start, echo: Any, new_client: Any, refus
     assert samples(page, "socks5srv_requests") == {("connect", "connection_refused"): 1.0, ("connect", "succeeded"): 1.0}
     assert samples(page, "socks5srv_auth_attempts") == {("username_password", "failure"): 1.0, ("username_password", "success"): 2.0}
     assert samples(page, "socks5srv_connections") == {("taken",): 3.0}
-    assert samples(page, "socks5srv_sessions") == {("bind",): 0.0, ("connect",): 1.0, ("none",): 0.0, ("udp",): 0.0}
+    assert samples(page, "socks5srv_sessions") == {("connect",): 1.0}
     assert one(page, "socks5srv_connect_duration_seconds", "count") == one(page, "socks5srv_dns_duration_seconds", "count") == 1
     client.close()
     eventually(lambda: samples(page, "socks5srv_sessions_ended") == {("close",): 1.0, ("failed",): 1.0, ("login_failed",): 1.0})
@@ -131,6 +143,18 @@ def test_what_the_system_is_out_of_is_counted(page: Watched) -> None:
         page.server._accept(Full())
     page.server.stopped.clear()
     assert samples(page, "socks5srv_accept_errors") == {("EMFILE",): 1.0}
+
+
+def test_it_drains_as_the_readiness_says(page: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (samples(page, "socks5srv_ready"), samples(page, "socks5srv_draining")) == ({(): 1.0}, {(): 0.0})
+    monkeypatch.setattr(page.stats, "not_ready", lambda: DRAINING)
+    assert page.ask("/readyz")[:2] == (503, b"draining\n")
+    assert (samples(page, "socks5srv_ready"), samples(page, "socks5srv_draining")) == ({(): 0.0}, {(): 1.0})
+
+
+def test_what_it_has_taken_of_the_cpu_grows(page: Watched) -> None:
+    before = samples(page, "socks5srv_cpu_seconds")[()]
+    assert 0 < before < eventually(lambda: [now for now in [samples(page, "socks5srv_cpu_seconds")[()]] if now > before])[0]
 
 
 @needs_proc

@@ -5,8 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Tuple
 
+from tests.clients.harness import need_module
 from tests.conftest import LOCALHOST, TIMEOUT, eventually
 from tests.program import Service
 
@@ -57,6 +58,12 @@ class Page:
         answer = self.ask("/status.json")
         assert answer.status == 200
         return json.loads(answer.body)
+
+    def metrics_by_type(self, *types: str) -> Dict[Tuple[str, ...], float]:
+        """The series of these types (``counter``, ``gauge``, ``histogram``), each by its name and the values of its labels."""
+        parser = need_module("prometheus_client.parser")
+        families = parser.text_string_to_metric_families(self.ask("/metrics").body.decode())
+        return {(each.name, *each.labels.values()): each.value for family in families if family.type in types for each in family.samples}
 
     def when(self, condition: Callable[[Any], object]) -> Any:
         """Its status, as soon as it is like that."""
