@@ -59,6 +59,12 @@ SockAddr = Tuple[Any, ...]
 Outcome = Union[Path, str]                  # of a datagram: where it went, or in a sentence what happened instead
 
 
+class Dropped(str):
+    """The outcome of a datagram that goes nowhere."""
+
+    __slots__ = ()
+
+
 def header_length(octets: memoryview) -> int:
     """How long the header of this datagram is (it may end before); 0 for an unknown ATYP."""
     atyp = octets[3] if len(octets) > 4 else 0
@@ -69,9 +75,9 @@ def header_length(octets: memoryview) -> int:
     return 7 + octets[4] if atyp == AddressType.DOMAINNAME else 0
 
 
-def dropped(reason: object) -> str:
+def dropped(reason: object) -> Dropped:
     """The outcome for this reason, or error."""
-    return f"Dropped: {reason_of(reason)}."
+    return Dropped(f"Dropped: {reason_of(reason)}.")
 
 
 def keep(known: Dict[Any, Any], key: Any, value: Any) -> None:
@@ -205,6 +211,11 @@ class Association:
                 return dropped(error)
         return target
 
+    def counted(self, outcome: Outcome) -> Outcome:
+        """The same.  Datagrams that go where others went before, ClientSocket.ready() counts by itself."""
+        self.session.dropped_up += isinstance(outcome, Dropped)
+        return outcome
+
     def find(self, header: bytes, payload: memoryview) -> Outcome:
         """What a header not seen before stands for, unless it leads nowhere, or not yet."""
         until, outcome = self.nowhere.get(header, (0.0, ""))
@@ -310,7 +321,7 @@ class Association:
         else:
             self.found(header, addresses, address.host)
         for payload in waiting:
-            self.send_out(header, memoryview(payload))
+            self.counted(self.send_out(header, memoryview(payload)))
 
     def found(self, header: bytes, addresses: List[Address], name: str) -> None:
         """The name leads to the first of its addresses that is allowed and has a route."""
@@ -428,7 +439,7 @@ class ClientSocket(AssociationSocket):
         self.path = Path(send, self.socket, singly=self.singly or not self.connected)
 
     def ready(self, events: int) -> None:
-        association = self.association
+        association, session = self.association, self.association.session
         now = association.forget_old()
         came = self.receive_some()
         if came:
@@ -441,10 +452,12 @@ class ClientSocket(AssociationSocket):
             target = association.targets.get(header)
             if target is not None:
                 for run in runs([octets[length:] for octets in datagrams]):
-                    association.session.up += target.send_run(run)
+                    session.up += target.send_run(run)
+                session.dropped_up += target.take_lost()
             else:
                 for octets in datagrams:
                     self.pass_on(octets)
+        session.datagrams_up += len(came)
 
     def receive_some(self) -> List[memoryview]:
         """What has come from the client, as much as is for one turn."""
@@ -481,9 +494,9 @@ class ClientSocket(AssociationSocket):
         """A datagram unlike the one before."""
         length = header_length(octets)
         if not 0 < length <= len(octets):
-            return dropped("its header cannot be read")
+            return self.association.counted(dropped("its header cannot be read"))
         self.length = length
-        return self.association.send_out(bytes(octets[:length]), octets[length:])
+        return self.association.counted(self.association.send_out(bytes(octets[:length]), octets[length:]))
 
     def receive_from_anyone(self, chunk: memoryview) -> int:
         """The next datagram's length; OSError if it is not the client's.  The first good one locks its port."""
@@ -552,10 +565,12 @@ class TargetSocket(AssociationSocket):
         self.envelope = len(bytes(Datagram(Address.of(sock.getsockname()), b"")))     # octets, of each header
 
     def ready(self, events: int) -> None:
-        association, envelope = self.association, self.envelope
+        session, path, envelope = self.association.session, self.association.client_socket.path, self.envelope
         answers = self.receive_trains() if self.arrivals.coalescing else self.receive_singly()
         for run in runs(answers):
-            association.session.down += association.client_socket.path.send_run(run, envelope)
+            session.down += path.send_run(run, envelope)
+        session.datagrams_down += len(answers)
+        session.dropped_down += path.take_lost()
 
     # What has come from targets, as much as is for one turn, each with its header for the client.
 
@@ -573,6 +588,8 @@ class TargetSocket(AssociationSocket):
             header = headers.get(source) or self.header(source)
             if header:
                 answers.append(b"".join((header, chunk[:n])))
+            else:
+                self.count_unasked(1)
         else:
             self.turn = min(2 * self.turn, TURN)
         if len(answers) >= MANY:
@@ -583,9 +600,17 @@ class TargetSocket(AssociationSocket):
         answers: List[bytes] = []
         for octets, size, source in self.arrivals.read(self.association.relay.chunk, TURN):
             header = self.association.headers.get(source) or self.header(source)
+            datagrams = cut(octets, size)
             if header:
-                answers += [b"".join((header, datagram)) for datagram in cut(octets, size)]
+                answers += [b"".join((header, datagram)) for datagram in datagrams]
+            else:
+                self.count_unasked(len(datagrams))
         return answers
+
+    def count_unasked(self, number: int) -> None:
+        """Datagrams of hosts that the client has not written to."""
+        self.association.session.datagrams_down += number
+        self.association.session.dropped_down += number
 
     def header(self, source: Tuple[str, int]) -> bytes:
         """The header for what this source sends; empty if the client has not written to it."""

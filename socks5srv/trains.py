@@ -82,12 +82,13 @@ class Path:
     Trains leave by `sock`, to `address` unless it is connected; not if `singly` is true, as where `send` changes what it sends.
     """
 
-    __slots__ = ("send", "sock", "address", "no_train_until")
+    __slots__ = ("send", "sock", "address", "no_train_until", "lost")
 
     refusal = 10.0          # seconds that a path which has taken no train is sent none: routes change
 
     def __init__(self, send: Callable[[Octets], int], sock: socket.socket, address: Tuple[Any, ...] = (), singly: bool = False) -> None:
         self.send, self.sock, self.address = send, sock, address
+        self.lost = 0           # datagrams; see take_lost()
         self.no_train_until = float("inf") if singly or not takes_trains(sock) else 0.0     # by time.monotonic()
 
     def send_run(self, run: Sequence[Octets], envelope: int = 0) -> int:
@@ -103,8 +104,13 @@ class Path:
             try:
                 sent += self.send(datagram) - envelope
             except OSError:                 # too long, unroutable, no room; or an ICMP error of an earlier one
-                pass
+                self.lost += 1
         return sent
+
+    def take_lost(self) -> int:
+        """How many datagrams send_run() could not send since this was last asked."""
+        lost, self.lost = self.lost, 0
+        return lost
 
     def send_train(self, run: Sequence[Octets]) -> int:
         """All at once, or OSError and none."""

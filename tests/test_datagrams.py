@@ -334,6 +334,53 @@ def test_payload_is_counted_both_ways(server: Any, client: UdpClient, new_socket
     assert (session.outcome, session.up, session.down, session.reason) == ("close", 8, 8, "closed by client")
 
 
+class Watching(Observer):
+    """With one, each datagram is told of, and takes another way."""
+
+    def datagram(self, session: Session, to_client: bool, octets: bytes, outcome: str) -> None:
+        """It is enough to be there."""
+
+
+def counted(session: Session) -> Tuple[int, ...]:
+    return session.datagrams_up, session.dropped_up, session.datagrams_down, session.dropped_down
+
+
+@needs_neighbour
+@pytest.mark.parametrize("observers", [(), (Watching(),)], ids=["by themselves", "while they are told of"])
+def test_datagrams_and_drops_are_counted_both_ways(
+        observers: Sequence[Observer], start_server: Any, associate: Any, target: UdpSocket, new_socket: Any) -> None:
+    server = start_server(handler=Named, rules=["deny 127.0.0.3"], observers=observers)
+    client = associate(server)
+    (session,) = server.sessions
+    proxy = client.reach(target)
+    for _ in range(40):             # more than in one turn
+        client.send_to(target.address, b"x")
+        target.send(b"x", proxy)
+    eventually(lambda: counted(session) == (41, 0, 40, 0))
+    new_socket().send(bytes(Datagram(target.address, b"of another program")), client.relay)
+    for _ in range(2):
+        client.send(b"nonsense", client.relay)
+        client.send_to(target.address, b"a fragment", LAST | 1)
+        client.send_to(Address.numeric("127.0.0.3", 7), b"denied")
+        client.send_to(Address.numeric("255.255.255.255", 7), b"cannot be sent")
+        client.send_to(name("nowhere.invalid", 7), b"has no address")
+    eventually(lambda: counted(session) == (51, 10, 40, 0))
+    target.send(os.urandom(65_500), proxy)      # too long with its header
+    new_socket("127.0.0.2").send(b"unasked", proxy)
+    eventually(lambda: counted(session) == (51, 10, 42, 2))
+
+
+@needs_neighbour
+@pytest.mark.parametrize("reassemble", [False, True])
+def test_a_whole_of_fragments_that_goes_nowhere_is_counted_once(reassemble: bool, start_server: Any, associate: Any) -> None:
+    server = start_server(rules=["deny 127.0.0.3"], reassemble=reassemble)
+    client = associate(server)
+    (session,) = server.sessions
+    for frag in (1, LAST | 2):
+        client.send_to(Address.numeric("127.0.0.3", 7), b"part", frag)
+    eventually(lambda: counted(session) == (2, 1 if reassemble else 2, 0, 0))
+
+
 def test_a_hundred_datagrams_at_once_arrive(client: UdpClient, target: UdpSocket) -> None:
     for number in range(100):
         client.send_to(target.address, b"%d" % number)
@@ -512,6 +559,20 @@ def test_what_strangers_had_queued_before_the_port_was_locked_is_not_heard(
     client.send_to(target.address, b"second")
     go_on.set()
     assert [target.receive()[0] for _ in range(2)] == [b"first", b"second"]
+
+
+@needs_trains
+def test_what_strangers_had_queued_behind_a_flood_is_not_heard(server: Any, client: UdpClient, target: UdpSocket, new_socket: Any) -> None:
+    """Whose a train is, is not looked at; so none may be asked for as long as others can be among what waits."""
+    neighbour, go_on = new_socket(), threading.Event()
+    server.relay_thread().call(lambda: go_on.wait(TIMEOUT))
+    for _ in range(datagrams.TURN):
+        client.send_to(target.address, b"client")
+    for _ in range(4):
+        client.send_to(target.address, b"forged", sender=neighbour)
+    client.send_to(target.address, b"last")
+    go_on.set()
+    assert [target.receive()[0] for _ in range(datagrams.TURN + 1)] == [*[b"client"] * datagrams.TURN, b"last"]
 
 
 def test_nonsense_from_the_client_does_not_lock_the_port(client: UdpClient, target: UdpSocket, new_socket: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Tuple
+from typing import Any, Dict, Tuple
 
 import pytest
 from tests.conftest import LOCALHOST, TIMEOUT, eventually, exchange, udp_socket
@@ -49,6 +49,15 @@ def test_datagrams_are_counted_while_they_flow(page: Watched, new_client: Any) -
         ours.sendto(bytes(Datagram(Address.of(target.getsockname()), b"hello")), bound[:2])
         assert target.recv(100) == b"hello"
         page.when(lambda status: [row["up"] for row in status["sessions"]] == [5])
+        ours.sendto(b"nonsense", bound[:2])
+        eventually(lambda: traffic(page) == {("octets", "up"): 5, ("datagrams", "up"): 2, ("drops", "up"): 1})
+        client.close()
+        eventually(lambda: page.sessions_ended() == 1)
+    assert traffic(page) == {("octets", "up"): 5, ("datagrams", "up"): 2, ("drops", "up"): 1}
+
+
+def traffic(page: Watched) -> Dict[Any, int]:
+    return {name: number for name, number in page.metrics.read()[0].items() if name[0] in ("octets", "datagrams", "drops") and number}
 
 
 def test_a_client_that_has_been_refused_has_ended_at_once_although_it_lingers(
