@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from contextlib import suppress
 from typing import Any, Callable, Dict, Iterator, List
@@ -13,7 +14,7 @@ from socks5srv.protocol import ProtocolError
 from tests.conftest import Client, eventually, in_thread, needs_proc
 from tests.monitor.watched import Page
 
-from .processes import Place, Start, door, kill, needs_posix, workers_of
+from .processes import Place, Start, door, kill, needs_linux, needs_posix, workers_of
 
 pytestmark = needs_posix
 
@@ -113,6 +114,21 @@ def test_no_counter_ever_goes_back_while_workers_die_under_load(service: Any, pa
     assert watch.sums().get("close", 0) > 0
     assert watch.last["socks5srv_worker_deaths_total",] == 3
     assert watch.last["socks5srv_relay_bytes_total", "up"] > 50_000
+
+
+@needs_linux
+def test_no_counter_goes_back_and_none_is_wrong_while_the_workers_are_replaced_under_load(service: Any, page: Page, load: Any) -> None:
+    over, watch = load(service), Watch(page)
+    for _ in range(2):
+        before = workers_of(service)
+        service.process.send_signal(signal.SIGUSR2)
+        while before & workers_of(service) or len(workers_of(service)) != 2:
+            watch.look()
+    over()
+    ended = watch.sums()
+    assert set(ended) == {"close"}
+    assert watch.last["socks5srv_worker_deaths_total",] == 0
+    assert watch.last["socks5srv_relay_bytes_total", "up"] == watch.last["socks5srv_relay_bytes_total", "down"] == ended["close"] * 50_000
 
 
 def test_what_a_worker_has_counted_is_complete_when_it_ends_in_order(supervise: Any, tunnel: Any, new_client: Any, load: Any) -> None:
