@@ -40,13 +40,13 @@ CORE = {
 }
 # What stands beside and above it: each may import the core, and imports this of the others.
 ABOVE = {
-    "client": set(), "check": {"client"}, "upstream": {"client"}, "explain": set(), "capture": set(), "monitor": {"explain"},
+    "gssapi": set(), "client": set(), "check": {"client"}, "upstream": {"client"}, "explain": set(), "capture": set(), "monitor": {"explain"},
     "service": {"client", "upstream", "explain", "capture", "monitor"}, "workers": {"monitor", "service"},
     "cli": {"client", "check", "explain", "monitor", "service", "workers"}, "testing": {"upstream"},
 }
 MAY_IMPORT = {**CORE, **{room: {*CORE, *others} for room, others in ABOVE.items()}}
 FRONT = {"__init__", "__main__"}
-PLUGINS = {"pytest_plugin": {"pytest"}, "prometheus": {"prometheus_client"}}      # what is imported only where that is there
+PLUGINS = {"pytest_plugin": {"pytest"}, "prometheus": {"prometheus_client"}, "context": {"gssapi"}}      # what is imported only where that is there
 MADE_IN = {("proxy", "in_front_of"), ("tracer", "explained")}      # functions in which a class is made; the second goes with the next release
 A_PROGRAMS_BUSINESS = {"argparse", "signal", "getpass", "sys", "subprocess", "atexit", "json"}
 
