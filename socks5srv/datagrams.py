@@ -354,6 +354,7 @@ class ClientSocket(AssociationSocket):
     """The socket that the client sends to, and gets its answers from."""
 
     receive: Callable[[memoryview], int]        # the length of the next datagram
+    coded: Optional[Callable[[socket.socket], socket.socket]] = None    # what makes of a socket one whose datagrams are coded
     length = 10                     # octets, of the header that came last
 
     def __init__(self, association: Association, sock: socket.socket) -> None:
@@ -366,7 +367,7 @@ class ClientSocket(AssociationSocket):
 
     def listen_on(self, sock: socket.socket) -> None:
         """Hear the client's host on any port, until the first good datagram locks one."""
-        self.socket = sock
+        self.socket = sock if self.coded is None else self.coded(sock)
         self.locked = False
         self.receive = self.receive_from_anyone
         self.send_by(self.send_unlocked)

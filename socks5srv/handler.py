@@ -44,14 +44,14 @@ from .protocol import (
 )
 from .ratelimit import RateLimit, and_more
 from .registry import Registry
-from .relay import READ, Relay, Tunnel, broken, tune
+from .relay import READ, Coded, CodedTunnel, Relay, Tunnel, broken, tune
 from .rules import Rules, Verdict
 from .session import Session
 from .users import Users
 
 logger = logging.getLogger("socks5srv")         # a session at its end: INFO
 
-M = TypeVar("M", Greeting, Credentials, Request)
+M = TypeVar("M", bound=Message)
 
 AUTH = {method: f"auth_{method.name}" for method in Method}
 DO = {command: f"do_{command.name}" for command in Command}
@@ -76,6 +76,7 @@ class Host(Protocol):
     idle_timeout: Optional[float]
     reassemble: bool
     upstream: Any
+    gssapi: Any
     hooks: HookTable
 
     def relay_thread(self) -> Relay: ...
@@ -93,7 +94,7 @@ class Stage(Enum):
 
 class ClientStream:
     """
-    What the client sends, as a binary stream.
+    What the client sends, as a binary stream; and where it is answered.
 
     One recv() usually brings a whole message, and may bring more; what it brings beyond the
     message at hand stays in `buffer`, for the next message or for the target.
@@ -125,6 +126,13 @@ class ClientStream:
         """All that has come too early."""
         octets, self.buffer = self.buffer, b""
         return octets
+
+    def write(self, octets: bytes) -> None:
+        """Send them.  ClientGone if the connection has broken."""
+        try:
+            self.connection.sendall(octets)
+        except OSError as error:
+            raise ClientGone(broken("client", error)) from error
 
 
 class ObservedStream(ClientStream):
@@ -166,6 +174,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         stream: what the client sends; ``stream.take()`` is what it has sent ahead
     """
 
+    asks_for_login = False          # whether no client gets in without one, users or not, but from trusted networks
     server: Host                    # type: ignore[assignment]  # that is all it asks of it
     connection: socket.socket
     hooks = Hooks()                 # those of the server when the client came; none before setup()
@@ -174,6 +183,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     _tunnel: Union[Tunnel, Association, None] = None    # what the relay thread has, once it is handed over
     _turn: Optional[threading.Event] = None     # to try a login, which it waits for; set by hang_up(), too
     _reserved = 0                   # descriptors beyond those of every client
+    _client_coded: Optional[Coded] = None       # how what follows the last reply is coded, if it is: by the client,
+    _target_coded: Optional[Coded] = None       # and by the target
     reported = False                # session_ended() has been called, or will soon be
 
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
@@ -609,7 +620,11 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         relay, early = self.server.relay_thread(), self.stream.take()
         self._stage = Stage.HANDED_OVER
-        self._tunnel = Tunnel(relay, self.connection, target, self.session, self.close, self.server.idle_timeout, early)
+        ends = relay, self.connection, target, self.session, self.close, self.server.idle_timeout, early
+        if self._client_coded or self._target_coded:
+            self._tunnel = CodedTunnel(*ends, self._client_coded, self._target_coded)
+        else:
+            self._tunnel = Tunnel(*ends)
         self._tunnel.start()
 
     def close(self) -> None:
@@ -657,10 +672,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """Send one message.  ClientGone if the connection has broken."""
         for sending in self.hooks.sending:
             sending(self.session, message, self._answered)
-        try:
-            self.connection.sendall(bytes(message))
-        except OSError as error:
-            raise ClientGone(broken("client", error)) from error
+        self.stream.write(bytes(message))
 
     def succeed(self, bound: Address) -> None:
         """Send a success reply with this address."""

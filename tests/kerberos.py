@@ -132,11 +132,11 @@ def kerberos(realm_of_the_session: Realm, monkeypatch: pytest.MonkeyPatch) -> Re
     return realm_of_the_session
 
 
-def credentials_of(realm: Realm, name: str) -> Any:
-    """For an `Initiator` that is to be this client of the realm; its tickets are kept in memory, for itself."""
+def credentials_of(realm: Realm, name: str, cache: str = "") -> Any:
+    """For an `Initiator` that is to be this client of the realm, whose keytab is named like it; its tickets are kept in memory."""
     import gssapi
 
-    store = {"client_keytab": f"FILE:{realm.keytab_of(name)}", "ccache": f"MEMORY:{name}"}
+    store = {"client_keytab": f"FILE:{realm.keytab_of(name)}", "ccache": f"MEMORY:{name}{cache}"}
     return gssapi.Credentials(usage="initiate", store=store)
 
 

@@ -24,7 +24,7 @@ CORE = {
     "names": set(), "protocol": {"names"}, "session": {"protocol"}, "waker": set(), "descriptors": {"protocol"},
     "users": {"descriptors"}, "rules": {"names", "protocol"}, "foreign": {"protocol"}, "listener": {"protocol"}, "ratelimit": {"listener"},
     "observer": {"protocol", "session", "rules"}, "registry": {"session", "waker", "descriptors", "users"},
-    "relay": {"session", "waker", "descriptors"}, "outbound": {"names", "protocol", "descriptors", "observer", "relay"},
+    "relay": {"protocol", "session", "waker", "descriptors"}, "outbound": {"names", "protocol", "descriptors", "observer", "relay"},
     "locality": {"protocol", "outbound"},
     "policy": {"protocol", "users", "rules", "listener", "locality"},
     "resolver": {"names", "protocol", "waker", "descriptors", "relay", "outbound"},
