@@ -164,7 +164,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     RequestFailed or LoginFailed, which become replies.  What socketserver documents (setup(), handle(), finish()) is
     overridden as there.
 
-    For the other modules: close(), hang_up(), judge(), linger(), look_up_of(), resolved(), `hooks`, `reported`.
+    For the other modules: close(), hang_up(), judge(), linger(), look_up_of(), resolved(), `asks_for_login`, `hooks`, `reported`.
 
     Attributes:
         session: the record of this client, a Session

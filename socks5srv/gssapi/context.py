@@ -34,7 +34,7 @@ except ImportError as error:        # the package, or the system's library behin
 
 KRB5 = gssapi.OID.from_int_seq("1.2.840.113554.1.2.2")
 SPNEGO = gssapi.OID.from_int_seq("1.3.6.1.5.5.2")       # which agrees on one of the others
-FAILURE = 0xD0000           # GSS_S_FAILURE: the mechanism's own code says more
+OF_THE_MECHANISM = {0x70000, 0xD0000}       # GSS_S_NO_CRED and GSS_S_FAILURE, of which its own code says more
 
 Flag, NameType = gssapi.RequirementFlag, gssapi.NameType
 FLAGS = (Flag.mutual_authentication, Flag.replay_detection, Flag.confidentiality, Flag.integrity)
@@ -47,9 +47,7 @@ class GssapiError(ProtocolError):
 def in_words(error: Any) -> str:
     """An error of the library's in a sentence; which of its two codes says more depends."""
     major, minor = (" ".join(error.get_all_statuses(code, is_major)) for code, is_major in ((error.maj_code, True), (error.min_code, False)))
-    if error.maj_code & 0xFF0000 == FAILURE and error.min_code:
-        return str(minor)
-    return str(major)
+    return str(minor if error.maj_code & 0xFF0000 in OF_THE_MECHANISM and error.min_code else major)
 
 
 class Context:
