@@ -100,6 +100,8 @@ class Association:
     dead = 2.0                  # that a failed look-up, or an address without a route, is remembered: it may work the next moment
     missing = 10.0              # that a name is remembered which does not exist
 
+    most = TURN                 # datagrams moved in one turn; fewer, if each of them takes long
+
     def __init__(self, conversation: Conversation, relay: Relay, host: str, route: outbound.Route, reassemble: bool = False) -> None:
         """In the conversation's thread; from start() on it is the relay thread's.  OSError if there is no socket."""
         self.relay, self.conversation, self.route = relay, conversation, route
@@ -390,7 +392,7 @@ class ClientSocket(AssociationSocket):
         association, receive, length = self.association, self.receive, self.length
         now, chunk, targets = association.forget_old(), association.relay.chunk, association.targets
         up = errors = 0
-        for moved in range(self.turn):
+        for moved in range(min(self.turn, association.most)):
             try:
                 n = receive(chunk)
             except BlockingIOError:
@@ -488,7 +490,7 @@ class TargetSocket(AssociationSocket):
         room = chunk[SPACE:]
         headers, receive, answer = association.headers, self.socket.recvfrom_into, association.client_socket.send
         down = 0
-        for moved in range(self.turn):
+        for moved in range(min(self.turn, association.most)):
             try:
                 n, source = receive(room)
                 header = headers.get(source) or self.header(source)

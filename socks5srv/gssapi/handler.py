@@ -30,6 +30,7 @@ from .messages import Abort, Aborted, ContextToken, FrameError, Level, LevelToke
 from .protected import ProtectedStream, protected
 
 LEVELS = (Level.INTEGRITY, Level.CONFIDENTIALITY)
+DATAGRAMS = 2       # moved in one turn of the relay thread: the largest take half a millisecond each
 
 
 class GssapiLoginFailed(LoginFailed):
@@ -147,7 +148,7 @@ class GssapiHandler(Socks5Handler):
     def _association(self) -> Association:
         association = super()._association()
         if isinstance(self.stream, ProtectedStream):
-            client_socket = association.client_socket
+            association.most, client_socket = DATAGRAMS, association.client_socket
             client_socket.coded = partial(protected, protection=self.stream.protection)
             client_socket.listen_on(client_socket.socket)
         return association
