@@ -379,9 +379,10 @@ class ClientSocket(AssociationSocket):
     """The socket that the client sends to, and gets its answers from."""
 
     receive: Callable[[memoryview], int]        # the length of the next datagram
+    coded: Optional[Callable[[socket.socket], socket.socket]] = None    # what makes of a socket one whose datagrams are coded
     length = 10                     # octets, of the header that came last
     singly = False                  # datagrams come and go one by one, by receive() and send()
-    most = TURN                     # datagrams in one turn
+    most = TURN                     # datagrams in one turn, either way; fewer, if each of them takes long
 
     def __init__(self, association: Association, sock: socket.socket) -> None:
         super().__init__(association, sock)
@@ -394,13 +395,13 @@ class ClientSocket(AssociationSocket):
 
     def listen_on(self, sock: socket.socket) -> None:
         """Hear the client's host on any port, until the first good datagram locks one."""
-        self.socket = sock
-        self.arrivals = Arrivals(sock)
         self.exclusive = False          # all that waits in it is the client's
         self.everywhere = Address.of(sock.getsockname()).is_unspecified     # on all our addresses,
         self.arrived_at = ""                                                # and the client sends to this one of them
         if self.everywhere:
             ask_for_arrival(sock)
+        self.socket = sock if self.coded is None else self.coded(sock)
+        self.arrivals = Arrivals(self.socket)
         self.locked = self.connected = False
         self.receive = self.receive_from_anyone
         self.send_by(self.send_unconnected)
@@ -466,7 +467,7 @@ class ClientSocket(AssociationSocket):
             return [datagram for octets, size, _client in self.arrivals.read(chunk, TURN) for datagram in cut(octets, size)]
         receive, at = self.receive, 0
         came: List[memoryview] = []
-        for moved in range(self.turn):
+        for moved in range(min(self.turn, self.most)):
             try:
                 n = receive(chunk[at:])
             except BlockingIOError:
@@ -577,7 +578,7 @@ class TargetSocket(AssociationSocket):
     def receive_singly(self) -> List[bytes]:
         headers, receive, chunk = self.association.headers, self.socket.recvfrom_into, self.association.relay.chunk
         answers: List[bytes] = []
-        for moved in range(self.turn):
+        for moved in range(min(self.turn, self.association.client_socket.most)):
             try:
                 n, source = receive(chunk)
             except BlockingIOError:

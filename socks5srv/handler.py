@@ -45,14 +45,14 @@ from .protocol import (
 from .ratelimit import RateLimit, and_more
 from .proxyprotocol import ForwardedAddress
 from .registry import Registry
-from .relay import READ, Relay, Tunnel, broken, tune
+from .relay import READ, Coded, CodedTunnel, Relay, Tunnel, broken, tune
 from .rules import Rules, Verdict
 from .session import Session
 from .users import Users
 
 logger = logging.getLogger("socks5srv")         # a session at its end: INFO
 
-M = TypeVar("M", Greeting, Credentials, Request)
+M = TypeVar("M", bound=Message)
 
 AUTH = {method: f"auth_{method.name}" for method in Method}
 DO = {command: f"do_{command.name}" for command in Command}
@@ -77,6 +77,7 @@ class Host(Protocol):
     idle_timeout: Optional[float]
     reassemble: bool
     upstream: Any
+    gssapi: Any
     hooks: HookTable
 
     def relay_thread(self) -> Relay: ...
@@ -94,7 +95,7 @@ class Stage(Enum):
 
 class ClientStream:
     """
-    What the client sends, as a binary stream.
+    What the client sends, as a binary stream; and where it is answered.
 
     One recv() usually brings a whole message, and may bring more; what it brings beyond the
     message at hand stays in `buffer`, for the next message or for the target.
@@ -127,6 +128,13 @@ class ClientStream:
         octets, self.buffer = self.buffer, b""
         return octets
 
+    def write(self, octets: bytes) -> None:
+        """Send them.  ClientGone if the connection has broken."""
+        try:
+            self.connection.sendall(octets)
+        except OSError as error:
+            raise ClientGone(broken("client", error)) from error
+
 
 class ObservedStream(ClientStream):
     """The same, which keeps the octets of the message at hand for the observers."""
@@ -157,7 +165,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     RequestFailed or LoginFailed, which become replies.  What socketserver documents (setup(), handle(), finish()) is
     overridden as there.
 
-    For the other modules: close(), hang_up(), here(), judge(), linger(), look_up_of(), resolved(), `hooks`, `reported`.
+    For the other modules: close(), hang_up(), here(), judge(), linger(), look_up_of(), resolved(), `asks_for_login`, `hooks`, `reported`.
 
     Attributes:
         session: the record of this client, a Session
@@ -167,6 +175,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         stream: what the client sends; ``stream.take()`` is what it has sent ahead
     """
 
+    asks_for_login = False          # whether no client gets in without one, users or not, but from trusted networks
     server: Host                    # type: ignore[assignment]  # that is all it asks of it
     connection: socket.socket
     hooks = Hooks()                 # those of the server when the client came; none before setup()
@@ -175,6 +184,8 @@ class Socks5Handler(socketserver.StreamRequestHandler):
     _tunnel: Union[Tunnel, Association, None] = None    # what the relay thread has, once it is handed over
     _turn: Optional[threading.Event] = None     # to try a login, which it waits for; set by hang_up(), too
     _reserved = 0                   # descriptors beyond those of every client
+    _client_coded: Optional[Coded] = None       # how what follows the last reply is coded, if it is: by the client,
+    _target_coded: Optional[Coded] = None       # and by the target
     reported = False                # session_ended() has been called, or will soon be
 
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
@@ -628,7 +639,11 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """
         relay, early = self.server.relay_thread(), self.stream.take()
         self._stage = Stage.HANDED_OVER
-        self._tunnel = Tunnel(relay, self.connection, target, self.session, self.close, self.server.idle_timeout, early)
+        ends = relay, self.connection, target, self.session, self.close, self.server.idle_timeout, early
+        if self._client_coded or self._target_coded:
+            self._tunnel = CodedTunnel(*ends, self._client_coded, self._target_coded)
+        else:
+            self._tunnel = Tunnel(*ends)
         self._tunnel.start()
 
     def close(self) -> None:
@@ -679,10 +694,7 @@ class Socks5Handler(socketserver.StreamRequestHandler):
         """Send one message.  ClientGone if the connection has broken."""
         for sending in self.hooks.sending:
             sending(self.session, message, self._answered)
-        try:
-            self.connection.sendall(bytes(message))
-        except OSError as error:
-            raise ClientGone(broken("client", error)) from error
+        self.stream.write(bytes(message))
 
     def succeed(self, bound: Address) -> None:
         """Send a success reply with this address."""

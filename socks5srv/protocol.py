@@ -32,9 +32,11 @@ from enum import Enum, IntEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from operator import attrgetter
-from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple
+from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Protocol, Tuple, Type, TypeVar
 
 from .names import JOINERS, quoted
+
+M = TypeVar("M", bound="Message")
 
 VER = 5                     # of every message but the two of RFC 1929
 CREDENTIALS_VER = 1         # of those two: the version of the sub-negotiation, not of SOCKS
@@ -216,6 +218,11 @@ def read_versioned(stream: BinaryStream, n: int, what: str, version: int = VER) 
 
 class Message:
     """What all messages share: octets and text, both from the fields."""
+
+    @classmethod
+    def read(cls: Type[M], stream: BinaryStream) -> M:
+        """Read one, and not an octet more; a Socks5Error if it cannot be read."""
+        raise NotImplementedError
 
     def fields(self) -> List[Field]:
         """The boxes of the RFC's picture, in its order."""

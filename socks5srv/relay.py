@@ -18,7 +18,9 @@ A flow that moves a lot stops copying, where the system lets it: on Linux `os.sp
 socket through a pipe, without a detour through this process.  And it takes its turn after the others: a few octets
 never wait for more than one chunk of it.
 
-Not here: SOCKS, and the UDP association (datagrams.py), which the same thread serves.
+Where a connection's octets are coded, in frames that have to be decrypted for instance, its tunnel is one of `CodedFlow`s.
+
+Not here: SOCKS, how octets are coded (gssapi/), and the UDP association (datagrams.py), which the same thread serves.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ import threading
 import time
 from collections import deque
 from functools import partial
-from typing import Callable, Deque, Dict, Iterable, List, Optional, Protocol, Sequence, Set, Tuple
+from typing import Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Protocol, Sequence, Set, Tuple, Union
 
 from .descriptors import PIPE_ENDS, descriptors
+from .protocol import ProtocolError
 from .session import Session
 from .waker import Waker
 
@@ -600,3 +603,148 @@ class Tunnel:
         self.session.end(reason)
         self.on_end()
         del self.on_end             # which has us: so neither waits for the garbage collector
+
+
+# --- coded tunnels ---
+
+FRAMES = 16                 # decoded in one turn at most: small ones cost as much time as one of BULK octets
+
+
+class Coding(Protocol):
+    """How the octets of a connection are coded, either way.  What is coded first has to be sent first."""
+
+    block: int              # octets of plain text that one frame has room for
+
+    def encode(self, octets: Union[bytes, memoryview], /) -> bytes: """As frames."""
+
+    def decode(self, received: bytearray, /) -> Optional[bytes]:
+        """Take the first frame off, and decode it; None if there is more of it to come.  ProtocolError if it is wrong."""
+
+
+class Coded(NamedTuple):
+    """One end of a tunnel: its coding, and what has been received from there and is still to be decoded."""
+
+    coding: Coding
+    received: bytes = b""
+
+
+class CodedFlow(Flow):
+    """
+    One direction whose source, or sink, or both, are coded: it moves one chunk in a turn, too, and never without copying.
+
+    `received` are frames that are not whole yet, or wait for the next turn: two of them at most, as no more is read then.
+    """
+
+    __slots__ = ("decoding", "encoding", "received", "plain")
+
+    def __init__(self, tunnel: Tunnel, source: socket.socket, sink: socket.socket, side: str, coded: Optional[Coded], coding: Optional[Coding]) -> None:
+        super().__init__(tunnel, source, sink, side)
+        self.decoding = coded.coding if coded else None
+        self.encoding = coding
+        self.received = bytearray(coded.received if coded else b"")
+        self.plain = 0              # octets of plain text in `chunk`
+
+    def copy(self) -> None:
+        try:
+            octets = self.next() or self.receive()
+        except ProtocolError as error:
+            self.tunnel.abort(f"{self.side}: {error}")
+            return
+        if octets:
+            self.pass_on(octets)
+
+    splice = copy
+
+    def next(self) -> bytes:
+        """What is in the frames at hand, or in some of them: then it is this flow's turn again soon."""
+        found: List[bytes] = []
+        if self.decoding and self.received:
+            while len(found) < FRAMES and sum(map(len, found)) < BULK // 2:
+                octets = self.decoding.decode(self.received)
+                if octets is None:
+                    break
+                found.append(octets)
+            else:
+                self.tunnel.relay.bulk_queue[self] = None
+        return b"".join(found)
+
+    def receive(self) -> bytes:
+        """Read, and decode; what there is to pass on."""
+        room = self.tunnel.relay.chunk[:self.encoding.block if self.encoding else BULK]
+        n = self.source.recv_into(room)
+        self.bulk = n >= BULK // 4
+        if not n:
+            self.finish()
+            return b""
+        if not self.decoding:
+            return bytes(room[:n])
+        self.received += room[:n]
+        return self.next()
+
+    def finish(self) -> None:
+        if self.received:
+            raise ProtocolError("the connection ended within a frame")
+        super().finish()
+
+    def pass_on(self, octets: bytes) -> None:
+        """Send them, or as much as the sink takes, and hold the rest."""
+        try:
+            self.hold(octets)
+            self.send()
+        except BlockingIOError:
+            pass
+        except (OSError, ProtocolError) as error:
+            self.tunnel.abort(broken(self.opposite.side, error) if isinstance(error, OSError) else f"{self.opposite.side}: {error}")
+            return
+        if self.chunk:
+            self.read_on(False)
+
+    def hold(self, octets: bytes) -> None:
+        self.plain = len(octets)
+        self.chunk = self.encoding.encode(octets) if self.encoding else octets
+
+    def send(self) -> None:
+        """As much of the chunk as the sink takes."""
+        if self.chunk:
+            sent = self.sink.send(self.chunk)
+            self.chunk = self.chunk[sent:] or None
+            plain = min(sent, self.plain)       # what the frames take beyond their content is not counted
+            self.plain -= plain
+            self.octets += plain
+
+    def flush(self) -> None:
+        self.send()
+        if not self.chunk:
+            self.read_on(True)
+
+    def read_on(self, reading: bool) -> None:
+        super().read_on(reading)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """There may be whole frames at hand, of which the source will tell nothing any more."""
+        if self.received:
+            self.tunnel.relay.bulk_queue[self] = None
+
+
+class CodedTunnel(Tunnel):
+    """A tunnel with a client, or a target, or both, whose octets are coded.  `early` is plain text."""
+
+    __slots__ = ()
+
+    def __init__(self, relay: Relay, client: socket.socket, target: socket.socket, session: Session, on_end: Callable[[], None],
+                 idle_timeout: Optional[float], early: bytes, at_client: Optional[Coded], at_target: Optional[Coded]) -> None:
+        super().__init__(relay, client, target, session, on_end, idle_timeout)
+        up = CodedFlow(self, client, target, "client", at_client, at_target.coding if at_target else None)
+        down = CodedFlow(self, target, client, "target", at_target, at_client.coding if at_client else None)
+        self.up, self.down = up, down
+        up.opposite, down.opposite = down, up
+        if early:
+            up.hold(early)
+            up.reading = False
+
+    def start(self) -> None:
+        super().start()
+        for flow in (self.up, self.down):
+            if isinstance(flow, CodedFlow) and flow.received:
+                self.relay.call(flow.go_on)

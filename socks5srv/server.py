@@ -67,6 +67,7 @@ class Defaults:
     allow_local_targets = False
     proxy_protocol: Sequence[Network] = ()
     commands: FrozenSet[Command] = frozenset(Command)
+    gssapi: Any = None
     upstream: Any = None
     route = Route()
     max_clients: Optional[int] = None
@@ -113,6 +114,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         allow_local_targets: let other computers reach what only this one should: see rules.py (False)
         proxy_protocol: networks of load balancers, which have to send a PROXY header in front of what each client sends (none)
         commands: a set of Command; the others get reply 07 (all three)
+        gssapi: who may log in by Kerberos, and how, if the handler is a GssapiHandler: see gssapi/handler.py (None)
         upstream: URL of the proxy to go out through, if the handler is an UpstreamHandler (None)
         route: address family, and own address, of outgoing connections (Route(): any)
         max_clients: connections at a time (None: as many as the descriptors allow)
@@ -142,6 +144,8 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         self.observers = ()
         for name, value in settings.items():
             setattr(self, name, value)
+        if self.gssapi is not None and not getattr(RequestHandlerClass, "asks_for_login", False):
+            raise ValueError("gssapi= needs a GssapiHandler, which asks for it")
         self.users = self.users if users is None else users
         self.rules = rules or self.rules
         self._parse_settings()
@@ -183,7 +187,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
     def _refuse_to_be_open(self, host: str) -> None:
         """ValueError if whoever can reach this host, as bind() takes it, could use the server, and nothing says that it is meant."""
         authenticates = getattr(self.RequestHandlerClass, "authenticate", None) is not Socks5Handler.authenticate
-        if self.allow_open_proxy or self.allow_from or authenticates or self.users is not None:
+        if self.allow_open_proxy or self.allow_from or authenticates or self._asks_for_login:
             return
         if is_for_here(host) and not self.proxy_protocol:       # a balancer brings clients from everywhere
             return
@@ -191,6 +195,11 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
             f"on {host or 'all addresses'} this would be an open proxy: pass users=, or allow_from= with networks, or a handler that "
             "overrides authenticate(); or listen on 127.0.0.1; or pass allow_open_proxy=True, and everybody may use it"
         )
+
+    @property
+    def _asks_for_login(self) -> bool:
+        """Whether who is in none of the networks of allow_from can get in all the same."""
+        return self.users is not None or getattr(self.RequestHandlerClass, "asks_for_login", False)
 
     @property
     def observers(self) -> Sequence[Observer]:
@@ -409,7 +418,7 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         if ":" in host or self.allow_from:      # else it is an IPv4 address as it stands, and nothing need be asked about it
             client = Address.of(client_address)
             host = client.host
-            if self.allow_from and self.users is None and not self.policy.trusts(client):
+            if self.allow_from and not self._asks_for_login and not self.policy.trusts(client):
                 return Refusal(f"rejected {host}", f"{host} rejected: not in --allow-from")
         return self.registry.admit(host)
 

@@ -38,7 +38,7 @@ from socks5srv.users import Hash
 
 from .networks import LinkLocal, link_local_address, network_of_its_own
 
-pytest_plugins = ["socks5srv.testing.pytest_plugin", "tests.program"]      # the first if it is not installed, too
+pytest_plugins = ["socks5srv.testing.pytest_plugin", "tests.program", "tests.kerberos"]      # the first if it is not installed, too
 
 TIMEOUT = 10.0              # seconds after which something that was waited for does not come
 LOCALHOST = "127.0.0.1"

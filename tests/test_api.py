@@ -124,14 +124,14 @@ API: Dict[type, Dict[str, str]] = {
         "for the other modules":
             "relay_thread warn_once draining hooks listeners policy rate_limit registry relays serving_thread stopped stopping",
         "settings": """
-            users rules allow_from allow_open_proxy allow_local_targets proxy_protocol commands upstream route max_clients max_per_client
+            users rules allow_from allow_open_proxy allow_local_targets proxy_protocol commands gssapi upstream route max_clients max_per_client
             max_handshakes max_logins handshake_timeout connect_timeout bind_timeout idle_timeout drain_grace drain_timeout relay_threads reassemble
         """,
     },
     Socks5Handler: {
         "for overriding": "authenticate allow resolve connect relay session_ended select_method perform",
         "for those": "receive send succeed open_tunnel session server client_address connection stream",
-        "for the other modules": "close hang_up here judge linger look_up_of resolved hooks reported",
+        "for the other modules": "asks_for_login close hang_up here judge linger look_up_of resolved hooks reported",
     },
 }
 BY_PATTERN = {"do_CONNECT", "do_BIND", "do_UDP_ASSOCIATE", "auth_NO_AUTHENTICATION_REQUIRED", "auth_USERNAME_PASSWORD"}

@@ -20,13 +20,13 @@ import time
 from dataclasses import dataclass
 from itertools import chain, repeat
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Tuple
 from unittest.mock import Mock
 
 import pytest
 
 from socks5srv import relay
-from socks5srv.protocol import Address, ReplyCode
+from socks5srv.protocol import Address, ProtocolError, ReplyCode
 from socks5srv.session import Session
 
 from .conftest import TIMEOUT, Client, eventually, exchange, in_thread, reset, within
@@ -268,7 +268,27 @@ class Replaceable(socket.socket):
     """A socket of which a call can be replaced."""
 
 
-def broken_tunnel(side: str, call: str, code: int, held: bool = False) -> str:
+class Toy:
+    """A coding for tests: a length, and the octets with all bits turned round."""
+
+    block = 10_000
+
+    def encode(self, octets: Any) -> bytes:
+        pieces = [bytes(octets[start:start + self.block]) for start in range(0, len(octets), self.block)]
+        return b"".join(len(piece).to_bytes(2, "big") + bytes(each ^ 0xFF for each in piece) for piece in pieces)
+
+    def decode(self, received: bytearray) -> Any:
+        end = 2 + int.from_bytes(received[:2], "big")
+        if len(received) < max(end, 2):
+            return None
+        if end > 2 + self.block:
+            raise ProtocolError("too long")
+        octets = bytes(each ^ 0xFF for each in received[2:end])
+        del received[:end]
+        return octets
+
+
+def broken_tunnel(side: str, call: str, code: int, held: bool = False, coding: Any = None) -> str:
     """
     The reason for which a tunnel ends when this call on the socket of this side fails, the first time or, if `held`, the second;
     the octets come from the other one.
@@ -281,10 +301,14 @@ def broken_tunnel(side: str, call: str, code: int, held: bool = False) -> str:
     carrier, over = relay.Relay(), threading.Event()
     session = Session(1, Address.numeric("127.0.0.1", 1))
     try:
-        relay.Tunnel(carrier, ends["client"], ends["target"], session, over.set).start()
+        if coding is None:
+            relay.Tunnel(carrier, ends["client"], ends["target"], session, over.set).start()
+        else:
+            coded = relay.Coded(coding), relay.Coded(coding)
+            relay.CodedTunnel(carrier, ends["client"], ends["target"], session, over.set, None, b"", *coded).start()
         other = {"client": "target", "target": "client"}[side]
         sender = pairs[side if call == "recv_into" else other][1]
-        sender.send(b"x")
+        sender.send(b"x" if coding is None else coding.encode(b"x"))
         if call == "shutdown":
             sender.shutdown(socket.SHUT_WR)
         assert over.wait(TIMEOUT)
@@ -315,9 +339,10 @@ def test_what_has_come_early_goes_first_and_nothing_is_read_before_it_has_gone()
     (errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH)[0].lower() + os.strerror(errno.EHOSTUNREACH)[1:]),
 ])
 @pytest.mark.parametrize(("call", "held"), [("recv_into", False), ("send", False), ("send", True), ("shutdown", False)])
+@pytest.mark.parametrize("coding", [None, Toy()], ids=["plain", "coded"])
 @either_side
-def test_the_reason_says_whose_socket_has_failed(side: str, call: str, held: bool, code: int, says: str) -> None:
-    assert broken_tunnel(side, call, code, held) == f"{side}: {says}"
+def test_the_reason_says_whose_socket_has_failed(side: str, coding: Any, call: str, held: bool, code: int, says: str) -> None:
+    assert broken_tunnel(side, call, code, held, coding) == f"{side}: {says}"
 
 
 @needs_splice
@@ -643,3 +668,115 @@ def test_many_bulk_flows_have_their_turns_in_order(tunnel: Any) -> None:
     carrier.call(lambda: None)
     eventually(lambda: not carrier.bulk_queue)
     assert turns == list(range(2 * relay.BULK_BATCH))
+
+
+# --- coded tunnels; what Kerberos makes of them is in gssapi/test_protected.py ---
+
+class End(NamedTuple):
+    """One end of a tunnel, coded or not."""
+
+    socket: socket.socket
+    coding: Any
+
+    def send(self, octets: bytes) -> None:
+        self.socket.sendall(self.coding.encode(octets) if self.coding else octets)
+
+    def rest(self) -> bytes:
+        """What comes until the end, decoded."""
+        received, found = bytearray(), b""
+        for octets in iter(lambda: self.socket.recv(65536), b""):
+            received += octets
+        if not self.coding:
+            return bytes(received)
+        for octets in iter(lambda: self.coding.decode(received), None):
+            found += octets
+        assert not received
+        return found
+
+
+@pytest.fixture
+def coded_tunnel() -> Iterator[Callable[..., Any]]:
+    """Both ends of a new tunnel, and it: ``client, target, tunnel = coded_tunnel(sides, early, received)``, coded at these sides."""
+    with contextlib.ExitStack() as stack:
+        def make(sides: str, early: bytes = b"", received: bytes = b"") -> Any:
+            carrier = relay.Relay()
+            stack.callback(carrier.stop)
+            ends, ours, coded = [], [], []
+            for side in ("client", "target"):
+                end, other = socket.socketpair()
+                end.settimeout(TIMEOUT)
+                ends.append(End(stack.enter_context(end), Toy() if side in sides else None))
+                ours.append(other)
+                coded.append(relay.Coded(Toy(), received) if side in sides else None)
+            session = Session(1, Address.numeric("127.0.0.1", 1))
+            tunnel = relay.CodedTunnel(carrier, *ours, session, lambda: None, None, early, *coded)
+            tunnel.start()
+            return (*ends, tunnel)
+
+        yield make
+
+
+either_side_or_both = pytest.mark.parametrize("sides", ["client", "target", "client and target"])
+
+
+@either_side_or_both
+@pytest.mark.usefixtures("mode")
+def test_coded_octets_arrive_as_they_were_both_ways(coded_tunnel: Any, sides: str) -> None:
+    client, target, tunnel = coded_tunnel(sides, early=b"early, ")
+    octets = bytes(range(251)) * 4000
+    sent = []
+    for end in (client, target):
+        sent.append(in_thread(lambda end=end: (end.send(octets), end.socket.shutdown(socket.SHUT_WR))))
+    arrived = in_thread(target.rest), in_thread(client.rest)
+    assert (arrived[0](), arrived[1]()) == (b"early, " + octets, octets)
+    for waiting in sent:
+        waiting()
+    eventually(lambda: tunnel.over)
+    assert (tunnel.session.up, tunnel.session.down) == (len(octets) + 7, len(octets))
+    assert tunnel.session.reason.startswith("closed by ")
+
+
+@pytest.mark.parametrize("sides", ["client", "target"])
+def test_frames_that_had_been_received_before_come_first(coded_tunnel: Any, sides: str) -> None:
+    frames = Toy().encode(b"before, ") + Toy().encode(b"and after")
+    client, target, _tunnel = coded_tunnel(sides, received=frames[:-3])
+    coded, other = (client, target) if sides == "client" else (target, client)
+    assert other.socket.recv(100) == b"before, "
+    coded.socket.sendall(frames[-3:])
+    assert other.socket.recv(100) == b"and after"
+
+
+def test_however_many_frames_there_are_one_turn_is_for_a_few() -> None:
+    carrier = Mock(bulk_queue={}, chunk=memoryview(bytearray(relay.CHUNK)))
+    tunnel = Mock(relay=carrier)
+    (source, other), (sink, _end) = socket.socketpair(), socket.socketpair()
+    flow = relay.CodedFlow(tunnel, source, sink, "client", relay.Coded(Toy()), None)
+    flow.opposite = Mock(chunk=None, pipe=None)
+    with source, other, sink, _end:
+        other.sendall(b"".join(Toy().encode(b"x") for _ in range(relay.FRAMES + 1)))
+        flow.copy()
+        assert _end.recv(100) == b"x" * relay.FRAMES
+        assert list(carrier.bulk_queue) == [flow]
+        flow.copy()
+        assert _end.recv(100) == b"x"
+
+
+@pytest.mark.parametrize(("octets", "says"), [(b"\xff\xff" + bytes(0xFFFF), "too long"), (b"\x00", "the connection ended within a frame")])
+@either_side
+def test_what_cannot_be_decoded_ends_a_tunnel_as_a_failure_of_that_side(coded_tunnel: Any, side: str, octets: bytes, says: str) -> None:
+    client, target, tunnel = coded_tunnel(side)
+    coded = client if side == "client" else target
+    with contextlib.suppress(OSError):
+        coded.socket.sendall(octets)
+        coded.socket.shutdown(socket.SHUT_WR)
+    eventually(lambda: tunnel.over)
+    assert tunnel.session.reason == f"{side}: {says}"
+
+
+def test_what_cannot_be_encoded_does_so_as_well(coded_tunnel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, target, tunnel = coded_tunnel("client")
+    monkeypatch.setattr(Toy, "encode", Mock(side_effect=ProtocolError("no key")))
+    target.socket.sendall(b"octets")
+    eventually(lambda: tunnel.over)
+    assert tunnel.session.reason == "client: no key"
+    client.socket.close()

@@ -36,22 +36,28 @@ WITH_A_LOGIN = """\
 
 SOCKS5 sends the password unencrypted: use it on trusted networks only."""
 
+WITH_KERBEROS = """\
+  kerberos   clients need a ticket (kinit); browsers have no Kerberos for SOCKS5"""
+
 
 def banner(
     addresses: Sequence[Address], users: Optional[int], keys: bool = True, status: Optional[str] = None, user: Optional[str] = None,
-    balancers: Sequence[Network] = (),
+    balancers: Sequence[Network] = (), gssapi: bool = False,
 ) -> str:
     """
     The lines to paste.
 
     `users`: how many, None if no password is asked for; `user`: the name, if there is one only and it is known;
-    `keys`: it listens on the keyboard, too; `balancers`: who has to send a PROXY header.
+    `keys`: it listens on the keyboard, too; `balancers`: who has to send a PROXY header; `gssapi`: Kerberos is asked for, or one of the two.
     """
     reachable = reachable_address(addresses[0])
     place = in_url(reachable)
     login, name, browsers = "no password", "", WITHOUT_A_LOGIN
     if users is not None:
         login, name, browsers = f"password required ({plural(users, 'user')})", f"{quote(user or 'NAME', safe='')}:PASSWORD@", WITH_A_LOGIN
+    if gssapi:
+        login = "Kerberos required" if users is None else f"Kerberos or password ({plural(users, 'user')})"
+        browsers = WITH_KERBEROS if users is None else f"{WITH_KERBEROS}\n{WITH_A_LOGIN}"
     return BANNER.format(
         version=__version__, login=login, url=f"socks5h://{name}{place}", keys=", h + Enter shows keys" * keys,
         whom="this computer only" if not balancers and all(is_loopback(each.host) for each in addresses) else "other computers, too",
@@ -62,11 +68,11 @@ def banner(
     )
 
 
-def listening(addresses: Sequence[Address], users: Optional[int], commands: Iterable[Command]) -> Dict[str, Any]:
+def listening(addresses: Sequence[Address], users: Optional[int], commands: Iterable[Command], gssapi: bool = False) -> Dict[str, Any]:
     """The same for programs: what the line "listening" says."""
     return {
         "urls": [f"socks5h://{in_url(address)}" for address in addresses],
-        "auth": "password" if users is not None else "none",
+        "auth": ",".join(["gssapi"] * gssapi + ["password"] * (users is not None)) or "none",
         "commands": [COMMAND_WORDS[command] for command in sorted(commands)],
         "pid": os.getpid(),
     }

@@ -97,7 +97,7 @@ def status_page(node: Node, settings: Settings, host: str, port: int, passed: Op
     from ..monitor.http import StatusPage
 
     address = status_address(host, port, settings.status_open)
-    words = listening(node.addresses, node.users, settings.commands)
+    words = listening(node.addresses, node.users, settings.commands, settings.gssapi)
     facts = {"listening": [f"socks5h://{each}" for each in node.addresses], "auth": words["auth"], "commands": words["commands"], "workers": settings.workers}
     with or_cannot_start(cannot_show, address, node.addresses):
         page = StatusPage(node.stats, facts, address, settings.status_open, passed)
@@ -140,9 +140,9 @@ def serve_command(node: Node, settings: Settings) -> int:
 
 
 def greet(node: Node, settings: Settings, page: Optional[str]) -> None:
-    facts = {**listening(node.addresses, node.users, settings.commands), **({"status": page} if page is not None else {})}
+    facts = {**listening(node.addresses, node.users, settings.commands, settings.gssapi), **({"status": page} if page is not None else {})}
     if sys.stderr.isatty() and settings.log_format == "text" and not settings.quiet:
-        show(banner(node.addresses, node.users, at_keyboard(), page, only_user(settings), settings.proxy_protocol))
+        show(banner(node.addresses, node.users, at_keyboard(), page, only_user(settings), settings.proxy_protocol, settings.gssapi))
     if settings.log_file or settings.log_format == "json" or not sys.stderr.isatty():
         words = f"listening {' '.join(facts['urls'])} auth={facts['auth']} commands={','.join(facts['commands'])} pid={facts['pid']}"
         logger.info("%s%s", words, f" status={page}" * (page is not None), extra={"event": "listening", "facts": facts})

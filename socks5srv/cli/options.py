@@ -110,6 +110,13 @@ def build_parser(kind: Type[Parser] = Parser) -> Parser:
                      help="require this name and password of clients; may be repeated. Without :PASSWORD it is taken from SOCKS5SRV_PASSWORD, or asked for")
     who.add_argument("--users-file", metavar="FILE", help="users, one NAME:HASH a line; read again when the file changes")
     who.add_argument("--hash-password", action="store_true", help="the same as the command hash-password")
+    who.add_argument("--gssapi", action="store_true", help="require Kerberos of clients (GSSAPI, RFC 1961); with -u a password does as well. Needs the package gssapi")
+    who.add_argument("--keytab", metavar="FILE", help="the proxy's own keys for Kerberos, any of which is accepted (default: as KRB5_KTNAME says, or the system's)")
+    who.add_argument("--gssapi-levels", type=level_list, metavar="LIST",
+                     help="protection to agree to, of 0,1,2: none, integrity, encryption (default: 1,2). 0 alone also serves clients that can do no other, such as curl")
+    who.add_argument("--gssapi-nec", action="store_true", help="serve clients that ask for their level in clear, too, as NEC's did")
+    who.add_argument("--gssapi-allow", action="append", metavar="PATTERN",
+                     help="let in only principals that PATTERN fits as a whole, such as '*@EXAMPLE.COM'; may be repeated")
     who.add_argument("--allow-from", action="append", type=network, metavar="NETWORK",
                      help="serve clients in NETWORK, such as 192.168.1.0/24, without authentication; may be repeated")
     who.add_argument("--allow-open-proxy", action="store_true", help="serve other computers without authentication")
@@ -221,9 +228,11 @@ def rules_again(words: Sequence[str]) -> Optional[Sequence[Rule]]:
 
 def refuse_contradictions(parser: Parser, options: argparse.Namespace) -> None:
     command, pcap, many = options.command, options.pcap, options.workers > 1
+    gssapi = {"--keytab": options.keytab, "--gssapi-levels": options.gssapi_levels, "--gssapi-nec": options.gssapi_nec, "--gssapi-allow": options.gssapi_allow}
     for is_wrong, message in (
         (options.address and options.port is not None, "the port is given twice, as PORT and as -p"),
         (options.users and options.users_file is not None, "-u and --users-file exclude each other: put all users into the file"),
+        (not options.gssapi and any(gssapi.values()), f"{next(filter(gssapi.get, gssapi), '')} needs --gssapi, which asks for Kerberos"),
         (command == [], "--run needs a COMMAND after it, such as  --run curl example.com"),
         (command and (many or options.users_file is not None), "--run needs neither --users-file nor --workers: leave them out"),
         (command and options.proxy_protocol, "--run serves one COMMAND, and no balancer: leave --proxy-protocol out"),
@@ -412,6 +421,12 @@ def command_list(text: str) -> FrozenSet[Command]:
     if wrong:
         raise ArgumentTypeError(f"invalid command {wrong[0]!r}: choose from {','.join(words)}")
     return frozenset(words[word] for word in text.split(","))
+
+
+def level_list(text: str) -> Tuple[int, ...]:
+    if not all(word in ("0", "1", "2") for word in text.split(",")):
+        raise ArgumentTypeError(f"invalid levels {text!r}: expected some of 0,1,2")
+    return tuple(sorted(set(map(int, text.split(",")))))
 
 
 def logins_of(parser: Parser, given: Sequence[str]) -> Dict[str, str]:

@@ -40,7 +40,29 @@ def check(settings: Settings, passed: Sequence[socket.socket] = ()) -> List[str]
     with or_cannot_start(cannot_write, "log file", settings.log_file, "--log-file"):
         log.set_up(settings)
     raise_descriptor_limit()
+    if settings.gssapi:
+        check_kerberos(settings)
     return addresses
+
+
+def check_kerberos(settings: Settings) -> None:
+    """Whether there is what it takes: the package, and a key."""
+    try:
+        from ..gssapi.context import GssapiError
+        from ..service.kerberos import gssapi
+    except ImportError as error:
+        raise CannotStart(
+            f"--gssapi needs the package gssapi: {error.__cause__ or error}", "install it with:  pip install 'socks5srv[gssapi]'",
+            "On Linux that takes a compiler and headers:  apt-get install gcc python3-dev libkrb5-dev",
+        ) from None
+    try:
+        gssapi(settings)
+    except GssapiError as error:
+        keytab = settings.keytab or os.environ.get("KRB5_KTNAME") or "of the system"
+        raise CannotStart(
+            f"cannot use the keytab {keytab}: {error}", "give one with  --keytab FILE",
+            "or make one with  kadmin -q 'ktadd -k FILE rcmd/HOST', where HOST is what clients call this proxy",
+        ) from None
 
 
 # --- where to listen ---
@@ -77,7 +99,7 @@ def resolved(host: str, way_out: str) -> List[str]:
 
 
 def refuse_to_be_open(settings: Settings, addresses: Sequence[str]) -> None:
-    asks_for_login, port = settings.users is not None or settings.users_file is not None, settings.port
+    asks_for_login, port = settings.users is not None or settings.users_file is not None or settings.gssapi, settings.port
     beyond = [address for address in addresses if settings.proxy_protocol or not is_loopback(address)]
     if beyond and not (asks_for_login or settings.allow_from or settings.allow_open_proxy):
         here = f"{beyond[0]}{f' port {port}' * bool(port)}" if not settings.proxy_protocol else "the load balancer"

@@ -92,10 +92,18 @@ class Service:
 def server_settings(settings: Settings) -> Dict[str, Any]:
     """What the constructor of Socks5Server is to be given by name, beside the users."""
     given = {name: getattr(settings, name) for name in OF_THE_SERVER if getattr(settings, name) is not None}
+    if settings.gssapi:
+        from . import kerberos
+
+        given["gssapi"] = kerberos.gssapi(settings)
     return {**given, "rules": settings.rules, "route": Route(settings.family, settings.source, advertise=settings.advertise, udp_ports=settings.udp_ports)}
 
 
 def handler_class(settings: Settings) -> Type[Socks5Handler]:
+    if settings.gssapi:
+        from . import kerberos
+
+        return kerberos.handler_class(settings)
     return Socks5Handler if settings.upstream is None else UpstreamHandler
 
 

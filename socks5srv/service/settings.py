@@ -33,6 +33,11 @@ class Settings:
     # Who may use it, and for what.
     users: Optional[Mapping[str, str]] = field(default=None, repr=False)    # passwords by name; None: no login is asked for
     users_file: Optional[str] = None    # or hashes by name in this file
+    gssapi: bool = False                # Kerberos is asked for
+    keytab: Optional[str] = None        # a file; None: as KRB5_KTNAME says, or the system's
+    gssapi_levels: Sequence[int] = (1, 2)
+    gssapi_nec: bool = False
+    gssapi_allow: Sequence[str] = ()    # patterns of principals; none: all
     allow_from: Sequence[Network] = ()
     allow_open_proxy: bool = False
     rules: Sequence[Rule] = ()

@@ -56,6 +56,18 @@ def test_with_users_it_says_how_many_and_warns() -> None:
     assert "chrome --proxy-server" not in text
 
 
+def test_with_kerberos_it_says_so_and_warns_if_a_password_does_as_well() -> None:
+    text = banner(addresses("127.0.0.1"), None, gssapi=True)
+    assert "only, Kerberos required\n" in text
+    assert "clients need a ticket (kinit)" in text
+    assert "password" not in text.lower()
+    text = banner(addresses("127.0.0.1"), 2, gssapi=True)
+    assert "only, Kerberos or password (2 users)\n" in text
+    assert "clients need a ticket (kinit)" in text
+    assert "SOCKS5 sends the password unencrypted" in text
+    assert max(map(len, text.split("\n"))) <= WIDTH
+
+
 def test_beyond_loopback_it_says_so() -> None:
     assert "serving other computers, too" in banner(addresses("127.0.0.1", "192.168.1.20"), 1)
     assert "serving this computer only" in banner(addresses("127.0.0.1", "::1", "127.0.0.2"), None)
@@ -121,9 +133,11 @@ def test_the_banner_of_any_server_fits_the_terminal(host: str, port: int, users:
     assert max(map(len, banner(addresses(host, port=port), users).split("\n"))) <= WIDTH
 
 
-@pytest.mark.parametrize(("users", "auth"), [(None, "none"), (1, "password")])
-def test_programs_are_told_the_same(users: Any, auth: str) -> None:
-    assert listening(addresses("127.0.0.1", "::1"), users, frozenset([Command.UDP_ASSOCIATE, Command.CONNECT])) == {
+@pytest.mark.parametrize(("users", "gssapi", "auth"), [
+    (None, False, "none"), (1, False, "password"), (None, True, "gssapi"), (1, True, "gssapi,password"),
+])
+def test_programs_are_told_the_same(users: Any, gssapi: bool, auth: str) -> None:
+    assert listening(addresses("127.0.0.1", "::1"), users, frozenset([Command.UDP_ASSOCIATE, Command.CONNECT]), gssapi) == {
         "urls": ["socks5h://127.0.0.1:1080", "socks5h://[::1]:1080"], "auth": auth, "commands": ["connect", "udp"], "pid": os.getpid(),
     }
 

@@ -213,6 +213,7 @@ MISTAKES: List[Tuple[Any, ...]] = [     # what it is, command lines that make it
     ("no ports", [f"--udp-ports={text}" for text in ("20000-", "", "20000-70000", "many")], "invalid port in {!r}: expected PORT or PORT-PORT, 0-65535"),
     ("ports for clients the wrong way round", ["--udp-ports 9-8"], "the lower one comes first"),
     ("the port for any port", ["--udp-ports 0-9"], "invalid ports {!r}: 0 is none that a client could send to"),
+    ("no levels", [f"--gssapi-levels='{text}'" for text in ("3", "", "1,", "one", "1 2", "-1")], "invalid levels {!r}: expected some of 0,1,2"),
     ("no number of clients", ["--max-clients 0", "--max-per-client many"], "invalid number {!r}: expected 1 or more"),
 ]
 
@@ -253,6 +254,9 @@ def test_what_others_are_used_to_is_no_option_here_and_what_was_meant_is_one() -
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
+    ("--keytab proxy.keytab", "--keytab needs --gssapi, which asks for Kerberos"),
+    ("--gssapi-nec", "--gssapi-nec needs --gssapi, which asks for Kerberos"),
+    ("--gssapi-allow *@EXAMPLE.COM --gssapi-levels 1", "--gssapi-levels needs --gssapi, which asks for Kerberos"),
     ("--source 192.0.2.7 --source 192.0.2.8", "--source is given twice for IPv4: one address of each family is enough"),
     ("--source ::1 --source 192.0.2.8 --source ::1", "--source is given twice for IPv6: one address of each family is enough"),
     ("-6 --source 192.0.2.7", "-6 and --source 192.0.2.7 leave no way out: leave one of them out"),
