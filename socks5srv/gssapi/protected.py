@@ -66,7 +66,8 @@ class ProtectedDatagrams:
 
     def __init__(self, sock: socket.socket, protection: Protection) -> None:
         self.socket, self.protection = sock, protection
-        self.fileno, self.close, self.connect, self.getsockname = sock.fileno, sock.close, sock.connect, sock.getsockname
+        self.fileno, self.close, self.connect = sock.fileno, sock.close, sock.connect
+        self.getsockname, self.setsockopt = sock.getsockname, sock.setsockopt
 
     def recv_into(self, chunk: memoryview) -> int:
         return self.decode(chunk, self.socket.recv_into(chunk))
