@@ -56,42 +56,53 @@ class Route(NamedTuple):
 
     def udp(self, sockaddr: Tuple[Any, ...], share: bool = False) -> socket.socket:
         """A non-blocking UDP socket at this address of ours, with room to queue bursts; `share` it with one that has SO_REUSEADDR."""
-        sock = self._new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET, socket.SOCK_DGRAM)
-        with on_error(sock.close):
-            keep_to_its_family(sock)
+        def bind(sock: socket.socket) -> None:
             if share:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(with_scope(sockaddr))
             if share:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-            enlarge(sock)
-        return sock
+
+        return self._udp(sockaddr[0], bind)
 
     def udp_relay(self, host: str) -> socket.socket:
         """A socket like that on a port for a client to send to."""
-        return self._on_free_port(lambda port: self.udp((host, port)))
+        return self._udp(host, lambda sock: self._on_free_port(lambda port: sock.bind(with_scope((host, port)))))
+
+    def _udp(self, host: str, bind: Callable[[socket.socket], None]) -> socket.socket:
+        sock = self._new(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        with on_error(sock.close):
+            keep_to_its_family(sock)
+            bind(sock)
+            enlarge(sock)
+        return sock
 
     def listener(self, host: str) -> socket.socket:
         """A non-blocking socket that listens for a peer, at this address of ours, which has its zone with it if it has one."""
-        return self._on_free_port(lambda port: self._listener((host, port)))
+        while True:
+            try:
+                return self._listener(host)
+            except OSError as error:
+                if self.udp_ports is None or error.errno != errno.EADDRINUSE:
+                    raise           # else two had bound the same port, and the other one was first to listen
 
-    def _listener(self, sockaddr: Tuple[Any, ...]) -> socket.socket:
-        listener = self._new(socket.AF_INET6 if ":" in sockaddr[0] else socket.AF_INET)
+    def _listener(self, host: str) -> socket.socket:
+        listener = self._new(socket.AF_INET6 if ":" in host else socket.AF_INET)
         with on_error(listener.close):
             keep_to_its_family(listener)
-            if sockaddr[1] and os.name == "posix":      # or a port would be taken until a minute after the connection that it was for
+            if self.udp_ports is not None and os.name == "posix":       # or a port would be taken until a minute after its connection
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(with_scope(sockaddr))
+            self._on_free_port(lambda port: listener.bind(with_scope((host, port))))
             listener.listen(16)     # other peers may queue before the expected one
         return listener
 
-    def _on_free_port(self, make: Callable[[int], socket.socket]) -> socket.socket:
-        """What `make` returns for a port that is free; RequestFailed 01 if none of `udp_ports` is."""
+    def _on_free_port(self, bind: Callable[[int], None]) -> None:
+        """Bind to a port that is free; RequestFailed 01 if none of `udp_ports` is."""
         if self.udp_ports is None:
-            return make(0)
+            return bind(0)
         for port in shuffled(self.udp_ports):
             try:
-                return make(port)       # of all processes that try it the system lets one have it
+                return bind(port)       # of all processes that try it the system lets one have it
             except OSError as error:
                 if error.errno not in NOT_FREE:
                     raise

@@ -404,7 +404,7 @@ COUNTED = {
         workers/worker.py:WorkerServer.__init__,WorkerServer.control,main
     """,
     "by those who call it": """
-        capture/sockets.py:CapturedStream.accept descriptors.py:open_at_once outbound.py:Route._new,Route.udp_relay
+        capture/sockets.py:CapturedStream.accept descriptors.py:open_at_once outbound.py:Route._new
         server.py:listening_socket waker.py:Waker.__init__
     """,
     "before or after serving, or in another program": """

@@ -1009,10 +1009,10 @@ def test_it_is_refused_where_udp_is_switched_off(start_server: Any, new_client: 
 
 
 def test_without_a_socket_to_be_had_the_reply_is_a_failure(monkeypatch: pytest.MonkeyPatch, server: Any, new_client: Any) -> None:
-    def none_left(_route: Route, _sockaddr: Any) -> socket.socket:
+    def none_left(_route: Route, _host: str) -> socket.socket:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(Route, "udp", none_left)
+    monkeypatch.setattr(Route, "udp_relay", none_left)
     assert new_client(server).ask(Command.UDP_ASSOCIATE, UNSPECIFIED).code is ReplyCode.GENERAL_FAILURE
 
 
