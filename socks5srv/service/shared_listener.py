@@ -2,17 +2,20 @@
 A listener on a socket that other processes have as well: the other workers, systemd, a second server on the same port.
 
 What ends accept() in this process must not be felt there.  To call from ourselves, as the base class does, could
-reach another process; shutdown() ends the socket for all.  The one idea: a signal interrupts accept(), and Python
-then begins it again, with the descriptor that the socket has by then, which is none.
+reach another process; shutdown() ends the socket for all, and to close what a thread waits for does so on some systems.
+The one idea: a signal interrupts accept(), and Python then begins it again, with the descriptor that the socket has
+by then, which is none.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import time
 from typing import Any, Callable, Tuple
 
-from ..listener import Listener
+from ..listener import LEAVE, Listener
 
 
 class SharedListener(Listener):
@@ -44,8 +47,13 @@ class SharedListener(Listener):
 
     def close(self) -> None:
         self.stopping = True
-        self.socket.close()
+        descriptor, until = self.socket.detach(), time.monotonic() + LEAVE
         self.interrupt()
+        while self.waiting and time.monotonic() < until:
+            time.sleep(0.001)
+            self.interrupt()        # one may have been on its way to accept()
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def interrupt(self) -> None:
         """Whatever our threads wait for is begun again."""

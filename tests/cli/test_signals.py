@@ -73,7 +73,7 @@ def test_a_server_with_a_users_file_outlives_its_terminal(
     words: Tuple[str, ...], serve: AtTerminal, echo: Place, tmp_path: Path,
 ) -> None:
     users, log = write_users(tmp_path / "users", anna="sesame"), tmp_path / "log"
-    terminal = serve(*words, "--users-file", str(users), "--log-file", str(log))
+    terminal = serve(*words, "--users-file", str(users), "--log-file", str(log), "--drain-timeout", "0")
     terminal.hang_up()
     eventually(lambda: "1 users read" in log.read_text())
     terminal.tunnel(echo, "anna", "sesame")
