@@ -23,7 +23,7 @@ from ..session import COMMAND_WORDS
 from .metrics import BOUNDS
 from .stats import DRAINING, Snapshot, Stats, sum_of_counters
 
-OUTCOMES = ("close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol", "lost")
+OUTCOMES = ("close", "denied", "failed", "login_failed", "no_acceptable_method", "bad_protocol", "probe", "lost")
 
 # Counts that become a metric as they are: name in Counters, name, what it is, labels, and the values of these that are there
 # from the start: that a series has grown is not seen where it begins with 1.
