@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from itertools import chain, repeat
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 from unittest.mock import Mock
 
 import pytest
@@ -783,19 +783,54 @@ def test_frames_that_had_been_received_before_come_first(coded_tunnel: Any, side
     assert other.socket.recv(100) == b"and after"
 
 
-def test_however_many_frames_there_are_one_turn_is_for_a_few() -> None:
+class LoneFlow(NamedTuple):
+    """A coded flow whose relay is the test: what it has come from, where it goes, and those whose turn comes."""
+
+    flow: relay.CodedFlow
+    source: socket.socket
+    sink: socket.socket
+    bulk_queue: Dict[Any, None]
+
+
+@pytest.fixture
+def lone_flow() -> Iterator[LoneFlow]:
     carrier = Mock(bulk_queue={}, chunk=memoryview(bytearray(relay.CHUNK)))
-    tunnel = Mock(relay=carrier)
-    (source, other), (sink, _end) = socket.socketpair(), socket.socketpair()
-    flow = relay.CodedFlow(tunnel, source, sink, "client", relay.Coded(Toy()), None)
-    flow.opposite = Mock(chunk=None, pipe=None)
-    with source, other, sink, _end:
-        other.sendall(b"".join(Toy().encode(b"x") for _ in range(relay.FRAMES + 1)))
+    (source, theirs), (sink, its) = socket.socketpair(), socket.socketpair()
+    with source, theirs, sink, its:
+        flow = relay.CodedFlow(Mock(relay=carrier), theirs, its, "client", relay.Coded(Toy()), None)
+        flow.opposite = Mock(chunk=None, pipe=None)
+        yield LoneFlow(flow, source, sink, carrier.bulk_queue)
+
+
+def test_however_many_frames_there_are_one_turn_is_for_a_few(lone_flow: LoneFlow) -> None:
+    flow, source, sink, bulk_queue = lone_flow
+    source.sendall(Toy().encode(b"x") * (relay.FRAMES + 1))
+    flow.copy()
+    assert sink.recv(100) == b"x" * relay.FRAMES
+    assert list(bulk_queue) == [flow]
+    flow.copy()
+    assert sink.recv(100) == b"x"
+
+
+def test_those_that_a_full_sink_has_left_over_have_their_turn_when_it_has_room(lone_flow: LoneFlow) -> None:
+    flow, source, sink, bulk_queue = lone_flow
+    source.sendall(Toy().encode(b"x") * (relay.FRAMES + 1))
+    real, flow.sink = flow.sink, Mock(**{"send.side_effect": BlockingIOError})
+    flow.copy()
+    bulk_queue.clear()          # its turn has come while the sink was full
+    assert not flow.reading
+    flow.sink = real
+    flow.flush()
+    assert sink.recv(100) == b"x" * relay.FRAMES
+    assert (flow.reading, list(bulk_queue)) == (True, [flow])
+
+
+def test_a_coded_flow_with_much_to_move_goes_after_the_others(lone_flow: LoneFlow) -> None:
+    flow, source, _sink, _bulk_queue = lone_flow
+    for octets, bulk in ((relay.BULK // 3, True), (100, False)):
+        source.sendall(Toy().encode(bytes(octets)))
         flow.copy()
-        assert _end.recv(100) == b"x" * relay.FRAMES
-        assert list(carrier.bulk_queue) == [flow]
-        flow.copy()
-        assert _end.recv(100) == b"x"
+        assert flow.bulk is bulk
 
 
 @pytest.mark.parametrize(("octets", "says"), [(b"\xff\xff" + bytes(0xFFFF), "too long"), (b"\x00", "the connection ended within a frame")])

@@ -74,7 +74,11 @@ class Gssapi:
 
 
 class GssapiHandler(Socks5Handler):
-    """A handler that asks for Kerberos; who may log in is said by `gssapi`."""
+    """
+    A handler that asks for Kerberos; who may log in is said by `gssapi`.
+
+    A relay() of one's own finds frames in `connection`, but at level 0: it reads and writes by `stream`.
+    """
 
     asks_for_login = True
     gssapi: Optional[Gssapi] = None         # to be set in a subclass, or on the server

@@ -8,7 +8,6 @@ and the end; of datagrams it is an OSError, as of one that got lost, and the nex
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from typing import Any, Sequence, Tuple, Union, cast
 
@@ -58,7 +57,7 @@ class ProtectedStream(ObservedStream):
     @property
     def rest(self) -> Coded:
         """For the relay, who goes on from here."""
-        return Coded(self.protection, bytes(self.received) + self.frames.take())
+        return Coded(self.protection, bytes(self.received))
 
 
 class ProtectedDatagrams:
@@ -104,8 +103,6 @@ class ProtectedDatagrams:
     def encode(self, octets: Union[bytes, memoryview]) -> bytes:
         try:
             return self.protection.frame(bytes(octets))
-        except FrameError as error:
-            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE)) from error
         except ProtocolError as error:
             raise OSError(errno.EBADMSG, str(error)) from error
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from typing import Any, Callable, List, Tuple
+from unittest.mock import Mock
 
 import pytest
 
 pytest.importorskip("gssapi")
 
 from socks5srv.gssapi import context as contexts
-from socks5srv.gssapi.context import SPNEGO, Acceptor, GssapiError, Initiator, Protection, acceptor_credentials
+from socks5srv.gssapi.context import KRB5, SPNEGO, Acceptor, GssapiError, Initiator, Protection, acceptor_credentials
 from socks5srv.gssapi.messages import TOKEN_MAX, Encapsulated, FrameError, Level
 
 from ..kerberos import CLIENTS, REALM, SERVICES, Realm, credentials_of
@@ -118,6 +119,17 @@ def test_a_token_after_the_last_one_is_refused(pair: Any) -> None:
     for side in pair():
         with pytest.raises(GssapiError, match="had been complete"):
             side.step(b"more")
+
+
+@pytest.mark.parametrize(("complete", "attributes", "says"), [
+    (False, {}, "leads nowhere"), (True, {"mech": SPNEGO}, "1.3.6.1.5.5.2 is not Kerberos"), (True, {"actual_flags": []}, "no integrity"),
+])
+def test_r63_a_context_of_another_kind_is_refused(complete: bool, attributes: Any, says: str) -> None:
+    """This library makes none, so here is one of our own."""
+    acceptor = Acceptor(None)
+    acceptor._context = Mock(**{"complete": complete, "step.return_value": None, "mech": KRB5, "actual_flags": [contexts.Flag.integrity], **attributes})
+    with pytest.raises(GssapiError, match=says):
+        acceptor.step(b"token")
 
 
 @pytest.mark.usefixtures("kerberos")
@@ -243,7 +255,7 @@ def test_another_sessions_frame_is_an_error(protections: Any) -> None:
 def test_a_datagram_is_one_frame_and_nothing_else(protections: Any) -> None:
     sender, receiver = protections(Level.CONFIDENTIALITY, sequence=False)
     frame = sender.frame(b"datagram")
-    for wrong in (b"", frame[:3], frame[:-1], frame + b"\0", frame + frame, b"\x05" + frame[1:], changed(frame)):
+    for wrong in (b"", frame[:3], frame[:-1], frame + b"\0", frame + frame, b"\x05" + frame[1:], changed(frame), frame[:3] + b"\0" + frame[4:]):
         with pytest.raises((FrameError, GssapiError)):
             receiver.decode_datagram(wrong)
     assert receiver.decode_datagram(frame) == b"datagram"

@@ -9,20 +9,21 @@ import threading
 import time
 from contextlib import suppress
 from io import BytesIO
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
 pytest.importorskip("gssapi")
 
-from socks5srv import relay
+from socks5srv import datagrams, relay
 from socks5srv.service.kerberos import GssapiUpstreamHandler
-from socks5srv.gssapi.context import Initiator
+from socks5srv.gssapi.context import Initiator, Protection
 from socks5srv.gssapi.messages import Encapsulated
 from socks5srv.protocol import UNSPECIFIED, Address, Command, Datagram, Reply, ReplyCode, Request
 
 from ..conftest import LOCALHOST, TIMEOUT, address_of, eventually, exchange, handler_with, in_thread, udp_socket, within
 from ..kerberos import REALM
+from ..test_relay import busy
 from .harness import KerberosClient
 from .test_handler import broken_off
 
@@ -275,33 +276,31 @@ def swapped(client: Any) -> bytes:
     return bytes(second + first)
 
 
-def of_another(client: Any) -> bytes:
-    other = KerberosClient(client.socket.getpeername())
-    with other:
+def of_another(server: Any) -> bytes:
+    with KerberosClient(server.server_address) as other:
         other.enter()
-        return bytes(other.protection.frame(b"octets"))
+        frame = other.protection.frame(b"octets")
+    server.next_ended()
+    return bytes(frame)
 
 
-BAD = {
-    "another VER": lambda client: b"\x05" + client.protection.frame(b"x")[1:], "another MTYP": lambda _client: b"\x01\x02",
-    "an abort": lambda _client: b"\x01\xff", "LEN 0": lambda _client: bytes(Encapsulated(b"")), "junk": lambda _client: bytes(Encapsulated(b"junk")),
-    "zeros": lambda _client: bytes(Encapsulated(bytes(0xFFFF))), "one bit": lambda client: changed(client.protection.frame(b"octets")),
-    "twice": lambda client: 2 * client.protection.frame(b""), "swapped": swapped, "in clear": lambda client: bytes(Encapsulated(client.initiator.wrap(b"x", False))),
-    "another's": of_another, "a level": lambda client: bytes(client.wrapped(2)), "a request": lambda _client: bytes(Request(Command.CONNECT, UNSPECIFIED)),
-    "one that was left out": lambda client: client.protection.frame(b"x") and client.protection.frame(b"y"),
+BAD: Dict[str, Callable[[Any, Any], bytes]] = {
+    "another VER": lambda client, _: b"\x05" + client.protection.frame(b"x")[1:], "another MTYP": lambda _client, _: b"\x01\x02",
+    "an abort": lambda _client, _: b"\x01\xff", "LEN 0": lambda _client, _: bytes(Encapsulated(b"")),
+    "junk": lambda _client, _: bytes(Encapsulated(b"junk")), "zeros": lambda _client, _: bytes(Encapsulated(bytes(0xFFFF))),
+    "one bit": lambda client, _: changed(client.protection.frame(b"octets")), "twice": lambda client, _: 2 * client.protection.frame(b""),
+    "swapped": lambda client, _: swapped(client), "in clear": lambda client, _: bytes(Encapsulated(client.initiator.wrap(b"x", False))),
+    "another's": lambda _client, server: of_another(server), "a level": lambda client, _: bytes(client.wrapped(2)),
+    "a request": lambda _client, _: bytes(Request(Command.CONNECT, UNSPECIFIED)),
+    "one that was left out": lambda client, _: client.protection.frame(b"x") and client.protection.frame(b"y"),
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_after_a_bad_frame_in_place_of_a_request_nothing_is_said(entered: Any, bad: str) -> None:
     client, server = entered()
-    client.socket.sendall(BAD[bad](client))
-    assert broken_off(client, server) if bad != "another's" else broken_off_but_not_first(client, server)
-
-
-def broken_off_but_not_first(client: Any, server: Any) -> str:
-    server.next_ended()
-    return broken_off(client, server)
+    client.socket.sendall(BAD[bad](client, server))
+    assert broken_off(client, server)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -309,9 +308,7 @@ def test_after_a_bad_frame_in_a_tunnel_both_ends_are_reset(tunnel: Any, bad: str
     client, target, server = tunnel()
     client.send(b"good")
     assert target.recv(100) == b"good"
-    client.socket.sendall(BAD[bad](client))
-    if bad == "another's":
-        server.next_ended()
+    client.socket.sendall(BAD[bad](client, server))
     with pytest.raises(ConnectionResetError):
         target.recv(100)
     reason = broken_off(client, server)
@@ -464,6 +461,22 @@ def test_a_client_that_was_silent_may_go_on_from_another_port(wrapped_udp: Any, 
     udp.socket.close()
     udp.socket = udp_socket()
     udp.exchange(target)
+
+
+def test_a_turn_of_the_relay_thread_is_for_few_of_them(
+    wrapped_udp: Any, target: socket.socket, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    udp, server = wrapped_udp()
+    udp.exchange(target)
+    turns: List[List[int]] = []
+    ready, contents = datagrams.ClientSocket.ready, Protection.contents
+    monkeypatch.setattr(datagrams.ClientSocket, "ready", lambda *arguments: (turns.append([]), ready(*arguments)))
+    monkeypatch.setattr(Protection, "contents", lambda *arguments: (turns[-1].append(1), contents(*arguments))[1])
+    with busy(server.relays[0]):
+        for _ in range(9):
+            udp.send(udp.frame(target.getsockname(), b"x"))
+    assert [target.recv(100) for _ in range(9)] == [b"x"] * 9
+    assert max(map(len, turns)) <= 2
 
 
 def test_observers_are_shown_datagrams_as_they_are_within_the_frames(wrapped_udp: Any, target: socket.socket) -> None:
