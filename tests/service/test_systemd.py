@@ -385,9 +385,3 @@ def test_the_manager_waits_longer_than_the_service_does() -> None:
     options = (UNITS / "socks5srv.conf").read_text(encoding="utf-8")
     grace, timeout = (int(re.findall(rf"(?m)^--drain-{word} (\d+)$", options)[0]) for word in ("grace", "timeout"))
     assert int(re.findall(r"(?m)^TimeoutStopSec=(\d+)$", unit)[0]) > grace + timeout
-
-
-def test_a_server_starts_with_the_options_of_the_example(start: Start, echo: Place) -> None:
-    service = start(f"@{UNITS / 'socks5srv.conf'}", "--status", "0")
-    service.tunnel(echo)
-    assert service.stop() == 0
