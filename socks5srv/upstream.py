@@ -6,6 +6,8 @@ Another proxy in front of us: every command of our clients goes through one more
     class Chained(UpstreamHandler):
         upstream = "socks5h://anna:sesame@192.0.2.1:1080"
 
+or, to log in there by Kerberos, ``"socks5h+gssapi://proxy.example.com:1080"``: the way to it is encrypted then.
+
 It is a handler like any other, with `connect()`, BIND and UDP ASSOCIATE overridden: to our client
 it is the server, to the upstream a client (client.py).  Names are left to the upstream, under
 either scheme.  What it answers is what our client gets, reply code and address; what goes
@@ -22,6 +24,7 @@ are asked for that name ourselves, there is a loop, and all who wait are told so
 
 from __future__ import annotations
 
+import errno
 import secrets
 import socket
 import threading
@@ -33,7 +36,7 @@ from weakref import WeakKeyDictionary
 from . import outbound, resolver
 from .client import Conversation, Proxy
 from .descriptors import on_error
-from .datagrams import TURN, Association, ControlConnection, Outcome, TargetSocket, dropped, header_length
+from .datagrams import Association, ControlConnection, Outcome, TargetSocket, dropped, header_length
 from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
@@ -71,6 +74,7 @@ class UpstreamHandler(Socks5Handler):
         """A non-blocking socket to the upstream, on which it carries our client's octets."""
         call, bound = self._ask(request.command, self._judged(request), time.monotonic() + self.server.connect_timeout)
         self.session.bound = bound.literal or UNSPECIFIED   # some clients cannot read a name here
+        self._target_coded = call.coded
         return call.socket
 
     def do_BIND(self, request: Request) -> None:
@@ -81,6 +85,7 @@ class UpstreamHandler(Socks5Handler):
             self.succeed(call.here(bound))
             self._wait_for_peer(call.socket, until)
             peer = self._peer(call)
+            self._target_coded = call.coded
         self.open_tunnel(call.socket, peer)
 
     def _peer(self, call: UpstreamConversation) -> Address:
@@ -128,7 +133,7 @@ class UpstreamHandler(Socks5Handler):
             call = self._call(until)
         with on_error(call.socket.close):
             with self._upstream_errors():
-                call.negotiate(self._upstream_proxy)
+                call.negotiate(self._upstream_proxy, datagrams=command is Command.UDP_ASSOCIATE)
             with self._target_errors():
                 bound = call.ask(command, destination)
             call.socket.setblocking(False)
@@ -193,10 +198,9 @@ class UpstreamConversation(Conversation):
         super().__init__(sock, until)
         self.client = client
 
-    def read(self, n: int, /) -> bytes:
-        if n:
-            self.wait(READ)
-        return super().read(n)
+    def receive_octets(self, n: int) -> bytes:
+        self.wait(READ)
+        return super().receive_octets(n)
 
     def write(self, octets: bytes) -> None:
         self.wait(WRITE)
@@ -271,7 +275,13 @@ class ChainedAssociation(Association):
     def __init__(self, handler: UpstreamHandler, call: UpstreamConversation, relay: Address) -> None:
         super().__init__(handler, handler.server.relay_thread(), handler.here(), handler.server.route, handler.server.reassemble)
         with on_error(self.close):
-            self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route))
+            sock = udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route)
+            if call.protection is not None:
+                from .gssapi.protected import DATAGRAMS, protected
+
+                sock = protected(sock, call.protection)
+                self.client_socket.most = min(self.client_socket.most, DATAGRAMS)
+            self.answers = Answers(self, sock)
         self.sockets += [self.answers, UpstreamControl(self, call.socket)]
 
     # --- in the relay thread ---
@@ -301,19 +311,23 @@ class Answers(TargetSocket):
         return Path(lambda payload: self.socket.send(b"".join((header, payload))) - len(header), self.socket, singly=True)
 
     def ready(self, events: int) -> None:
-        association, down = self.association, 0
+        association, session = self.association, self.association.session
         chunk = association.relay.chunk
-        for _ in range(TURN):
+        for _ in range(association.client_socket.most):
             try:
                 octets = chunk[:self.socket.recv_into(chunk)]
-                length = header_length(octets)
-                if 0 < length <= len(octets) and not octets[2]:        # nor a fragment
-                    down += association.client_socket.send(octets) - length
             except BlockingIOError:
                 break
-            except OSError:             # an ICMP error of an earlier one; or the client has sent nothing yet
+            except OSError:             # an ICMP error of an earlier one
                 continue
-        association.session.down += down
+            length = header_length(octets)
+            session.datagrams_down += 1
+            try:
+                if not 0 < length <= len(octets) or octets[2]:      # a fragment
+                    raise OSError(errno.EBADMSG, "its header cannot be read")
+                session.down += association.client_socket.send(octets) - length
+            except OSError:             # or the client has sent nothing yet
+                session.dropped_down += 1
 
 
 class UpstreamControl(ControlConnection):

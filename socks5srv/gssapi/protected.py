@@ -18,6 +18,8 @@ from ..relay import Coded
 from .context import Protection
 from .messages import FrameError
 
+DATAGRAMS = 2       # moved in one turn of the relay thread: the largest take half a millisecond each
+
 
 class ProtectedStream(ObservedStream):
     """What a client sends in frames.  Where a message ends and where a frame does have nothing to do with each other."""
