@@ -42,6 +42,7 @@ SHOWN = {
     "proxy = subprocess.Popen([sys.executable, \"-m\", \"pproxy\"": "docs/test_blocks.py::test_what_a_line_of_testing_replaces_is_python",
     "docker run --rm -d -p 1080:1080": "docs/test_blocks.py::test_what_a_line_of_testing_replaces_is_python",
     "proxy = make_socks5_proxy(users=": "docs/test_blocks.py::test_the_line_that_replaces_them_starts_such_a_proxy",
+    "logoutput: stderr\nroute {": "gssapi/test_clients.py::socksify",
     "example.com        *.ads.example": "docs/test_blocks.py::test_every_target_of_a_rule_is_one",
     "09:05:05 #1 192.0.2.7:51958 via": "docs/test_blocks.py::test_a_line_behind_a_load_balancer_is_what_is_printed",
     "defaults\n": "test_balancers.py::test_the_configuration_of_the_manual_is_one_that_serves",
@@ -54,7 +55,10 @@ SHOWN = {
 }
 
 # Commands of others, which the manual shows beside ours.
-OTHERS = {"cd", "chromium", "cp", "curl", "echo", "export", "git", "google-chrome", "mkdir", "pipx", "tshark", "./socks5srv.pyz"}
+OTHERS = {
+    "apt-get", "cd", "chromium", "cp", "curl", "echo", "export", "git", "google-chrome", "kadmin", "kinit", "mkdir", "pipx", "socksify", "tshark",
+    "./socks5srv.pyz",
+}
 
 
 def commands() -> List[List[str]]:

@@ -81,6 +81,23 @@ def test_r49_spnego_agrees_on_kerberos(pair: Any) -> None:
     assert pair(mech=SPNEGO)[1].peer == f"alice@{REALM}"
 
 
+@pytest.mark.parametrize("sequence", [True, False])
+def test_r48_the_client_asks_for_both_sides_to_be_known_and_for_no_replays_and_for_order_on_tcp_only(pair: Any, sequence: bool) -> None:
+    """And hands on no ticket of its own (DELEG), which no proxy needs."""
+    for side in pair(sequence=sequence):
+        flags = side._context.actual_flags
+        assert {contexts.Flag.mutual_authentication, contexts.Flag.replay_detection} <= flags
+        assert (contexts.Flag.out_of_sequence_detection in flags, contexts.Flag.delegate_to_peer in flags) == (sequence, False)
+
+
+def test_r63_another_mechanism_than_kerberos_is_refused(kerberos: Realm, monkeypatch: pytest.MonkeyPatch) -> None:
+    initiator, acceptor = Initiator("localhost"), Acceptor(acceptor_credentials(str(kerberos.keytab)))
+    token = initiator.step()
+    monkeypatch.setattr(contexts, "KRB5", SPNEGO)       # so that Kerberos is another one
+    with pytest.raises(GssapiError, match=r"1\.2\.840\.113554\.1\.2\.2 is not Kerberos"):
+        acceptor.step(token)
+
+
 @pytest.mark.parametrize("name", CLIENTS)
 def test_the_name_of_a_client_is_the_whole_principal_with_its_escapes(kerberos: Realm, name: str) -> None:
     acceptor = Acceptor(acceptor_credentials(str(kerberos.keytab)))
@@ -198,6 +215,12 @@ def test_r59_at_level_1_nothing_is_encrypted_and_at_level_2_everything(protectio
     secret = b"a password of someone's"
     for level in LEVELS:
         assert (secret in protections(level)[0].encode(secret)) == (level is Level.INTEGRITY)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_r61_the_quality_of_protection_is_the_default(pair: Any, level: Level) -> None:
+    initiator, acceptor = pair()
+    assert contexts.raw.unwrap(initiator._context, Protection(acceptor, level).frame(b"octets")[4:]).qop == 0
 
 
 def test_r59_a_frame_in_clear_is_refused_at_level_2_and_an_encrypted_one_accepted_at_level_1(pair: Any) -> None:
