@@ -232,13 +232,13 @@ class Socks5Server(Resilient, Defaults, socketserver.ThreadingTCPServer):
         self._parse_settings()
         for listener in self.listeners if self.proxy_protocol else ():
             self._refuse_to_be_open(listener.address.host)      # it may be set only now
-        self.serving_thread = threading.current_thread()
         try:
             with self._lock:
                 if not self.stopping:
                     for listener in self.listeners:
                         listener.talk = self._talk_behind_balancer if self.proxy_protocol else self._talk
                         listener.start(self.request_queue_size)
+                self.serving_thread = threading.current_thread()
                 self.stopped.clear()
             while not self.stopping:
                 self._attempt(self._report_ended, BATCH if self.draining else poll_interval)
