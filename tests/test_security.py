@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, List, Optional
 
@@ -18,11 +18,12 @@ import pytest
 
 from socks5srv import descriptors, resolver, users
 from socks5srv.cli import options, startup
+from socks5srv.gssapi.messages import Abort, ContextToken, Encapsulated
 from socks5srv.handler import Socks5Handler
 from socks5srv.locality import is_own_address
 from socks5srv.observer import Observer
 from socks5srv.protocol import (
-    UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, ProtocolError, ReplyCode, Request, RequestFailed, read_name,
+    UNSPECIFIED, Address, Command, Credentials, Datagram, Greeting, Method, ProtocolError, ReplyCode, Request, RequestFailed, read_name,
 )
 from socks5srv.ratelimit import RateLimit
 from socks5srv.rules import Rules
@@ -31,6 +32,7 @@ from socks5srv.session import Session
 from socks5srv.workers.shared import ReplicatedUsers
 
 from .conftest import LOCALHOST, Client, address_of, eventually, exchange, handler_with, name, needs_neighbour, udp_socket, within
+from .kerberos import Realm
 from .networks import LO, add_address, be_a_router, let_any_address_be_bound
 from .program import Run, Start
 
@@ -248,6 +250,69 @@ def test_passwords_are_in_no_log(start_server: Any, new_client: Any, echo: Any, 
     assert "UNAME=anna" in caplog.text
     assert "sesame" not in caplog.text
     assert "guess-4711" not in caplog.text
+
+
+def kerberos_client(server: Any) -> Any:
+    from .gssapi.harness import KerberosClient
+
+    return KerberosClient(server.server_address)
+
+
+def test_a_kerberos_login_that_was_recorded_does_not_work_again(kerberos: Realm, start: Start) -> None:
+    service = start("--workers", "2", "--gssapi", "--keytab", str(kerberos.keytab))
+    with kerberos_client(service) as client:
+        client.greet(Method.GSSAPI)
+        recorded = bytes(ContextToken(client.initiator.step()))
+        client.send(recorded)
+        ContextToken.read(client)
+    for _ in range(10):
+        again = service.client()
+        again.greet(Method.GSSAPI)
+        again.send(recorded)
+        assert again.rest() == bytes(Abort())
+
+
+@pytest.mark.parametrize("pattern", ["alice", "*@test.local", "Alice@*", "bob@TEST.LOCAL", "alice@TEST.LOCAL.EXAMPLE", ""])
+def test_a_principal_that_no_pattern_fits_is_not_let_in(kerberos: Realm, start_server: Any, pattern: str) -> None:
+    from socks5srv.gssapi.handler import Gssapi, GssapiHandler
+
+    server = start_server(GssapiHandler, gssapi=Gssapi(str(kerberos.keytab), allow=[pattern]))
+    with kerberos_client(server) as client:
+        client.greet(Method.GSSAPI)
+        client.send(ContextToken(client.initiator.step()))
+        assert client.rest() == bytes(Abort())
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_kerberos_finds_to_be_changed_repeated_or_out_of_place_is_not_relayed(
+        kerberos: Realm, start_server: Any, listen: Any, level: int) -> None:
+    from socks5srv.gssapi.handler import Gssapi, GssapiHandler
+
+    server, listener = start_server(GssapiHandler, gssapi=Gssapi(str(kerberos.keytab))), listen()
+    for spoil in (
+        lambda _good, first, _second: first[:-1] + bytes([first[-1] ^ 1]), lambda _good, _first, second: second, lambda good, _first, _second: good,
+        lambda _good, first, _second: b"\x01\x02" + first[2:], lambda _good, first, second: bytes(Encapsulated(first[4:] + second[4:])),
+        lambda _good, first, _second: first[:-1], lambda _good, _first, _second: b"in clear",
+    ):
+        with kerberos_client(server) as client:
+            client.enter(level)
+            client.connect(listener.getsockname())
+            frames = [client.protection.frame(each) for each in (b"good", b"first", b"second")]
+            with closing(listener.accept()[0]) as target:
+                client.socket.sendall(frames[0] + spoil(*frames))
+                with suppress(OSError):         # it may have been reset by now
+                    client.end()
+                assert until_the_reset(target) in (b"", b"good")    # a reset may overtake what came before
+
+
+def until_the_reset(sock: socket.socket) -> bytes:
+    received = b""
+    try:
+        for more in iter(lambda: sock.recv(100), b""):
+            received += more
+    except ConnectionResetError:
+        return received
+    raise AssertionError("it ended as if all were well")
 
 
 def test_what_is_judged_is_what_is_dialled(start_server: Any, new_client: Any, echo: Any) -> None:
