@@ -10,6 +10,7 @@ from typing import List, Tuple
 
 import pytest
 
+from . import test_examples
 from .clients.harness import PATIENCE, need
 from .conftest import needs_neighbour
 from .test_examples import ROOT, environment, promised_output
@@ -100,3 +101,7 @@ def test_what_does_not_start_is_told_in_a_sentence(name: str, words: str, told: 
     assert code == 1
     assert told in stderr
     assert "Traceback" not in stderr
+
+
+def test_its_questions_are_answered() -> None:
+    test_examples.test_the_questions_of_an_example_are_answered(SCRIPT)

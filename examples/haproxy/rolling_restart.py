@@ -47,7 +47,7 @@ ROOT = HERE.parent.parent
 NODES = ("node1", "node2", "node3")
 SHORT, LONG = 7, 9          # clients whose sessions have one message, and clients whose sessions have twenty, one every 50 ms
 GRACE = 0.5                 # seconds of --drain-grace; HAProxy notices after 2 checks, ten a second
-PATIENCE = 30.0             # seconds for what takes one
+PATIENCE = 60.0             # seconds for what takes one
 
 
 class Failed(Exception):
@@ -90,14 +90,14 @@ class Node:
     async def start(self):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         self.process = subprocess.Popen(self.command, env=environment, stdin=subprocess.DEVNULL)
-        await until(lambda: self.port_file.exists() or self.process.poll() is not None)
+        await until(f"{self.name} serves", lambda: self.port_file.exists() or self.process.poll() is not None)
         if self.process.poll() is not None:
             raise Failed(f"{self.name} does not start")
 
     async def stop(self):
         """As systemd and Kubernetes stop it."""
         self.process.send_signal(signal.SIGTERM)
-        await until(lambda: self.process.poll() is not None)
+        await until(f"{self.name} has drained", lambda: self.process.poll() is not None)
         if self.process.returncode:
             raise Failed(f"{self.name} has exit code {self.process.returncode}")
 
@@ -137,7 +137,7 @@ class Balancer:
             stats = self.stats()
             return stats and all(stats[name]["status"].startswith(status) for name in names)
 
-        await until(is_so)
+        await until(f"HAProxy finds {', '.join(names)} {status}", is_so)
 
     def node_of(self, port):
         """To which node the last session went whose client had this port; its line in the log comes with its end."""
@@ -191,7 +191,7 @@ class Load:
     async def wait_for(self, more):
         """So many sessions from now on."""
         wanted = self.done + more
-        await until(lambda: self.done >= wanted)
+        await until(f"{more} more sessions have succeeded", lambda: self.done >= wanted)
 
     async def end(self):
         self.over = True
@@ -209,11 +209,11 @@ async def echo(reader, writer):
     writer.close()
 
 
-async def until(condition):
+async def until(what, condition):
     end = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > end:
-            raise Failed("that takes too long")
+            raise Failed(f"after {PATIENCE:g} s still waiting until {what}")
         await asyncio.sleep(0.02)
 
 
@@ -237,13 +237,13 @@ async def restart_each(rounds, nodes, balancer, load):
 async def kill_one(node, balancer, load):
     """How many sessions of its own it takes with it."""
     before = len(load.lost)
-    await until(lambda: int(balancer.stats()[node.name]["scur"]) >= 3)
+    await until(f"{node.name} has some sessions", lambda: int(balancer.stats()[node.name]["scur"]) >= 3)
     had = balancer.stats()[node.name]["scur"]
     node.kill()
     await balancer.wait_for("DOWN", node.name)
     await load.wait_for(SHORT)
     ports = [port for port, _why in load.lost[before:]]
-    await until(lambda: all(map(balancer.node_of, filter(None, ports))))
+    await until("HAProxy has logged those that are lost", lambda: all(map(balancer.node_of, filter(None, ports))))
     lost = [balancer.node_of(port) for port in ports]
     of_each = {name: lost.count(name) for name in NODES}
     print(f"{node.name} is killed: it had {had} sessions, {len(lost)} are lost: {words(of_each)}", flush=True)
