@@ -19,7 +19,8 @@ You should see (but for the numbers):
     node2 is there again: 41 sessions since then, 0 lost
     all 1001 sessions: node1 322, node2 339, node3 340
 
-With --log FILE the log of HAProxy is kept.  The exit code is 1 if a restart has cost a session, or the kill one of another node.
+With --by-haproxy the nodes are not told: HAProxy sends nobody more (its runtime API), and they are stopped when the last one has
+gone.  With --log FILE the log of HAProxy is kept.  The exit code is 1 if a restart has cost a session, or the kill one of another node.
 
 Questions (answers in examples/README.rst): Why does a node that is to go accept clients for some time?  Why is a session of
 the killed node not moved to another one?
@@ -47,7 +48,7 @@ ROOT = HERE.parent.parent
 NODES = ("node1", "node2", "node3")
 SHORT, LONG = 7, 9          # clients whose sessions have one message, and clients whose sessions have twenty, one every 50 ms
 GRACE = 0.5                 # seconds of --drain-grace; HAProxy notices after 2 checks, ten a second
-PATIENCE = 30.0             # seconds for what takes one
+PATIENCE = 60.0             # seconds for what takes one
 
 
 class Failed(Exception):
@@ -90,14 +91,14 @@ class Node:
     async def start(self):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         self.process = subprocess.Popen(self.command, env=environment, stdin=subprocess.DEVNULL)
-        await until(lambda: self.port_file.exists() or self.process.poll() is not None)
+        await until(f"{self.name} serves", lambda: self.port_file.exists() or self.process.poll() is not None)
         if self.process.poll() is not None:
             raise Failed(f"{self.name} does not start")
 
-    async def stop(self):
-        """As systemd and Kubernetes stop it."""
-        self.process.send_signal(signal.SIGTERM)
-        await until(lambda: self.process.poll() is not None)
+    async def stop(self, number=signal.SIGTERM):
+        """By SIGTERM, as systemd and Kubernetes do it, it drains."""
+        self.process.send_signal(number)
+        await until(f"{self.name} has drained", lambda: self.process.poll() is not None)
         if self.process.returncode:
             raise Failed(f"{self.name} has exit code {self.process.returncode}")
 
@@ -118,13 +119,17 @@ class Balancer:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([path, "-db", "-f", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
+    def ask(self, command):
+        """Its runtime API."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.admin))
+            sock.sendall(f"{command}\n".encode())
+            return b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+
     def stats(self):
         """What it has to say of each node."""
         try:
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.connect(str(self.admin))
-                sock.sendall(b"show stat\n")
-                text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+            text = self.ask("show stat")
         except OSError as error:            # it is not there yet
             if self.process.poll() is not None:
                 raise Failed(f"HAProxy does not start:\n{self.log.read_text()}") from error
@@ -137,7 +142,7 @@ class Balancer:
             stats = self.stats()
             return stats and all(stats[name]["status"].startswith(status) for name in names)
 
-        await until(is_so)
+        await until(f"HAProxy finds {', '.join(names)} {status}", is_so)
 
     def node_of(self, port):
         """To which node the last session went whose client had this port; its line in the log comes with its end."""
@@ -191,7 +196,7 @@ class Load:
     async def wait_for(self, more):
         """So many sessions from now on."""
         wanted = self.done + more
-        await until(lambda: self.done >= wanted)
+        await until(f"{more} more sessions have succeeded", lambda: self.done >= wanted)
 
     async def end(self):
         self.over = True
@@ -209,11 +214,11 @@ async def echo(reader, writer):
     writer.close()
 
 
-async def until(condition):
+async def until(what, condition):
     end = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > end:
-            raise Failed("that takes too long")
+            raise Failed(f"after {PATIENCE:g} s still waiting until {what}")
         await asyncio.sleep(0.02)
 
 
@@ -223,12 +228,25 @@ def words(numbers):
 
 # --- what is done to them ---
 
-async def restart_each(rounds, nodes, balancer, load):
+async def restart(node, _balancer):
+    await node.stop()
+    await node.start()
+
+
+async def restart_by_haproxy(node, balancer):
+    """The node hears of nothing: when it has no sessions any more, it is stopped at once."""
+    balancer.ask(f"set server nodes/{node.name} state drain")
+    await until(f"{node.name} has no sessions", lambda: balancer.stats()[node.name]["scur"] == "0")
+    await node.stop(signal.SIGINT)
+    await node.start()
+    balancer.ask(f"set server nodes/{node.name} state ready")
+
+
+async def restart_each(rounds, way, nodes, balancer, load):
     """One node after the other, so often."""
     for number in range(1, rounds + 1):
         for node in nodes:
-            await node.stop()
-            await node.start()
+            await way(node, balancer)
             await balancer.wait_for("UP", node.name)
             await load.wait_for(SHORT)
             print(f"round {number}: {node.name} is restarted: {load.done} sessions so far, {len(load.lost)} lost", flush=True)
@@ -237,13 +255,13 @@ async def restart_each(rounds, nodes, balancer, load):
 async def kill_one(node, balancer, load):
     """How many sessions of its own it takes with it."""
     before = len(load.lost)
-    await until(lambda: int(balancer.stats()[node.name]["scur"]) >= 3)
+    await until(f"{node.name} has some sessions", lambda: int(balancer.stats()[node.name]["scur"]) >= 3)
     had = balancer.stats()[node.name]["scur"]
     node.kill()
     await balancer.wait_for("DOWN", node.name)
     await load.wait_for(SHORT)
     ports = [port for port, _why in load.lost[before:]]
-    await until(lambda: all(map(balancer.node_of, filter(None, ports))))
+    await until("HAProxy has logged those that are lost", lambda: all(map(balancer.node_of, filter(None, ports))))
     lost = [balancer.node_of(port) for port in ports]
     of_each = {name: lost.count(name) for name in NODES}
     print(f"{node.name} is killed: it had {had} sessions, {len(lost)} are lost: {words(of_each)}", flush=True)
@@ -255,7 +273,7 @@ async def kill_one(node, balancer, load):
     return of_each[node.name]
 
 
-async def run(path, rounds, folder):
+async def run(path, rounds, way, folder):
     """How many sessions were lost that should not have been."""
     network = Network(folder)
     network.copy("node.conf")
@@ -266,7 +284,7 @@ async def run(path, rounds, folder):
         await balancer.wait_for("UP", *NODES)
         load = Load(balancer.address, target.sockets[0].getsockname())
         print(f"HAProxy has three nodes, and {SHORT + LONG} clients come and go, whose every octet is compared", flush=True)
-        await restart_each(rounds, nodes, balancer, load)
+        await restart_each(rounds, way, nodes, balancer, load)
         its_own = await kill_one(nodes[1], balancer, load)
         await load.end()
         wrong = len(load.lost) - its_own
@@ -286,6 +304,7 @@ async def run(path, rounds, folder):
 def main():
     parser = argparse.ArgumentParser(description="Restart three nodes behind HAProxy under load, and kill one.")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="restart each node so often (default: 1)")
+    parser.add_argument("--by-haproxy", action="store_true", help="have HAProxy drain the nodes, which are told nothing")
     parser.add_argument("--log", metavar="FILE", help="keep the log of HAProxy in FILE")
     options = parser.parse_args()
     path = shutil.which("haproxy", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
@@ -293,7 +312,7 @@ def main():
         sys.exit("this needs Linux, and HAProxy: apt install haproxy")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            wrong = asyncio.run(run(path, options.rounds, folder))
+            wrong = asyncio.run(run(path, options.rounds, restart_by_haproxy if options.by_haproxy else restart, folder))
         except Failed as failed:
             sys.exit(str(failed))
         if options.log:

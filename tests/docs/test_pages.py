@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import socks5srv
-from socks5srv import Socks5Handler, Socks5Server, testing
+from socks5srv import Socks5Handler, Socks5Server, descriptors, testing
 from socks5srv.cli.banner import listening
 from socks5srv.cli.console import KEYS
 from socks5srv.cli.options import build_parser
@@ -62,7 +62,7 @@ def test_the_table_of_exit_codes_is_that_of_the_help() -> None:
 @pytest.mark.parametrize("name", [*NAMES, *AT_THE_TOP])
 def test_every_option_in_the_manual_is_one_of_ours_or_of_a_program_beside_it(name: str) -> None:
     options = {option for action in build_parser()._actions for option in action.option_strings}
-    options |= {"--json", "--target", "--timeout", "--check", "--svg", "--proxy-server", "--args", "--seconds", "--all", "--log-level"}
+    options |= {"--json", "--target", "--timeout", "--check", "--svg", "--proxy-server", "--args", "--seconds", "--all", "--log-level", "--by-haproxy"}
     assert set(re.findall(r"(?<![\w`-])``(--[a-z][a-z-]*)", page(name))) <= options
 
 
@@ -88,6 +88,21 @@ def test_the_names_in_the_json_of_a_message_are_told() -> None:
     found = explanation(Request(Command.CONNECT, Address("localhost", 8000, AddressType.DOMAINNAME))).as_dict()
     (row, *_others) = found["fields"]
     assert {*found, *row, *row["meanings"][0]} <= told
+
+
+# --- sizing ---
+
+@pytest.mark.parametrize("limit", [20_000, 65_536, 1_048_576])
+def test_the_numbers_of_sessions_for_a_number_of_descriptors_are_right(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "descriptor_limit", lambda: float(limit))
+    assert f" {descriptors.Descriptors().most_clients:,}" in page("sizing")
+    assert f" {descriptors.RESERVED + descriptors.SPARE} for itself" in page("sizing")
+
+
+def test_what_the_simulation_prints_is_in_the_manual() -> None:
+    (printed,) = re.findall(r"(?s)You should see:\n\n(.*?)\n\n\S", (ROOT / "examples" / "spread.py").read_text(encoding="utf-8"))
+    rows = [re.split(r"x? {2,}", line.strip().rstrip("x")) for line in printed.splitlines()[2:]]
+    assert rows == table("sizing", "Choice")
 
 
 # --- scripts ---
