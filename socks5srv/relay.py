@@ -622,10 +622,11 @@ class Coding(Protocol):
 
 
 class Coded(NamedTuple):
-    """One end of a tunnel: its coding, and what has been received from there and is still to be decoded."""
+    """One end of a tunnel: its coding, and what has been received from there and is still to be decoded; or has been."""
 
     coding: Coding
     received: bytes = b""
+    decoded: bytes = b""       # of a target only: a client's goes with what it has sent early
 
 
 class CodedFlow(Flow):
@@ -739,9 +740,10 @@ class CodedTunnel(Tunnel):
         down = CodedFlow(self, target, client, "target", at_target, at_client.coding if at_client else None)
         self.up, self.down = up, down
         up.opposite, down.opposite = down, up
-        if early:
-            up.hold(early)
-            up.reading = False
+        for flow, octets in ((up, early), (down, at_target.decoded if at_target else b"")):
+            if octets:
+                flow.hold(octets)
+                flow.reading = False
 
     def start(self) -> None:
         super().start()

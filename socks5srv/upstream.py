@@ -6,6 +6,8 @@ Another proxy in front of us: every command of our clients goes through one more
     class Chained(UpstreamHandler):
         upstream = "socks5h://anna:sesame@192.0.2.1:1080"
 
+or, to log in there by Kerberos, ``"socks5h+gssapi://proxy.example.com:1080"``: the way to it is encrypted then.
+
 It is a handler like any other, with `connect()`, BIND and UDP ASSOCIATE overridden: to our client
 it is the server, to the upstream a client (client.py).  Names are left to the upstream, under
 either scheme.  What it answers is what our client gets, reply code and address; what goes
@@ -33,11 +35,12 @@ from weakref import WeakKeyDictionary
 from . import outbound, resolver
 from .client import Conversation, Proxy
 from .descriptors import on_error
-from .datagrams import TURN, Association, ControlConnection, Outcome, Target, TargetSocket, dropped, header_length
+from .datagrams import Association, ControlConnection, Outcome, Target, TargetSocket, dropped, header_length
 from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
 from .relay import READ, WRITE
+from .gssapi.protected import DATAGRAMS, protected
 from .handler import Socks5Handler
 
 SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
@@ -70,6 +73,7 @@ class UpstreamHandler(Socks5Handler):
         """A non-blocking socket to the upstream, on which it carries our client's octets."""
         call, bound = self._ask(request.command, self._judged(request), time.monotonic() + self.server.connect_timeout)
         self.session.bound = bound.literal or UNSPECIFIED   # some clients cannot read a name here
+        self._target_coded = call.coded
         return call.socket
 
     def do_BIND(self, request: Request) -> None:
@@ -80,6 +84,7 @@ class UpstreamHandler(Socks5Handler):
             self.succeed(call.here(bound))
             self._wait_for_peer(call.socket, until)
             peer = self._peer(call)
+            self._target_coded = call.coded
         self.open_tunnel(call.socket, peer)
 
     def _peer(self, call: UpstreamConversation) -> Address:
@@ -127,7 +132,7 @@ class UpstreamHandler(Socks5Handler):
             call = self._call(until)
         with on_error(call.socket.close):
             with self._upstream_errors():
-                call.negotiate(self._upstream_proxy)
+                call.negotiate(self._upstream_proxy, datagrams=command is Command.UDP_ASSOCIATE)
             with self._target_errors():
                 bound = call.ask(command, destination)
             call.socket.setblocking(False)
@@ -192,10 +197,9 @@ class UpstreamConversation(Conversation):
         super().__init__(sock, until)
         self.client = client
 
-    def read(self, n: int, /) -> bytes:
-        if n:
-            self.wait(READ)
-        return super().read(n)
+    def receive_octets(self, n: int) -> bytes:
+        self.wait(READ)
+        return super().receive_octets(n)
 
     def write(self, octets: bytes) -> None:
         self.wait(WRITE)
@@ -271,7 +275,10 @@ class ChainedAssociation(Association):
         here = Address.of(handler.connection.getsockname()).zoned
         super().__init__(handler, handler.server.relay_thread(), here, handler.server.route, handler.server.reassemble)
         with on_error(self.close):
-            self.answers = Answers(self, udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route))
+            sock = udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route)
+            if call.protection is not None:
+                sock, self.most = protected(sock, call.protection), DATAGRAMS
+            self.answers = Answers(self, sock)
         self.sockets += [self.answers, UpstreamControl(self, call.socket)]
 
     # --- in the relay thread ---
@@ -303,7 +310,7 @@ class Answers(TargetSocket):
     def ready(self, events: int) -> None:
         association, down = self.association, 0
         chunk = association.relay.chunk
-        for _ in range(TURN):
+        for _ in range(association.most):
             try:
                 octets = chunk[:self.socket.recv_into(chunk)]
                 length = header_length(octets)

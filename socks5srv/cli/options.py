@@ -120,7 +120,8 @@ def build_parser() -> Parser:
     out.add_argument("--source", action="append", type=source, metavar="ADDRESS",
                      help="bind outgoing connections to this address, and use its family only; may be given once for IPv4 and once for IPv6")
     out.add_argument("--upstream", type=proxy_url, metavar="URL",
-                     help="connect through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT, which resolves names. Put a URL with a password in an @FILE")
+                     help="connect through another SOCKS5 proxy, socks5h://[NAME:PASSWORD@]HOST:PORT, which resolves names; with Kerberos: "
+                          "socks5h+gssapi://[SERVICE@]HOST:PORT (default: rcmd). Put a URL with a password in an @FILE")
 
     many = parser.add_argument_group("Limits")
     many.add_argument("--max-clients", type=count, metavar="N", help="at most N connections at a time (default: what the file descriptors allow)")

@@ -40,21 +40,28 @@ def check(settings: Settings) -> List[str]:
     with or_cannot_start(cannot_write, "log file", settings.log_file, "--log-file"):
         log.set_up(settings)
     raise_descriptor_limit()
+    if settings.upstream is not None and settings.upstream.gssapi:
+        need_gssapi(f"--upstream {settings.upstream}")
     if settings.gssapi:
-        check_kerberos(settings)
+        need_gssapi("--gssapi")
+        check_keytab(settings)
     return addresses
 
 
-def check_kerberos(settings: Settings) -> None:
-    """Whether there is what it takes: the package, and a key."""
+def need_gssapi(what: str) -> None:
     try:
-        from ..gssapi.context import GssapiError
-        from ..service.kerberos import gssapi
+        from ..gssapi import context    # noqa: F401
     except ImportError as error:
         raise CannotStart(
-            f"--gssapi needs the package gssapi: {error.__cause__ or error}", "install it with:  pip install 'socks5srv[gssapi]'",
+            f"{what} needs the package gssapi: {error.__cause__ or error}", "install it with:  pip install 'socks5srv[gssapi]'",
             "On Linux that takes a compiler and headers:  apt-get install gcc python3-dev libkrb5-dev",
         ) from None
+
+
+def check_keytab(settings: Settings) -> None:
+    from ..gssapi.context import GssapiError
+    from ..service.kerberos import gssapi
+
     try:
         gssapi(settings)
     except GssapiError as error:

@@ -27,10 +27,9 @@ from ..protocol import LoginFailed, Method, Socks5Error, octet
 from ..relay import RESET
 from .context import Acceptor, Context, GssapiError, Protection, acceptor_credentials
 from .messages import Abort, Aborted, ContextToken, FrameError, Level, LevelToken
-from .protected import ProtectedStream, protected
+from .protected import DATAGRAMS, ProtectedStream, protected
 
 LEVELS = (Level.INTEGRITY, Level.CONFIDENTIALITY)
-DATAGRAMS = 2       # moved in one turn of the relay thread: the largest take half a millisecond each
 
 
 class GssapiLoginFailed(LoginFailed):
@@ -144,7 +143,7 @@ class GssapiHandler(Socks5Handler):
         if len(wanted) != 1:
             raise FrameError(f"a protection level of {len(wanted)} octets")
         level = self._gssapi.grant(wanted[0])
-        self.send(LevelToken(octet(level) if in_clear else context.wrap(octet(level), False)))
+        self.send(LevelToken(octet(level) if in_clear else context.wrap(octet(level), False), level))
         return level
 
     # --- under protection ---

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import ClassVar, List, Sequence, Type, TypeVar
+from typing import ClassVar, List, Optional, Sequence, Type, TypeVar
 
 from ..protocol import BinaryStream, Field, Message, ProtocolError, octet, read_exactly
 
@@ -110,9 +110,11 @@ class ContextToken(TokenFrame):
     mtyp = MessageType.AUTHENTICATION
 
 
+@dataclass
 class LevelToken(TokenFrame):
-    """Once each way: the protection level, one octet, wrapped.  RFC 1961 section 4."""
+    """Once each way: the protection level, one octet, wrapped.  RFC 1961 section 4.  `level`: which, for who cannot unwrap it."""
 
+    level: Optional[int] = field(default=None, compare=False)
     mtyp = MessageType.PROTECTION_LEVEL
 
 
