@@ -40,7 +40,6 @@ from .names import ascii_form
 from .outbound import ClientGone
 from .protocol import UNSPECIFIED, Address, AddressType, Command, Datagram, ReplyCode, Request, RequestFailed, Socks5Error
 from .relay import READ, WRITE
-from .gssapi.protected import DATAGRAMS, protected
 from .handler import Socks5Handler
 
 SUSPICIOUS = 32     # clients that wait for the upstream at a time: a busy server, or a loop
@@ -277,6 +276,8 @@ class ChainedAssociation(Association):
         with on_error(self.close):
             sock = udp_towards(relay, Address.of(call.socket.getsockname()), handler.server.route)
             if call.protection is not None:
+                from .gssapi.protected import DATAGRAMS, protected
+
                 sock, self.most = protected(sock, call.protection), DATAGRAMS
             self.answers = Answers(self, sock)
         self.sockets += [self.answers, UpstreamControl(self, call.socket)]

@@ -40,7 +40,7 @@ CORE = {
 }
 # What stands beside and above it: each may import the core, and imports this of the others.
 ABOVE = {
-    "gssapi": set(), "client": set(), "check": {"client"}, "upstream": {"client"}, "explain": set(), "capture": set(), "monitor": {"explain"},
+    "gssapi": set(), "client": {"gssapi"}, "check": {"gssapi", "client"}, "upstream": {"gssapi", "client"}, "explain": {"gssapi"}, "capture": set(), "monitor": {"explain"},
     "service": {"gssapi", "client", "upstream", "explain", "capture", "monitor"}, "workers": {"monitor", "service"},
     "cli": {"gssapi", "client", "check", "explain", "monitor", "service", "workers"}, "testing": {"upstream"},
 }

@@ -139,6 +139,11 @@ class ProtectedSocket(socket.socket):
                     raise OSError(errno.EBADMSG, str(error)) from error
                 super().sendall(frame)
 
+    def getsockopt(self, level: int, name: int, *length: int) -> Any:
+        if (level, name) == (socket.SOL_SOCKET, socket.SO_TYPE):        # as ssl asks just before it takes the descriptor
+            self.by_the_descriptor()
+        return super().getsockopt(level, name, *length)
+
     def by_the_descriptor(self, *_arguments: Any, **_keywords: Any) -> NoReturn:
         raise OSError(errno.EOPNOTSUPP, f"{os.strerror(errno.EOPNOTSUPP)}: the octets of this socket are wrapped; for TLS use ssl.MemoryBIO")
 

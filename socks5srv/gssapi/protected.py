@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import TYPE_CHECKING, Any, Tuple, Union, cast
+from typing import Any, Tuple, Union, cast
 
 from ..handler import ClientStream, ObservedStream
 from ..outbound import ClientGone
 from ..protocol import ProtocolError
 from ..relay import Coded
+from .context import Protection
 from .messages import FrameError
-
-if TYPE_CHECKING:           # or who has no package gssapi could not import this
-    from .context import Protection
 
 DATAGRAMS = 2       # moved in one turn of the relay thread: the largest take half a millisecond each
 
