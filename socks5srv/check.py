@@ -1,5 +1,5 @@
 """
-Questions of RFC 1928 and RFC 1929 to any SOCKS5 server: ``socks5srv check HOST:PORT``.
+Questions of RFC 1928 and RFC 1929 to any SOCKS5 server: ``socks5srv check HOST:PORT``; with ``--gssapi`` of RFC 1961, too.
 
 Each question is an assertion, and a function of a few lines or a row in a table of such: it talks to the
 server as a client, plays the target as well, and returns what it has observed (nothing, if that is just what
@@ -10,7 +10,8 @@ The one idea: nothing waits for "nothing happens".  Whatever must not come is fo
 that must, and the order tells.  Every step has a deadline, and there is never more than one
 connection to the server, so that servers for one client at a time can be examined, too.
 
-The targets are on this computer, and on its loopback unless `--target` says otherwise.
+The targets are on this computer, and on its loopback unless `--target` says otherwise.  With ``--gssapi`` all that is asked
+behind a login is wrapped.
 """
 
 from __future__ import annotations
@@ -28,23 +29,27 @@ from io import BytesIO
 from ipaddress import ip_address
 from itertools import groupby
 from select import select
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
-from .client import Conversation, Proxy, dial
+from .client import SERVICE, Conversation, Methods, NO_OTHERS, Proxy, dial
 from .descriptors import on_error
+from .gssapi.messages import Abort, ContextToken, Encapsulated, Level, LevelToken
 from .names import ascii_form
 from .protocol import (
-    UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, Method, MethodSelection,
-    ProtocolError, Reply, ReplyCode, Request, Socks5Error, read_exactly,
+    UNSPECIFIED, VER, Address, AddressType, Command, Credentials, CredentialsReply, Datagram, Greeting, LoginFailed, Method, MethodSelection,
+    NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request, Socks5Error, read_exactly,
 )
 from .relay import RESET
+
+if TYPE_CHECKING:
+    from .gssapi.context import Initiator, Protection
 
 TIMEOUT = 5.0           # seconds for each step
 CLOSING = 10.0          # seconds from a failure to the end of the connection; RFC 1928 section 6
 PAUSE = 0.01            # seconds between octets that are not to travel together
 MUCH = bytes(range(256)) * 4096     # 1 MiB
 PRIVATE = 0x80          # a method that no server knows
-NONE, LOGIN, FF = Method.NO_AUTHENTICATION_REQUIRED, Method.USERNAME_PASSWORD, Method.NO_ACCEPTABLE_METHODS
+NONE, LOGIN, GSSAPI, FF = Method.NO_AUTHENTICATION_REQUIRED, Method.USERNAME_PASSWORD, Method.GSSAPI, Method.NO_ACCEPTABLE_METHODS
 CLOSED = ProtocolError, ConnectionError     # what a read raises if the server has closed the connection
 SILENCES = 5            # of them in a row, the questions end: each takes seconds
 OTHERS = {"HTTP": [b"HT", b"<!", b"<h"], "SSH": [b"SS"], "TLS": [b"\x15\x03"], "FTP or SMTP": [b"22"]}      # how their answers begin
@@ -85,11 +90,12 @@ class Answer(NamedTuple):
 
 Ask = Callable[["Examiner"], Optional[str]]
 QUESTIONS: List[Question] = []
+OF_KERBEROS: List[Question] = []        # which are asked with --gssapi only
 
 
 def question(section: str, text: str, expected: str) -> Callable[[Ask], Ask]:
     def add(ask: Ask) -> Ask:
-        QUESTIONS.append(Question(ask.__name__, section, text, expected, ask))
+        (OF_KERBEROS if section.startswith("RFC 1961") else QUESTIONS).append(Question(ask.__name__, section, text, expected, ask))
         return ask
 
     return add
@@ -100,6 +106,8 @@ def question(section: str, text: str, expected: str) -> Callable[[Ask], Ask]:
 class Talk(Conversation):
     """A conversation with the server that remembers what the server says."""
 
+    frames: Optional[Protection] = None     # in which its datagrams are, too
+
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         super().__init__(sock, time.monotonic() + timeout)
         self.timeout = timeout
@@ -109,6 +117,12 @@ class Talk(Conversation):
         octets = super().read(n)
         self.heard += octets
         return octets
+
+    def negotiate(self, proxy: Proxy, methods: Methods = NO_OTHERS, datagrams: bool = False) -> None:
+        """As ever; but `socket` is for what is said in clear, since most questions go on with it."""
+        super().negotiate(proxy, methods, datagrams)
+        if self.protection is not None:
+            self.frames, self.socket, self.protection, self.heard = self.protection, self.as_socket(), None, self.heard[:2]
 
     def drip(self, octets: bytes) -> None:
         """Send every octet in a segment of its own."""
@@ -176,15 +190,19 @@ class Examiner:
         """Ask all questions, or those before the server is silent too often.  OSError if it cannot be reached; NotSocks5."""
         self.greet()
         answers: List[Answer] = []
-        for question in QUESTIONS:
+        for question in self.questions:
             answers.append(self.answer(question))
-            last = [answer.observed for answer in answers if answer.verdict != "skip"][-int(min(most_silences, len(QUESTIONS))):]
+            last = [answer.observed for answer in answers if answer.verdict != "skip"][-int(min(most_silences, len(self.questions))):]
             if len(last) >= most_silences and set(last) == {self.silence}:
                 break
         return answers
 
+    @property
+    def questions(self) -> List[Question]:
+        return [*QUESTIONS, *OF_KERBEROS] if self.proxy.gssapi else QUESTIONS
+
     def greet(self) -> None:
-        """One greeting, to see whether it is a SOCKS5 server, and whether it asks for a password."""
+        """One greeting, to see whether it is a SOCKS5 server, and whether it asks for a login."""
         said = f"is silent for {self.timeout:g} s"
         with self.talk() as talk:
             talk.send(Greeting(bytes([NONE])))
@@ -220,20 +238,66 @@ class Examiner:
 
     @contextmanager
     def talk(self) -> Iterator[Talk]:
-        with dial(self.proxy, time.monotonic() + self.timeout) as sock:
-            yield Talk(sock, self.timeout)
+        talk = Talk(dial(self.proxy, time.monotonic() + self.timeout), self.timeout)
+        try:
+            yield talk
+        finally:
+            talk.socket.close()
 
     def need_a_login(self) -> None:
-        if self.wants_a_login and not self.proxy.username:
-            raise Unasked("needs --user NAME:PASSWORD: the server asks for a password")
+        if self.wants_a_login and not (self.proxy.username or self.proxy.gssapi):
+            raise Unasked("needs --user NAME:PASSWORD, or --gssapi: the server asks for a login")
+
+    def need_a_method(self) -> int:
+        """The one to offer where what follows is written in advance."""
+        self.need_a_login()
+        if self.proxy.gssapi:
+            raise Unasked("not with --gssapi")
+        return LOGIN if self.wants_a_login else NONE
 
     @contextmanager
-    def ready(self) -> Iterator[Talk]:
+    def ready(self, datagrams: bool = False) -> Iterator[Talk]:
         """A talk in which the request comes next."""
         self.need_a_login()
         with self.talk() as talk:
-            talk.negotiate(self.proxy)
+            with errors_as(Unasked, "{}", *(LoginFailed, NoAcceptableMethod) if self.proxy.gssapi else ()):      # a question of RFC 1961 tells
+                talk.negotiate(self.proxy, datagrams=datagrams)
             yield talk
+
+    @contextmanager
+    def known(self) -> Iterator[Tuple[Talk, Initiator]]:
+        """A talk in which both sides know each other by Kerberos, and the level comes next."""
+        from .gssapi.client import establish
+        from .gssapi.context import Initiator
+
+        with self.talk() as talk:
+            self.choose_gssapi(talk)
+            context = Initiator(self.proxy.host, self.proxy.service)
+            establish(talk, context)
+            yield talk, context
+
+    def choose_gssapi(self, talk: Talk) -> None:
+        if talk.choose(GSSAPI) != GSSAPI:
+            raise Unasked("the server does not select method 01")
+
+    @contextmanager
+    def protected(self, level: Level = Level.CONFIDENTIALITY) -> Iterator[Tuple[Talk, Initiator]]:
+        """A talk in which a request comes next, in frames; what is sent by its socket is in none."""
+        from .gssapi.client import agree
+        from .gssapi.context import Protection
+
+        with self.known() as (talk, context):
+            if agree(talk, context, level) is not level:
+                raise Unasked(f"the server does not grant level {level}")
+            talk.protection = Protection(context, level)
+            yield talk, context
+
+    @contextmanager
+    def protected_tunnel(self) -> Iterator[Tuple[Talk, Initiator, socket.socket]]:
+        with self.target() as target, self.protected() as (talk, context):
+            succeeded(talk.request(Command.CONNECT, target.address))
+            with target.accept() as accepted:
+                yield talk, context, accepted
 
     def host(self, kind: AddressType) -> str:
         if kind not in self.hosts or not can_bind(self.hosts[kind]):
@@ -271,7 +335,7 @@ class Examiner:
     @contextmanager
     def association(self, host: Optional[str] = None) -> Iterator[Relay]:
         """The server's UDP relay, and a target on this host, or on any."""
-        with self.udp(host) as target, self.ready() as talk:
+        with self.udp(host) as target, self.ready(datagrams=True) as talk:
             address = offered(talk, Command.UDP_ASSOCIATE, UNSPECIFIED)
             with self.udp(Address.of(talk.socket.getsockname()).zoned) as client:
                 yield Relay(talk, address, client, target, as_told(target.getsockname()))
@@ -339,7 +403,8 @@ class Relay(NamedTuple):
 
     def send_octets(self, octets: bytes) -> None:
         """A datagram, or octets that are none."""
-        self.client.sendto(octets, self.address.sockaddr)
+        frames = self.talk.frames
+        self.client.sendto(frames.frame(octets) if frames else octets, self.address.sockaddr)
 
     def arrival(self, data: bytes, destination: Optional[Address] = None) -> Tuple[bytes, Any]:
         """What the target gets when this is sent, and from where."""
@@ -354,7 +419,8 @@ class Relay(NamedTuple):
             raise Wrong(f"{len(received)} bytes arrive, and not the {len(data)} that were sent")
         self.target.sendto(received, source)
         with errors_as(Wrong, f"no answer within {self.talk.timeout:g} s", socket.timeout):
-            answer = Datagram.read(BytesIO(self.client.recv(65535)))
+            octets, frames = self.client.recv(65535), self.talk.frames
+        answer = Datagram.read(BytesIO(frames.decode_datagram(octets) if frames else octets))
         if answer.data != data:
             raise Wrong("the answer is another one")
         return answer
@@ -453,13 +519,17 @@ def selected(e: Examiner, methods: Sequence[int], right: Sequence[int]) -> str:
 @question(NEGOTIATION, "Method 00 alone is selected, or refused for want of a password", "00, or FF")
 def no_login(e: Examiner) -> str:
     method = selected(e, [NONE], [NONE, FF])
-    if e.proxy.username and method == "00":
-        raise Odd("00: no password is asked for")
+    if (e.proxy.username or e.proxy.gssapi) and method == "00":
+        raise Odd(f"00: no {'ticket' if e.proxy.gssapi else 'password'} is asked for")
     return method
 
 
+@question(NEGOTIATION, "Of 00 and 02 one is selected", "00 or 02")
+def both_methods(e: Examiner) -> str:
+    return selected(e, [NONE, LOGIN], [NONE, LOGIN, *[FF] * e.proxy.gssapi])
+
+
 for name, text, expected, offer, right in (
-    ("both_methods", "Of 00 and 02 one is selected", "00 or 02", [NONE, LOGIN], [NONE, LOGIN]),
     ("unknown_methods", "Unknown methods alone are refused", "FF", [PRIVATE, PRIVATE + 1], [FF]),
     ("offer_of_ff", "FF, which is no method, is refused as an offer", "FF", [FF], [FF]),
 ):
@@ -468,7 +538,7 @@ for name, text, expected, offer, right in (
 
 @question(NEGOTIATION, "Of 255 methods the last, the only known one, is selected", "the last one")
 def many_methods(e: Examiner) -> str:
-    wanted = LOGIN if e.wants_a_login else NONE
+    wanted = GSSAPI if e.proxy.gssapi else LOGIN if e.wants_a_login else NONE
     return selected(e, [PRIVATE] * 254 + [wanted], [wanted])
 
 
@@ -507,9 +577,9 @@ def other_version(e: Examiner) -> str:
 
 @question(NEGOTIATION, "Messages may come octet by octet", "served")
 def octet_by_octet(e: Examiner) -> None:
-    e.need_a_login()
+    method = e.need_a_method()
     with e.target() as target, e.talk() as talk:
-        talk.drip(bytes(Greeting(bytes([LOGIN if e.wants_a_login else NONE]))))
+        talk.drip(bytes(Greeting(bytes([method]))))
         talk.receive(MethodSelection)
         if e.wants_a_login:
             talk.drip(bytes(Credentials(e.proxy.username, e.proxy.password)))
@@ -521,10 +591,10 @@ def octet_by_octet(e: Examiner) -> None:
 
 @question(NEGOTIATION, "Greeting and request may come in one segment", "served")
 def one_segment(e: Examiner) -> None:
-    e.need_a_login()
+    method = e.need_a_method()
     login = bytes(Credentials(e.proxy.username, e.proxy.password)) if e.wants_a_login else b""
     with e.target() as target, e.talk() as talk:
-        talk.write(bytes(Greeting(bytes([LOGIN if login else NONE]))) + login + bytes(Request(Command.CONNECT, target.address)))
+        talk.write(bytes(Greeting(bytes([method]))) + login + bytes(Request(Command.CONNECT, target.address)))
         with errors_as(Odd, "not served: {}", Wrong, Socks5Error, OSError):
             talk.receive(MethodSelection)
             if login:
@@ -982,6 +1052,127 @@ def udp_large(e: Examiner) -> str:
     return f"{largest} bytes"
 
 
+# --- RFC 1961: with --gssapi ---
+
+CONTEXT, LEVELS, FRAMES = "RFC 1961 section 3", "RFC 1961 section 4", "RFC 1961 section 5"
+ABORTED = bytes(Abort())
+
+
+@question(CONTEXT, "Method 01 alone is selected", "01")
+def gssapi_alone(e: Examiner) -> str:
+    return selected(e, [GSSAPI], [GSSAPI])
+
+
+@question(CONTEXT, "A client with a ticket is let in", "let in")
+def ticket(e: Examiner) -> None:
+    with e.known():
+        pass
+
+
+@question(CONTEXT, "A token that is none is refused", "01 ff")
+def junk_for_a_token(e: Examiner) -> str:
+    with e.talk() as talk:
+        e.choose_gssapi(talk)
+        talk.send(ContextToken(b"junk" * 16))
+        return aborted(talk)
+
+
+def aborted(talk: Talk) -> str:
+    """What is observed if the server refuses: 01 FF, or the end, which does so as well."""
+    try:
+        heard = read_exactly(talk, 2)
+    except CLOSED:
+        raise Odd("closed without 01 ff") from None
+    if heard != ABORTED:
+        raise Wrong(heard.hex(" "))
+    return heard.hex(" ")
+
+
+@question(CONTEXT, "A request in place of a token is not carried out", "not carried out")
+def request_instead_of_a_token(e: Examiner) -> None:
+    with e.target() as target, e.talk() as talk:
+        e.choose_gssapi(talk)
+        not_carried_out(talk, target, bytes(Request(Command.CONNECT, target.address)))
+
+
+def granted(e: Examiner, level: Level) -> str:
+    from .gssapi.client import agree
+
+    with e.known() as (talk, context), errors_as(Odd, "closed", *CLOSED):
+        found = agree(talk, context, level)
+    if found is Level.NONE:
+        raise Wrong("00: no protection")
+    if found is not level:
+        raise Odd(f"{found:02x}")
+    return f"{found:02x}"
+
+
+for name, level in (("integrity", Level.INTEGRITY), ("confidentiality", Level.CONFIDENTIALITY)):
+    OF_KERBEROS.append(Question(f"level_{name}", LEVELS, f"Level {level}, {name}, is granted to who asks for it", f"{level:02x}", partial(granted, level=level)))
+
+
+@question(LEVELS, "A level that there is not is refused", "01 ff")
+def unknown_level(e: Examiner) -> str:
+    with e.known() as (talk, context):
+        talk.send(LevelToken(context.wrap(b"\x04", False)))
+        return aborted(talk)
+
+
+@question(LEVELS, "A request in clear is not carried out once level 2 is granted", "not carried out")
+def request_in_clear(e: Examiner) -> None:
+    with e.target() as target, e.protected() as (talk, _context):
+        talk.protection = None
+        not_carried_out(talk, target, bytes(Request(Command.CONNECT, target.address)))
+
+
+@question(FRAMES, "A request may be in two frames, and data in the second one", "served")
+def request_in_two_frames(e: Examiner) -> None:
+    with e.target() as target, e.protected() as (talk, _context):
+        octets = bytes(Request(Command.CONNECT, target.address))
+        talk.write(octets[:3])
+        talk.write(octets[3:] + b"early")
+        with errors_as(Odd, "not served: {}", Wrong, *CLOSED):
+            succeeded(talk.receive(Reply))
+            with target.accept() as accepted:
+                if read_exactly(Talk(accepted, e.timeout), 5) != b"early":
+                    raise Wrong("other bytes than were sent")
+
+
+def altered(frame: bytes) -> bytes:
+    return frame[:-1] + bytes([frame[-1] ^ 1])
+
+
+def ends_the_tunnel(e: Examiner, spoiled: Callable[[Initiator, Callable[[bytes], bytes]], bytes], kept: bytes) -> None:
+    """Whether the tunnel ends by these octets, and no more than `kept` of them reaches the target."""
+    with e.protected_tunnel() as (talk, context, accepted):
+        assert talk.protection is not None
+        talk.socket.sendall(spoiled(context, talk.protection.encode))
+        received = b""
+        with suppress(ConnectionError), errors_as(Odd, "it goes on", socket.timeout):
+            for octets in iter(lambda: accepted.recv(100), b""):
+                received += octets
+                if len(received) > len(kept):
+                    raise Wrong("it reaches the target")
+
+
+for name, text, spoiled, kept in (
+    ("altered_frame", "A frame that has been altered ends the tunnel", lambda _context, encode: altered(encode(b"octets")), b""),
+    ("repeated_frame", "A frame that comes twice ends the tunnel", lambda _context, encode: encode(b"octets") * 2, b"octets"),
+    ("frame_in_clear", "At level 2, a frame that is not encrypted ends the tunnel",
+     lambda context, _encode: bytes(Encapsulated(context.wrap(b"octets", False))), b""),
+):
+    OF_KERBEROS.append(Question(name, FRAMES, text, "it ends", partial(ends_the_tunnel, spoiled=spoiled, kept=kept)))
+
+
+@question(FRAMES, "Datagrams in clear are dropped", "dropped")
+def datagram_in_clear(e: Examiner) -> None:
+    with e.association() as relay:
+        relay.client.sendto(bytes(Datagram(relay.there, b"clear")), relay.address.sockaddr)
+        received, _source = relay.arrival(b"wrapped")
+    if received != b"wrapped":
+        raise Wrong("relayed")
+
+
 # --- the program ---
 
 def table(answers: Sequence[Answer]) -> str:
@@ -996,11 +1187,13 @@ def table(answers: Sequence[Answer]) -> str:
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog, allow_abbrev=False, description="Ask a SOCKS5 server the questions of RFC 1928 and RFC 1929.",
+        prog=prog, allow_abbrev=False, description="Ask a SOCKS5 server the questions of RFC 1928 and RFC 1929, and with --gssapi of RFC 1961.",
         epilog="Exit codes: 0 nothing failed, 1 something did or there is no connection, 2 usage, or it is no SOCKS5 server.",
     )
     parser.add_argument("server", metavar="HOST:PORT", help="where the server is")
     parser.add_argument("--user", metavar="NAME:PASSWORD", help="the credentials, where they are required")
+    parser.add_argument("--gssapi", action="store_true", help="log in by Kerberos, with the ticket of whoever asks, and ask about that, too")
+    parser.add_argument("--service", default=SERVICE, metavar="NAME", help=f"the server's service for --gssapi (default: {SERVICE})")
     parser.add_argument("--json", action="store_true", help="the answers for programs")
     parser.add_argument("--all", action="store_true", help=f"go on also after {SILENCES} timeouts in a row")
     parser.add_argument("--target", metavar="HOST",
@@ -1018,7 +1211,7 @@ def examiner(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ex
         parser.error("invalid --user: expected NAME:PASSWORD, each of 255 bytes at most")
     if not 0 < options.timeout < 1000:
         parser.error(f"invalid --timeout {options.timeout:g}: expected seconds above 0")
-    proxy = Proxy(host.strip("[]"), int(port), name.encode(), password.encode())
+    proxy = Proxy(host.strip("[]"), int(port), name.encode(), password.encode(), gssapi=options.gssapi, service=options.service)
     try:
         here = all(ip_address(row[4][0]).is_loopback for row in socket.getaddrinfo(ascii_form(proxy.host), proxy.port))
     except (OSError, UnicodeError) as error:
@@ -1039,6 +1232,8 @@ def main(words: Optional[Sequence[str]] = None, prog: str = "python -m socks5srv
     parser = build_parser(prog)
     options = parser.parse_args(words)
     asking = examiner(parser, options)
+    if options.gssapi and (error := no_ticket(asking.proxy)):
+        return complain(parser, options, error, 1)
     try:
         answers = asking.examine(float("inf") if options.all else SILENCES)
     except KeyboardInterrupt:
@@ -1054,9 +1249,22 @@ def main(words: Optional[Sequence[str]] = None, prog: str = "python -m socks5srv
     else:
         print(table(answers))
         print("\n" + ", ".join(f"{count} {verdict}" for verdict, count in summary.items()))
-    if len(answers) < len(QUESTIONS):
+    if len(answers) < len(asking.questions):
         print(f"{prog}: stopped after {SILENCES} timeouts in a row; --all goes on", file=sys.stderr)
     return 1 if summary["fail"] else 0
+
+
+def no_ticket(proxy: Proxy) -> str:
+    """Why nobody can log in there by Kerberos from here; empty if that is not so."""
+    try:
+        from .gssapi.context import GssapiError, Initiator
+    except ImportError as error:
+        return str(error)
+    try:
+        Initiator(proxy.host, proxy.service).step()
+    except GssapiError as error:
+        return f"no ticket for {proxy.service} on {proxy.host}: {error}"
+    return ""
 
 
 def complain(parser: argparse.ArgumentParser, options: argparse.Namespace, error: str, code: int) -> int:
