@@ -97,6 +97,9 @@ def says(*messages: Any) -> Callable[[Connection], None]:
     ("socks5h://j\u00fcrgen:%c3%bc@h:1", Proxy("h", 1, "j\u00fcrgen".encode(), "\u00fc".encode())),
     ("socks5h://[fe80::1%25eth0]:1", Proxy("fe80::1%eth0", 1)), ("socks5h://[fe80::1%eth0]:1", Proxy("fe80::1%eth0", 1)),
     ("socks5h://[fe80::1%252]:1", Proxy("fe80::1%2", 1)),
+    ("socks5h+gssapi://proxy.example", Proxy("proxy.example", gssapi=True)),
+    ("socks5+gssapi://socks@h:1", Proxy("h", 1, names_there=False, gssapi=True, service="socks")),
+    ("socks5h+gssapi://rcmd%2Fother@h:1", Proxy("h", 1, gssapi=True, service="rcmd/other")),
 ])
 def test_a_url_says_where_the_proxy_is_who_we_are_and_who_looks_names_up(url: str, proxy: Proxy) -> None:
     assert Proxy.parse(url) == proxy
@@ -106,7 +109,7 @@ def test_a_url_says_where_the_proxy_is_who_we_are_and_who_looks_names_up(url: st
 @pytest.mark.parametrize("url", [
     "", "127.0.0.1:1080", "http://h:1", "socks4://h:1", "socks5h://", "socks5h://:1", "socks5h://h:0", "socks5h://h:65536",
     "socks5h://h:x", "socks5h://h:1/path", "socks5h://h:1?q", "socks5h://h:1#f", "socks5h://anna:se/sesame@h:1", "socks5h://[::1:1",
-    "socks5h://anna:se#sesame@h:1", f"socks5h://anna:{'x' * 256}@h:1", f"socks5h://{'x' * 256}@h:1",
+    "socks5h+gssapi://anna:sesame@h:1", "socks5h+ntlm://h:1", "socks5h+gssapi://", "socks5h://anna:se#sesame@h:1", f"socks5h://anna:{'x' * 256}@h:1", f"socks5h://{'x' * 256}@h:1",
 ])
 def test_what_is_no_url_of_a_proxy_is_told_without_the_password(url: str) -> None:
     with pytest.raises(ValueError, match="255 bytes at most" if "xxx" in url else "HOST:PORT") as raised:
@@ -114,7 +117,9 @@ def test_what_is_no_url_of_a_proxy_is_told_without_the_password(url: str) -> Non
     assert "sesame" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["socks5h://h:1", "socks5://[::1]:1", "socks5h://a%3ab:***@h:1", "socks5h://[fe80::1%25eth0]:1"])
+@pytest.mark.parametrize("url", [
+    "socks5h://h:1", "socks5://[::1]:1", "socks5h://a%3ab:***@h:1", "socks5h://[fe80::1%25eth0]:1", "socks5h+gssapi://h:1", "socks5+gssapi://rcmd%2Fh@h:1",
+])
 def test_the_text_of_a_proxy_is_its_url_without_the_password(url: str) -> None:
     proxy = Proxy.parse(url.replace("***", "sesame"))
     assert str(proxy) == url.replace("%3a", "%3A")

@@ -14,6 +14,7 @@ from collections import Counter
 from ipaddress import ip_address
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
+from ..gssapi.messages import Abort, ContextToken, Encapsulated, Frame, Level, LevelToken, MessageType
 from ..protocol import (
     COMMANDS, CREDENTIALS_VER, REPLY_CODES, VER, Address, AddressType, Command, Credentials, CredentialsReply,
     Datagram, Greeting, Message, Method, MethodSelection, Reply, ReplyCode, Request, Socks5Error, read_name,
@@ -44,6 +45,10 @@ LAYOUTS: Dict[Type[Message], MessageLayout] = {
         (Request, "REQUEST", "1928 section 4", "client", "VER 1, CMD 1, RSV X'00', ATYP 1, DST.ADDR Variable, DST.PORT 2"),
         (Reply, "REPLY", "1928 section 6", "proxy", "VER 1, REP 1, RSV X'00', ATYP 1, BND.ADDR Variable, BND.PORT 2"),
         (Datagram, "DATAGRAM", "1928 section 7", "client", "RSV 2, FRAG 1, ATYP 1, DST.ADDR Variable, DST.PORT 2, DATA Variable"),
+        (ContextToken, "CONTEXT TOKEN", "1961 section 3.4", "client", "VER 1, MTYP 1, LEN 2, TOKEN up to 65,535"),
+        (LevelToken, "PROTECTION LEVEL", "1961 section 4.3", "client", "VER 1, MTYP 1, LEN 2, TOKEN up to 65,535"),
+        (Encapsulated, "WRAPPED", "1961 section 5", "client", "VER 1, MTYP 1, LEN 2, TOKEN up to 65,535"),
+        (Abort, "ABORT", "1961 section 3.8", "proxy", "VER 1, MTYP 1"),
     )
 }
 
@@ -76,9 +81,11 @@ def length_of(kind: Type[Message], name: str, parts: List[FieldOctets], ahead: b
         return parts[-1].octets[0]
     if name == "DATA":
         return len(ahead)
+    if name == "TOKEN":
+        return int.from_bytes(parts[-1].octets, "big")
     if name.endswith(".ADDR"):
         return {1: 4, 3: 1 + ahead[0] if ahead else 1, 4: 16}.get(parts[-1].octets[0])
-    return 2 if name.endswith(".PORT") or (name == "RSV" and kind is Datagram) else 1
+    return 2 if name.endswith(".PORT") or name == "LEN" or (name == "RSV" and kind is Datagram) else 1
 
 
 def ends_too_soon(kind: Type[Message], parts: List[FieldOctets]) -> bool:
@@ -130,6 +137,13 @@ METHOD_WORDS = {
     0x06: "SSL", 0x07: "NDS", 0x08: "multi-authentication framework", 0x09: "JSON parameter block", 0xFF: "no acceptable methods",
 }
 COMMAND_WORDS = {Command.CONNECT: "CONNECT", Command.BIND: "BIND", Command.UDP_ASSOCIATE: "UDP ASSOCIATE"}
+LEVEL_WORDS = {
+    Level.NONE: "no protection", Level.INTEGRITY: "nobody can change what follows", Level.CONFIDENTIALITY: "nobody can read what follows, either",
+    Level.SELECTIVE: "each message as its sender likes",
+}
+FRAME_WORDS = {
+    MessageType.AUTHENTICATION: "who it is", MessageType.PROTECTION_LEVEL: "what protection", MessageType.ENCAPSULATED: "wrapped", MessageType.ABORT: "refused",
+}
 TYPE_WORDS = {AddressType.IPV4: "IPv4", AddressType.DOMAINNAME: "domain name", AddressType.IPV6: "IPv6"}
 
 
@@ -160,6 +174,8 @@ NUMBERS: Dict[str, Callable[[int], str]] = {
         f"fragment {frag & ~Datagram.LAST_FRAGMENT}{', the last one' * (frag >= Datagram.LAST_FRAGMENT)}" if frag
         else "a whole datagram, not a fragment",
     "ATYP": lambda code: of_several(code, TYPE_WORDS),
+    "MTYP": lambda code: of_several(code, FRAME_WORDS),
+    "LEN": lambda length: f"{plural(length, 'octet')} of token",
     "PORT": lambda port: f"0x{port:04x} = {port}, most significant octet first",
 }
 
@@ -196,7 +212,7 @@ def of_methods(octets: bytes) -> List[Meaning]:
 
 def version_of(kind: Type[Message]) -> int:
     """What its VER should be."""
-    return CREDENTIALS_VER if kind in (Credentials, CredentialsReply) else VER
+    return CREDENTIALS_VER if kind in (Credentials, CredentialsReply) or issubclass(kind, Frame) else VER
 
 
 # --- deviations from the RFC ---
@@ -215,6 +231,8 @@ def deviations_of(kind: Type[Message], name: str, octets: bytes, atyp: int) -> I
     here, section = octets.hex(" "), LAYOUTS[kind].section
     if name == "VER" and octets[0] != version_of(kind):
         yield f"VER is {here}, {section} says {version_of(kind):02x}{verdict(kind, ReplyCode.GENERAL_FAILURE)}"
+    elif name == "MTYP" and issubclass(kind, Frame) and octets[0] != kind.mtyp:
+        yield f"MTYP is {here}, where {section} has {kind.mtyp:02x}{' (the client gives up)' * (octets[0] == MessageType.ABORT)}"
     elif name == "ATYP" and octets[0] not in TYPE_WORDS:
         refused = verdict(kind, ReplyCode.ADDRESS_TYPE_NOT_SUPPORTED)
         yield f"ATYP is {here}, RFC 1928 section 5 knows 01, 03 and 04{refused}"
@@ -299,6 +317,13 @@ def of_request(message: Any) -> str:
     return "Relay datagrams for me, as long as this connection lives."
 
 
+def of_level(frame: Any) -> str:
+    """The proxy knows what it sends; what the client sends is wrapped, but for clients that speak as NEC's did."""
+    if frame.level is not None:
+        return f"You get level {frame.level}: {LEVEL_WORDS[frame.level]}."
+    return f"I want level {frame.token[0]}." if len(frame.token) == 1 else "I want this level of protection; it is in the token."
+
+
 REPLIES: Dict[int, str] = {
     ReplyCode.GENERAL_FAILURE: "It did not work.", ReplyCode.NOT_ALLOWED: "My rules forbid it.",
     ReplyCode.NETWORK_UNREACHABLE: "There is no way to that network.", ReplyCode.HOST_UNREACHABLE: "That host cannot be reached.",
@@ -317,6 +342,10 @@ SENTENCES: Dict[Type[Message], Callable[[Any], str]] = {
     Reply: lambda reply:
         f"Done. My end is {brief(reply.bound)}." if reply.code == ReplyCode.SUCCEEDED
         else REPLIES.get(reply.code, "It did not work, for a reason that the RFC does not know."),
+    ContextToken: lambda frame: "This is my token: see who I am." if frame.token else "I have no more to say: you know me.",
+    LevelToken: lambda frame: of_level(frame),
+    Encapsulated: lambda _frame: "What is in it is for you only.",
+    Abort: lambda _frame: "I do not let you in. Goodbye.",
     Datagram: lambda datagram: f"{plural(len(datagram.data), 'octet')}, to or from {brief(datagram.address)}.",
 }
 

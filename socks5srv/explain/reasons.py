@@ -11,6 +11,7 @@ import os
 from typing import List, Optional, Sequence
 
 from .. import relay
+from ..gssapi.messages import Level
 from ..observer import Attempt
 from ..protocol import Address, AddressType, Command, Method, Request, Socks5Error
 from ..rules import Verdict
@@ -39,6 +40,8 @@ def about_method(method: int, trusted: bool, has_users: bool, wanted: Optional[M
         return [f"Why: {lack}{reason_of(error)}.", WHAT_CLIENTS_PRINT]
     if method == Method.NO_AUTHENTICATION_REQUIRED and (trusted or not has_users):
         return [f"Why: {'clients of this network need no authentication' if trusted else 'this proxy has no users, so it requires no authentication'}."]
+    if method == Method.GSSAPI:
+        return ["Why: this proxy asks for Kerberos, so it never picks 00."]
     if method == Method.USERNAME_PASSWORD and not trusted:
         return ["Why: this proxy has users, so it never picks 00. It would have answered ff (no acceptable methods) and hung up, had the client "
                 "not offered 02."]
@@ -52,6 +55,18 @@ def about_login(user: Optional[str], error: Optional[Socks5Error]) -> List[str]:
     reason = reason_of(error or "its method says so")
     same = " Both get the same answer, so that guessing does not show which names there are." if reason == WRONG else ""
     return [f"Why: {reason}.{same}", WHAT_CLIENTS_PRINT]
+
+
+def about_abort(error: Optional[Socks5Error]) -> List[str]:
+    return [f"Why: {reason_of(error or 'its method says so')}. Clients are told nothing but that it is so."]
+
+
+def about_level(level: Optional[int]) -> List[str]:
+    """Of a message that is wrapped, if it is."""
+    if not level:
+        return []
+    return [f"It is wrapped, at level {level}: on the wire there are 01 03, two octets of length, and a token in which it is "
+            f"{'encrypted' if level == Level.CONFIDENTIALITY else 'signed'}."]
 
 
 # --- the request ---

@@ -6,7 +6,8 @@ cannot disagree.  A malformed message has no such list.  It is split into fields
 is wrong is marked with an exclamation mark.
 
 Passwords are never shown: not their octets, and not how many they are.  A login that cannot be read may have the
-password anywhere, so nothing behind its first two octets is shown then.
+password anywhere, so nothing behind its first two octets is shown then.  Of a token of GSSAPI's only the beginning is shown,
+which says what kind of token it is; and nothing of one that is not complete, since it may be a login instead.
 
 Here are no sockets, and no client is served: see tracer.py.
 """
@@ -20,6 +21,7 @@ from itertools import zip_longest
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 from .. import foreign
+from ..gssapi.messages import Frame
 from .fields import (
     LAYOUTS, FieldOctets, Meaning, address_type, cut, deviations, ends_too_soon, meanings, name_text, plain,
     plain_sentence, sentence,
@@ -193,9 +195,22 @@ def row_of(kind: Type[Message], part: FieldOctets, parts: List[FieldOctets], sec
         kept, left_out = part.octets[:KEPT], max(0, len(part.octets) - KEPT)
         about = f"{plural(len(part.octets), 'octet')} of payload, behind the header"
         return FieldRow(part.name, size, kept, [(kept, about)], left_out)
+    if part.name == "TOKEN":
+        kept = part.octets[:BEGINNING]
+        if not part.whole:
+            return FieldRow(part.name, size, None, [(b"", "cut off here, and not shown")])
+        return FieldRow(part.name, size, kept, [(kept, about_token(part.octets))], len(part.octets) - len(kept))
     if not part.whole:
         return FieldRow(part.name, size, part.octets, [(part.octets, "cut off here")])
     return FieldRow(part.name, size, part.octets, meanings(kind, part.name, part.octets, address_type(parts)))
+
+
+TOKENS = {b"\x60": "to get to know each other; its mechanism comes first (RFC 2743 section 3.1)", b"\x05\x04": "something wrapped (RFC 4121 section 4.2.6.2)"}
+
+
+def about_token(octets: bytes) -> str:
+    kind = next((text for first, text in TOKENS.items() if octets.startswith(first)), "")
+    return kind or ("one octet, in clear" if len(octets) == 1 else "GSSAPI's own" if octets else "none")
 
 
 def unknown(message: Message) -> Explanation:
@@ -251,7 +266,7 @@ def explanations(octets: bytes) -> List[Explanation]:
 
 def readings(octets: bytes) -> List[List[Explanation]]:
     """The ways to read these octets, at least one, each as the messages that it finds in a row."""
-    chains = list(chained(octets, list(LAYOUTS)))
+    chains = list(chained(octets, [kind for kind in LAYOUTS if not issubclass(kind, Frame)]))     # which could be logins as well
     with_login = [chain for chain in chains if any(isinstance(message, Credentials) for message, _part in chain)]
     suspicious = suspected_login(octets)
     if suspicious is not None and not with_login:       # what may have a password in it is read as nothing else

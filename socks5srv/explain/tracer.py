@@ -20,6 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Deque, Dict, List, Optional, Protocol, Sequence, Type, TypeVar
 
 from ..foreign import ForeignProtocol, Note
+from ..gssapi.messages import Abort, LevelToken
 from ..observer import Attempt, Observer
 from ..protocol import (
     Address, Command, CredentialsReply, Message, MethodSelection, NoAcceptableMethod, ProtocolError, Reply, ReplyCode, Request,
@@ -75,6 +76,7 @@ class Trace:
         self.attempts: Deque[Attempt] = deque(maxlen=self.max_remembered)
         self.datagrams: Optional[DatagramTrace] = None      # of a UDP ASSOCIATE
         self.is_open = False
+        self.level: Optional[int] = None        # of protection, once it is agreed upon
 
     def show(self, found: Explanation, number: str = "", at: Optional[float] = None) -> None:
         """Show it as the next message of this session, or with a `number` and a time of its own."""
@@ -143,6 +145,7 @@ class Tracer(Observer):
             found.remarks += reasons.about_request(message, by_upstream=session.upstream is not None)
             if message.command is Command.UDP_ASSOCIATE:
                 trace.datagrams = DatagramTrace(trace.show)
+        found.remarks += reasons.about_level(trace.level)
         trace.show(found)
 
     def malformed(self, session: Session, kind: Type[Message], octets: bytes, error: Exception, ahead: int) -> None:
@@ -165,7 +168,12 @@ class Tracer(Observer):
             found.remarks += [*trace.take_findings(), *reasons.about_login(user, error)]
         elif isinstance(message, Reply):
             self.explain_reply(trace, message, found, error)
+        elif isinstance(message, Abort):
+            found.remarks += reasons.about_abort(error)
+        found.remarks += reasons.about_level(trace.level)
         trace.show(found)
+        if isinstance(message, LevelToken):
+            trace.level = message.level
 
     def explain_reply(self, trace: Trace, message: Reply, found: Explanation, error: Optional[Socks5Error]) -> None:
         session, succeeded = trace.session, message.code == ReplyCode.SUCCEEDED

@@ -81,15 +81,7 @@ class Abort(Frame):
 
 @dataclass
 class TokenFrame(Frame):
-    """
-    Both ways: a token of GSSAPI's.  RFC 1961 sections 3.4, 4.3 and 5.
-
-        +-----+------+-----+---------------+
-        | VER | MTYP | LEN |     TOKEN     |
-        +-----+------+-----+---------------+
-        |  1  |  1   |  2  | up to 65,535  |
-        +-----+------+-----+---------------+
-    """
+    """A frame with a token of GSSAPI's, which is LEN octets long."""
 
     token: bytes = field(repr=False)
 
@@ -105,21 +97,47 @@ class TokenFrame(Frame):
 
 
 class ContextToken(TokenFrame):
-    """Both ways, in turns, until the security context is established.  RFC 1961 section 3."""
+    """
+    Both ways, in turns, until the security context is established.  RFC 1961 section 3.4.
+
+        +-----+------+-----+--------------+
+        | VER | MTYP | LEN |    TOKEN     |
+        +-----+------+-----+--------------+
+        |  1  |  1   |  2  | up to 65,535 |
+        +-----+------+-----+--------------+
+    """
 
     mtyp = MessageType.AUTHENTICATION
 
 
 @dataclass
 class LevelToken(TokenFrame):
-    """Once each way: the protection level, one octet, wrapped.  RFC 1961 section 4.  `level`: which, for who cannot unwrap it."""
+    """
+    Once each way: the protection level, one octet, wrapped.  RFC 1961 section 4.3.
+
+        +-----+------+-----+--------------+
+        | VER | MTYP | LEN |    TOKEN     |
+        +-----+------+-----+--------------+
+        |  1  |  1   |  2  | up to 65,535 |
+        +-----+------+-----+--------------+
+
+    `level`: which it is, for who cannot unwrap the token.
+    """
 
     level: Optional[int] = field(default=None, compare=False)
     mtyp = MessageType.PROTECTION_LEVEL
 
 
 class Encapsulated(TokenFrame):
-    """Both ways: what RFC 1928 has, wrapped.  RFC 1961 section 5."""
+    """
+    Both ways: what RFC 1928 has, wrapped.  RFC 1961 section 5.
+
+        +-----+------+-----+--------------+
+        | VER | MTYP | LEN |    TOKEN     |
+        +-----+------+-----+--------------+
+        |  1  |  1   |  2  | up to 65,535 |
+        +-----+------+-----+--------------+
+    """
 
     mtyp = MessageType.ENCAPSULATED
 

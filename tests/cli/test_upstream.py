@@ -19,7 +19,7 @@ def test_without_the_option_there_is_none() -> None:
     assert parse([]).upstream is None
 
 
-@pytest.mark.parametrize("url", [URL, "socks5://[2001:db8::1]:1080"])
+@pytest.mark.parametrize("url", [URL, "socks5://[2001:db8::1]:1080", "socks5h+gssapi://socks@proxy.example"])
 def test_the_option_is_a_url(url: str) -> None:
     assert parse(["--upstream", url]).upstream == Proxy.parse(url)
 

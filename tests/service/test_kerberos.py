@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, List
 
 import pytest
-from tests.conftest import LOCALHOST, handler_with, in_thread, needs_ipv6
+from tests.conftest import LOCALHOST, exchange, handler_with, in_thread, needs_ipv6
 from tests.kerberos import CLIENTS, REALM, Realm, credentials_of
 from tests.program import Run, Start, processes_too
 
 pytest.importorskip("gssapi")
 
 from socks5srv.cli.options import parse
+from socks5srv.client import connect
 from socks5srv.gssapi.handler import GssapiHandler
 from socks5srv.gssapi.context import Initiator
 from socks5srv.gssapi.messages import Abort, ContextToken, Level
@@ -120,6 +121,8 @@ def test_without_the_package_it_is_told_what_to_install(run_command: Run, tmp_pa
     assert error.splitlines()[0] == "--gssapi needs the package gssapi: libgssapi_krb5.so.2: cannot open shared object file"
     assert "pip install 'socks5srv[gssapi]'" in error
     assert "libkrb5-dev" in error
+    error = run_command("--upstream", "socks5h+gssapi://proxy.example", "0", PYTHONPATH=os.pathsep.join([str(tmp_path), str(root)])).error(1)
+    assert error.startswith("--upstream socks5h+gssapi://proxy.example:1080 needs the package gssapi: ")
 
 
 def test_without_the_option_the_package_is_not_loaded(kerberos: Realm) -> None:
@@ -142,3 +145,14 @@ def test_all_goes_through_an_upstream_if_there_is_one(kerberos: Realm, start: St
     assert client.request(Command.CONNECT, echo).code is ReplyCode.SUCCEEDED
     client.exchange()
     assert far.sessions
+
+
+def test_the_upstream_may_ask_for_it_instead(kerberos: Realm, start: Start, echo: Any, tmp_path: Path) -> None:
+    far = start(*options(kerberos))
+    near = start("--pcap", str(tmp_path / "pcap"), "--upstream", f"socks5h+gssapi://localhost:{far.port}")
+    with connect(f"socks5h://{LOCALHOST}:{near.port}", *echo) as sock:
+        exchange(sock, b"this is a secret")
+    assert f"user {ALICE} CONNECT" in far.wait_for(" ok, ")
+    near.wait_for(" ok, ")
+    near.stop()
+    assert (tmp_path / "pcap").read_bytes().count(b"this is a secret") == 2, "on its way from the client and back, and not to the upstream"
