@@ -20,7 +20,9 @@ from typing import Dict, List, Set, Tuple
 
 import pytest
 
-from .clients.harness import need_module
+from socks5srv.testing import kerberos
+
+from .clients.harness import lack, need_module
 from .docs.pages import page, table
 from .conftest import within
 
@@ -46,6 +48,7 @@ VARIABLE = [
     (r'"time": "[-:.\dTZ]{24}"', '"time": NOW'),
     (r'"seconds": [\d.]+', '"seconds": SECONDS'),
     (r"  #+ +[\d,]+$", "  BAR"),
+    (r" \+\d+(?=,|$)", " +LENGTH"),
 ]
 
 
@@ -101,9 +104,16 @@ def ran(*words: str, directory: Path) -> subprocess.CompletedProcess[str]:
 
 def run(*words: str, directory: Path) -> str:
     """What such a Python program prints; it may neither fail nor complain."""
+    if any("kerberos" in word for word in words):
+        need_kerberos()
     done = ran(*words, directory=directory)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
+
+
+def need_kerberos() -> None:
+    if kerberos.missing():
+        lack(kerberos.missing())
 
 
 # --- all examples ---
@@ -149,13 +159,13 @@ def test_the_questions_of_an_example_are_answered(path: Path) -> None:
 
 # --- the labs ---
 
-def test_there_are_ten_labs_in_order() -> None:
-    assert [path.name[:6] for path in LABS] == [f"lab{number:02}_" for number in range(1, 11)]
+def test_there_are_eleven_labs_in_order() -> None:
+    assert [path.name[:6] for path in LABS] == [f"lab{number:02}_" for number in range(1, 12)]
 
 
 @labs
 def test_a_lab_is_one_file_of_a_page_or_two(path: Path) -> None:
-    assert 40 <= len(path.read_text(encoding="utf-8").splitlines()) <= 120
+    assert 40 <= len(path.read_text(encoding="utf-8").splitlines()) <= 128
 
 
 @labs
@@ -237,6 +247,8 @@ def test_the_watch_over_the_labs_sees_who_goes_beyond(tmp_path: Path) -> None:
 
 @labs
 def test_a_lab_checks_all_that_it_has_found_out(path: Path) -> None:
+    if "kerberos" in path.name:
+        need_kerberos()
     lab = runpy.run_path(str(path))
     facts: Tuple[object, ...] = lab["main"]()
     if not isinstance(facts, tuple):
@@ -255,7 +267,25 @@ def test_the_course_in_the_manual_has_all_labs_in_order() -> None:
             assert (ROOT / "socks5srv" / file).exists()
 
 
-def test_the_last_lab_draws_a_picture(tmp_path: Path) -> None:
+def test_the_lab_that_measures_draws_a_picture(tmp_path: Path) -> None:
     need_module("matplotlib")
-    run(str(LABS[-1]), "--svg", "rates.svg", directory=tmp_path)
+    run(str(LABS[9]), "--svg", "rates.svg", directory=tmp_path)
     assert "<svg" in (tmp_path / "rates.svg").read_text(encoding="utf-8")
+
+
+WITHOUT = [
+    ("import sys; sys.modules['gssapi'] = None", "pip install 'socks5srv[gssapi]'"),
+    ("from socks5srv.testing import kerberos; kerberos.PATH = ''", "The program krb5kdc is not there; on Debian:  apt-get install krb5-kdc krb5-admin-server"),
+]
+
+
+@pytest.mark.parametrize(("without", "advice"), WITHOUT, ids=["no package", "no programs"])
+def test_a_lab_says_what_is_missing(without: str, advice: str) -> None:
+    if "sys.modules" not in without:
+        need_module("gssapi")
+    lab = f"import runpy; {without}; runpy.run_path({str(LABS[10])!r}, run_name='__main__')"
+    done = ran("-c", lab, directory=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("This lab needs more than others.  ")
+    assert advice in done.stderr
+    assert len(done.stderr.splitlines()) == 1
