@@ -22,7 +22,9 @@ from typing import Dict, List, Sequence, Set, Tuple
 
 import pytest
 
-from .clients.harness import need, need_module
+from socks5srv.testing import kerberos
+
+from .clients.harness import lack, need, need_module
 from .docs.pages import page, table
 from .conftest import Place, eventually, within
 from .monitor.watched import Page
@@ -51,6 +53,7 @@ VARIABLE = [
     (r'"time": "[-:.\dTZ]{24}"', '"time": NOW'),
     (r'"seconds": [\d.]+', '"seconds": SECONDS'),
     (r"  #+ +[\d,]+$", "  BAR"),
+    (r" \+\d+(?=,|$)", " +LENGTH"),
 ]
 
 
@@ -107,6 +110,8 @@ def ran(*words: str, directory: Path, within: Sequence[str] = ()) -> subprocess.
 
 def run(*words: str, directory: Path, within: Sequence[str] = ()) -> str:
     """What such a Python program prints; it may neither fail nor complain."""
+    if any("kerberos" in word for word in words):
+        need_kerberos()
     done = ran(*words, directory=directory, within=within)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -141,6 +146,11 @@ def surroundings(path: Path, folder: Path) -> List[str]:
     if sys.platform != "linux":
         pytest.skip("not on this platform: PAM as Linux has it")
     return with_pam_services(folder, socks5srv=lines_of_pam(docstring(path)))
+
+
+def need_kerberos() -> None:
+    if kerberos.missing():
+        lack(kerberos.missing())
 
 
 # --- all examples ---
@@ -240,13 +250,13 @@ def test_a_server_starts_with_the_options_of_an_example(path: Path, start: Start
 
 # --- the labs ---
 
-def test_there_are_ten_labs_in_order() -> None:
-    assert [path.name[:6] for path in LABS] == [f"lab{number:02}_" for number in range(1, 11)]
+def test_there_are_eleven_labs_in_order() -> None:
+    assert [path.name[:6] for path in LABS] == [f"lab{number:02}_" for number in range(1, 12)]
 
 
 @labs
 def test_a_lab_is_one_file_of_a_page_or_two(path: Path) -> None:
-    assert 40 <= len(path.read_text(encoding="utf-8").splitlines()) <= 120
+    assert 40 <= len(path.read_text(encoding="utf-8").splitlines()) <= 128
 
 
 @labs
@@ -328,6 +338,8 @@ def test_the_watch_over_the_labs_sees_who_goes_beyond(tmp_path: Path) -> None:
 
 @labs
 def test_a_lab_checks_all_that_it_has_found_out(path: Path) -> None:
+    if "kerberos" in path.name:
+        need_kerberos()
     lab = runpy.run_path(str(path))
     facts: Tuple[object, ...] = lab["main"]()
     if not isinstance(facts, tuple):
@@ -346,7 +358,25 @@ def test_the_course_in_the_manual_has_all_labs_in_order() -> None:
             assert (ROOT / "socks5srv" / file).exists()
 
 
-def test_the_last_lab_draws_a_picture(tmp_path: Path) -> None:
+def test_the_lab_that_measures_draws_a_picture(tmp_path: Path) -> None:
     need_module("matplotlib")
-    run(str(LABS[-1]), "--svg", "rates.svg", directory=tmp_path)
+    run(str(LABS[9]), "--svg", "rates.svg", directory=tmp_path)
     assert "<svg" in (tmp_path / "rates.svg").read_text(encoding="utf-8")
+
+
+WITHOUT = [
+    ("import sys; sys.modules['gssapi'] = None", "pip install 'socks5srv[gssapi]'"),
+    ("from socks5srv.testing import kerberos; kerberos.PATH = ''", "The program krb5kdc is not there; on Debian:  apt-get install krb5-kdc krb5-admin-server"),
+]
+
+
+@pytest.mark.parametrize(("without", "advice"), WITHOUT, ids=["no package", "no programs"])
+def test_a_lab_says_what_is_missing(without: str, advice: str) -> None:
+    if "sys.modules" not in without:
+        need_module("gssapi")
+    lab = f"import runpy; {without}; runpy.run_path({str(LABS[10])!r}, run_name='__main__')"
+    done = ran("-c", lab, directory=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("This lab needs more than others.  ")
+    assert advice in done.stderr
+    assert len(done.stderr.splitlines()) == 1

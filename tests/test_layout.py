@@ -45,7 +45,7 @@ CORE = {
 ABOVE = {
     "gssapi": set(), "client": {"gssapi"}, "check": {"gssapi", "client"}, "upstream": {"gssapi", "client"}, "explain": {"gssapi"}, "capture": set(), "monitor": {"explain"},
     "service": {"gssapi", "client", "upstream", "explain", "capture", "monitor"}, "workers": {"monitor", "service"},
-    "cli": {"gssapi", "client", "check", "explain", "monitor", "service", "workers"}, "testing": {"upstream"},
+    "cli": {"gssapi", "client", "check", "explain", "monitor", "service", "workers"}, "testing": {"gssapi", "upstream"},
 }
 MAY_IMPORT = {**CORE, **{room: {*CORE, *others} for room, others in ABOVE.items()}}
 FRONT = {"__init__", "__main__"}
