@@ -46,6 +46,8 @@ complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-pas
 complete -c socks5srv -n 'not __fish_seen_subcommand_from check explain hash-password' -l self-test -d 'test CONNECT, BIND and UDP ASSOCIATE through itself, on this computer only, and exit'
 complete -c socks5srv -n '__fish_seen_subcommand_from check' -s h -l help -d 'show this help message and exit'
 complete -c socks5srv -n '__fish_seen_subcommand_from check' -l user -x -d 'the credentials, where they are required'
+complete -c socks5srv -n '__fish_seen_subcommand_from check' -l gssapi -d 'log in by Kerberos, with the ticket of whoever asks, and ask about that, too'
+complete -c socks5srv -n '__fish_seen_subcommand_from check' -l service -x -d 'the server'\''s service for --gssapi'
 complete -c socks5srv -n '__fish_seen_subcommand_from check' -l json -d 'the answers for programs'
 complete -c socks5srv -n '__fish_seen_subcommand_from check' -l all -d 'go on also after 5 timeouts in a row'
 complete -c socks5srv -n '__fish_seen_subcommand_from check' -l target -x -d 'an address of this computer that the server can reach'
