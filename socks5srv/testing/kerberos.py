@@ -1,10 +1,7 @@
 """
 A Kerberos realm for a test: a KDC on 127.0.0.1, with its files in a folder of its own.
 
-    with realm(clients=["anna"]) as kerberos, kerberos.entered():
-        gssapi = Gssapi(str(kerberos.keytab))       # of socks5srv.gssapi.handler
-        with socks5srv.testing.start(GssapiHandler, gssapi=gssapi) as proxy:
-            connect(f"socks5h+gssapi://localhost:{proxy.port}", "example.com", 80)
+    with realm(clients=["anna"]) as kerberos, kerberos.entered(), start(GssapiHandler, gssapi=Gssapi(str(kerberos.keytab))) as proxy: ...
 
 Nothing of the computer's own Kerberos is read or written.  The library is told by its environment variables where all of
 it is, and takes a ticket by itself when it needs one, from a keytab: nobody has to run kinit.

@@ -62,7 +62,7 @@ def test_the_table_of_exit_codes_is_that_of_the_help() -> None:
 @pytest.mark.parametrize("name", [*NAMES, *AT_THE_TOP])
 def test_every_option_in_the_manual_is_one_of_ours_or_of_a_program_beside_it(name: str) -> None:
     options = {option for action in build_parser()._actions for option in action.option_strings}
-    options |= {"--json", "--target", "--timeout", "--check", "--svg", "--proxy-server", "--args", "--seconds", "--all", "--log-level", "--by-haproxy"}
+    options |= {"--json", "--service", "--target", "--timeout", "--check", "--svg", "--proxy-server", "--args", "--seconds", "--all", "--log-level", "--by-haproxy"}
     assert set(re.findall(r"(?<![\w`-])``(--[a-z][a-z-]*)", page(name))) <= options
 
 
