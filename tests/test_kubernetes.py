@@ -181,7 +181,8 @@ def test_a_server_with_the_options_answers_the_probes_and_notices_a_new_secret(n
         "--drain-grace", "60", "-p", "0", port=None,
     )
     page = Page.of(service)
-    assert {probe["path"]: page.ask(probe["path"]).status for probe in manifests.probes().values()} == {"/healthz": 200, "/readyz": 200}
+    assert {probe["path"] for probe in manifests.probes().values()} == {"/healthz", "/readyz"}
+    eventually(lambda: page.ask("/healthz").status == page.ask("/readyz").status == 200)
     tunnel = service.tunnel(echo, "anna", "sesame")
     volume.write(options=manifests.options, users=f"{users}ben:{cheap_hash('mellon')}\n")
     service.wait_for("2 users read from")

@@ -54,7 +54,7 @@ SHOWN = {
 }
 
 # Commands of others, which the manual shows beside ours.
-OTHERS = {"cd", "chromium", "cp", "curl", "echo", "export", "git", "google-chrome", "mkdir", "pipx", "tshark", "./socks5srv.pyz"}
+OTHERS = {"cd", "chromium", "cp", "curl", "docker", "echo", "export", "git", "google-chrome", "kubectl", "mkdir", "pipx", "tshark", "./socks5srv.pyz"}
 
 
 def commands() -> List[List[str]]:
