@@ -192,6 +192,7 @@ def container(networks: Networks, target: Host, engine: Engine, project: Path) -
     finally:
         found.clients.close()
         found.compose("down")
+        shutil.rmtree(f"/var/lib/cni/networks/{found.project}_default", ignore_errors=True)      # which addresses were in use
 
 
 @SLOW
