@@ -293,16 +293,23 @@ def words_of(parser: Parser, path: str) -> Iterator[str]:
         parser.error(f"cannot read the options in {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}")
     for number, line in enumerate(lines, 1):
         try:
-            words = shlex.split(line)
+            words = words_in(line)
         except ValueError as error:
             parser.error(f"{path}:{number}: {error}")
-        # Not shlex's own comments, which begin also within a word: a password may have a #.
-        for text in itertools.takewhile(lambda word: word[0:1] != "#", words):
+        for text in words:
             option, equals, value = text.partition("=")
             for part in (option, value) if equals and text.startswith("--") else (text,):
                 word = Word(part)
                 word.where = f"{path}:{number}"
                 yield word
+
+
+def words_in(line: str) -> List[str]:
+    """As a shell splits it.  What follows the # of a comment is never looked at, and may have a quote that is not closed."""
+    # Not shlex's own comments, which begin also within a word: a password may have a #.
+    lexer = shlex.shlex(line, posix=True)
+    lexer.commenters, lexer.whitespace_split = "", True
+    return [] if line.lstrip().startswith("#") else list(itertools.takewhile(lambda word: word[0:1] != "#", lexer))
 
 
 # --- the types of the options: text to value ---

@@ -296,6 +296,11 @@ def test_what_stands_behind_a_file_wins(conf: Conf) -> None:
     assert (options.port, options.idle_timeout) == (9090, 60)
 
 
+@pytest.mark.parametrize("line", ["# anna's", "#anna's", "  # anna's", "--quiet # anna's", "--quiet  # \"anna"])
+def test_a_comment_may_have_an_apostrophe(line: str, conf: Conf) -> None:
+    assert parse([conf(f"{line}\n-p 1081\n")]).port == 1081
+
+
 def test_a_number_sign_within_a_password_is_no_comment(conf: Conf) -> None:
     assert parse([conf("-u anna:sesame#4711\n")]).users == {"anna": "sesame#4711"}
 

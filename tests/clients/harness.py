@@ -41,7 +41,7 @@ USER, PASSWORD = "alice", "s3cret:/@word"       # with all that has a meaning of
 
 def need(*tools: str) -> str:
     """The path of the first of these programs that is there.  Without one: a skip, and a failure in CI."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", os.path.dirname(sys.executable)])
     for tool in tools:
         found = shutil.which(tool, path=path)
         if found:

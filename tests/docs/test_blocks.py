@@ -56,7 +56,7 @@ SHOWN = {
 
 # Commands of others, which the manual shows beside ours.
 OTHERS = {
-    "apt-get", "cd", "chromium", "cp", "curl", "echo", "export", "git", "google-chrome", "kadmin", "kinit", "mkdir", "pipx", "socksify", "tshark",
+    "apt-get", "cd", "chromium", "cp", "curl", "docker", "echo", "export", "git", "google-chrome", "kadmin", "kinit", "kubectl", "mkdir", "pipx", "socksify", "tshark",
     "./socks5srv.pyz",
 }
 
