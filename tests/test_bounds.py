@@ -69,7 +69,7 @@ BOUNDED = {
         outbound.py:HappyEyeballs.failures,HappyEyeballs.met_itself,HappyEyeballs.running,HappyEyeballs.waiting
     """,
     "a frame, which has 64 KiB at most, or a part of one, and what is read at a time; gssapi/test_protected.py fills it":
-        "gssapi/client.py:ProtectedSocket.received gssapi/protected.py:ProtectedStream.received relay.py:Coded.decoded,Coded.received,CodedFlow.received",
+        "gssapi/protected.py:ProtectedStream.received relay.py:Coded.decoded,Coded.received,CodedFlow.received",
     "a deque with a length": "explain/tracer.py:Trace.attempts,Trace.verdicts monitor/stats.py:Publisher.looks",
     "an entry for each client, until it has been reported: Registry.to_report bounds those that are not served any more":
         "explain/tracer.py:Tracer.traces monitor/metrics.py:Metrics.live",
