@@ -24,7 +24,7 @@ import pytest
 
 from .clients.harness import need, need_module
 from .docs.pages import page, table
-from .conftest import Place, within
+from .conftest import Place, eventually, within
 from .monitor.watched import Page
 from .program import Start
 from socks5srv.users import UsersFile, verify
@@ -232,7 +232,7 @@ def test_the_query_in_the_manual_makes_a_users_file_of_such_a_database(tmp_path:
 def test_a_server_starts_with_the_options_of_an_example(path: Path, start: Start, echo: Place) -> None:
     service = start(f"@{path}", "--status", "0")
     (page,) = re.findall(r"status=(http://[^/]+)/", service.wait_for("status="))
-    assert Page.at(page).ask("/readyz").status == 200
+    eventually(lambda: Page.at(page).ask("/readyz").status == 200)
     if "--proxy-protocol" not in path.read_text(encoding="utf-8"):
         service.tunnel(echo)
     assert service.stop() == 0
