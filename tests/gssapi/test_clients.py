@@ -69,7 +69,7 @@ class PyCurl:
         try:
             said = run(sys.executable, "-c", "import pycurl; print(pycurl.version)").decode()
         except AssertionError:
-            lack("pycurl is not installed")
+            lack("pycurl is not installed" if sys.version_info >= (3, 9) else "not on this platform: pycurl without a compiler")
         return tuple(map(int, re.findall(r"libcurl/(\d+)\.(\d+)", said)[0]))
 
     def get(self, proxy: str, url: str, code: int = 0) -> str:
