@@ -11,6 +11,7 @@ import pytest
 
 from socks5srv.gssapi.messages import Abort, ContextToken
 from socks5srv.protocol import Method
+from tests.conftest import exchange
 from tests.kerberos import REALM, Realm
 from tests.program import Start, needs_posix
 
@@ -24,7 +25,7 @@ def test_the_lines_from_a_keytab_to_a_proxy_lead_there(kerberos: Realm, start: S
     from tests.gssapi.harness import KerberosClient
 
     keytab = tmp_path / "proxy.keytab"
-    shown, asked = blocks("console", "kerberos")
+    shown, by_us, _by_dante = blocks("console", "kerberos")
     lines = [shlex.split(line[2:].replace("proxy.keytab", str(keytab)).replace("EXAMPLE.COM", REALM)) for line in shown.splitlines()]
     for _kadmin, *words in [line for line in lines if line[0] == "kadmin"]:
         kerberos.run("kadmin.local", *words)
@@ -35,8 +36,16 @@ def test_the_lines_from_a_keytab_to_a_proxy_lead_there(kerberos: Realm, start: S
             client.enter()
             client.connect(echo)
             client.exchange()
-    (user,) = [line.partition("@")[0] for line in asked.splitlines() if line.startswith("$ kinit ")]
-    assert user == "$ kinit anna"
+    (command,) = [shlex.split(line) for line in by_us.splitlines() if "--upstream" in line]
+    near = start(*[word.replace(PROXY, f"localhost:{service_of_localhost(kerberos, start)}") for word in command[2:]])
+    with near.client() as client:
+        client.connect(echo)
+        exchange(client)
+
+
+def service_of_localhost(kerberos: Realm, start: Start) -> int:
+    """The port of a proxy that is asked for by this name."""
+    return start("--gssapi", "--keytab", str(kerberos.keytab)).port
 
 
 @needs_posix
