@@ -206,7 +206,8 @@ def test_a_client_that_is_too_slow_or_crowded_out_is_counted_as_that(watch: Star
     new_client(page).rest()
     page.server.handshake_timeout, page.server.max_handshakes = 30, 1
     first = new_client(page)
-    eventually(lambda: page.server.registry.handshakes)
+    port = first.socket.getsockname()[1]
+    eventually(lambda: [handler.session.client.port for handler in page.server.registry.handshakes.values()] == [port])
     with new_client(page):
         first.rest()
     page.when(lambda status: status["counters"]["handshake_failures"] == {"timeout": 1, "crowded_out": 1, "closed": 1})
