@@ -288,9 +288,8 @@ class Relay:
         return max(0.0, self.next_check - now)
 
     def close(self) -> None:
-        for fd in list(self.watched):
-            if fd in self.watched:      # which one abort() may take out with another
-                self.watched[fd].abort("server stopped")
+        for pollable in set(self.watched.values()):
+            pollable.abort("server stopped")
         self.waiter.close()
         self.waker.close()
         if self.pipes:
@@ -405,7 +404,7 @@ class Flow:
 
     def run_bulk(self) -> None:
         """Move one chunk of many, after the flows that had less to move."""
-        if self.reading:            # which may have changed meanwhile
+        if self.reading and not self.tunnel.over:       # which may have changed meanwhile
             self.splice()
 
     # An OSError of these is the source's; for one of the sink's they abort the tunnel themselves.
@@ -598,14 +597,12 @@ class Tunnel:
         for flow in (self.up, self.down):
             self.relay.discard(flow.source)
             flow.release_pipe()
-            flow.reading = False
         self.session.up += self.up.octets
         self.session.down += self.down.octets
         self.session.tunnel = None
         self.session.end(reason)
         self.on_end()
-        # What refers to each other would wait for the garbage collector, and give it more to do than all else.
-        del self.on_end, self.up.tunnel, self.up.opposite, self.down.tunnel, self.down.opposite
+        del self.on_end             # which has us: so neither waits for the garbage collector
 
 
 # --- coded tunnels ---
@@ -727,7 +724,7 @@ class CodedFlow(Flow):
 
     def go_on(self) -> None:
         """There may be whole frames at hand, of which the source will tell nothing any more."""
-        if self.received and self.reading:
+        if self.received:
             self.tunnel.relay.bulk_queue[self] = None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import hashlib
 import os
 import resource
@@ -522,42 +521,6 @@ def test_tunnels_spread_over_several_relay_threads(start_server: Any, new_tunnel
     for _ in range(7):
         new_tunnel(server)
     assert sorted(len(carrier.watched) for carrier in server.relays) == [5, 5, 7]     # two sockets each, and the one that wakes it
-
-
-def both_end(client: Client, target: socket.socket, server: Any) -> None:
-    client.socket.shutdown(socket.SHUT_WR)
-    assert target.recv(100) == b""
-    target.shutdown(socket.SHUT_WR)
-    server.next_ended()
-
-
-def one_breaks_off(client: Client, _target: socket.socket, server: Any) -> None:
-    client.reset()
-    server.next_ended()
-
-
-def its_thread_is_stopped(_client: Client, _target: socket.socket, server: Any) -> None:
-    server.relays[0].stop()
-    server.next_ended()
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """What refers to each other stays meanwhile; nothing of the kind is left from before."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.parametrize("end", [both_end, one_breaks_off, its_thread_is_stopped])
-@pytest.mark.usefixtures("mode", "no_collector")
-def test_a_tunnel_that_is_over_leaves_nothing_to_the_garbage_collector(used_tunnel: Any, end: Callable[[Client, socket.socket, Any], None]) -> None:
-    client, target, server = used_tunnel()
-    carrier = server.relays[0]
-    end(client, target, server)
-    carrier.waker.wake()            # it still has in hand what it did last
-    eventually(lambda: not any(type(each) in (relay.Flow, relay.Tunnel) for each in gc.get_objects()))
 
 
 def test_a_bug_costs_one_tunnel_and_no_other(
