@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("gssapi")
 
-from ..clients.harness import Logged, Proxy, digest, files, lack, need, run, udp_echo, website
+from ..clients.harness import Logged, Proxy, digest, files, lack, need, need_module, run, udp_echo, website
 from ..clients.harness import blocks as blocks_of_octets
 from ..docs.pages import blocks, page, table
 from ..kerberos import REALM, Realm
@@ -66,13 +66,17 @@ class PyCurl:
     """Its wheels have a libcurl and a Kerberos of their own."""
 
     def version(self) -> Tuple[int, ...]:
-        try:
-            said = run(sys.executable, "-c", "import pycurl; print(pycurl.version)").decode()
-        except AssertionError:
-            lack("pycurl is not installed" if sys.version_info >= (3, 9) else "not on this platform: pycurl without a compiler")
+        self.need()
+        said = run(sys.executable, "-c", "import pycurl; print(pycurl.version)").decode()
         return tuple(map(int, re.findall(r"libcurl/(\d+)\.(\d+)", said)[0]))
 
+    def need(self) -> None:
+        if sys.version_info < (3, 9):
+            pytest.skip("not on this platform: pycurl for this Python, but from its sources")
+        need_module("pycurl")
+
     def get(self, proxy: str, url: str, code: int = 0) -> str:
+        self.need()
         return run(sys.executable, "-c", PYCURL, proxy, url, code=code).decode()
 
 
