@@ -81,7 +81,14 @@ def test_who_may_not_come_in_is_named_and_told_why(kerberos: Realm, start: Start
     assert line.endswith(f"user {ALICE} login failed: GSSAPI: no pattern of --gssapi-allow is '{ALICE}'")
 
 
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many the other tests have: a recording is of one."""
+    monkeypatch.delenv("SOCKS5SRV_TEST_WORKERS", raising=False)
+
+
 @needs_ipv6
+@pytest.mark.usefixtures("one_process")
 def test_it_serves_at_ipv6_and_explains_itself_and_records_what_is_on_the_wire(kerberos: Realm, start: Start, echo: Any, tmp_path: Path) -> None:
     service = start("-b", "::1", "--explain", "-vv", "--pcap", str(tmp_path / "pcap"), *options(kerberos))
     with KerberosClient(("::1", service.port)) as client:
@@ -147,6 +154,7 @@ def test_all_goes_through_an_upstream_if_there_is_one(kerberos: Realm, start: St
     assert far.sessions
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_upstream_may_ask_for_it_instead(kerberos: Realm, start: Start, echo: Any, tmp_path: Path) -> None:
     far = start(*options(kerberos))
     near = start("--pcap", str(tmp_path / "pcap"), "--upstream", f"socks5h+gssapi://localhost:{far.port}")
