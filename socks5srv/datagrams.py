@@ -11,7 +11,8 @@ ends, so does this.
                        TargetSocket  <- UDP ->  targets     (one per family, made on demand)
 
 The one idea: a header already seen is not parsed again.  As octets it is the key to the target, and a source's
-address is the key to the header of what it sends, so that a datagram costs two system calls and a look-up in a dict.
+address is the key to the header of what it sends, so that a datagram costs a look-up in a dict, and two system calls at
+most: those of one size that come together for one place leave together (trains.py).
 
 The client's socket accepts datagrams from the client's host only: from the port that the client has named in its
 request, or else from that of the first good one, or a neighbour behind the same address could take the association,
@@ -22,7 +23,8 @@ that is wrong in any way is dropped in silence, as RFC 1928 section 7 asks, and 
 An association lives in the relay thread, next to the tunnels (relay.py).  A name is looked up in a thread of its
 own, while other datagrams go on.
 
-Not here: what may be reached (policy.py), and how to look up a name (resolver.py).
+Not here: what may be reached (policy.py), how to look up a name (resolver.py), and what several datagrams in one call
+take (trains.py).
 """
 
 from __future__ import annotations
@@ -123,8 +125,8 @@ class Association:
         self.here = Address.of(self.client_socket.socket.getsockname())     # what the client's socket is bound to
         self.bound = Address.numeric(told, self.here.port)                  # where the client has to send to
         # What has been found out, each to be thrown away at any time, and the oldest if there is too much:
-        self.targets: Dict[bytes, Path] = {}              # by header
-        self.stale: Dict[bytes, Path] = {}                # names that are to be looked up again when they are used again
+        self.targets: Dict[bytes, Path] = {}                # by header
+        self.stale: Dict[bytes, Path] = {}                  # names that are to be looked up again when they are used again
         self.nowhere: Dict[bytes, Tuple[float, str]] = {}   # until when, and why, by header
         self.headers: Dict[SockAddr, bytes] = {}            # by source
         self.contacted: Dict[str, None] = {}                # hosts that may answer

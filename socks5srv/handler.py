@@ -12,7 +12,7 @@ are called.  A handler talks in a thread of its own and may block as it likes.  
 stands it hands both sockets to the relay thread (relay.py) and is free for the next client.
 
 The one idea: a failure is raised where it is noticed, carries its answer, and is answered in
-one place, `refuse()`.  After a success reply nothing is answered any more: it would land in the
+one place, `_refuse()`.  After a success reply nothing is answered any more: it would land in the
 middle of the target's data.
 
 Not here: the octets (protocol.py), how to reach a target (resolver.py, outbound.py), who may log in (users.py),

@@ -24,7 +24,6 @@ are asked for that name ourselves, there is a loop, and all who wait are told so
 
 from __future__ import annotations
 
-import errno
 import secrets
 import socket
 import threading
@@ -311,9 +310,8 @@ class Answers(TargetSocket):
         return Path(lambda payload: self.socket.send(b"".join((header, payload))) - len(header), self.socket, singly=True)
 
     def ready(self, events: int) -> None:
-        association, session = self.association, self.association.session
-        chunk = association.relay.chunk
-        for _ in range(association.client_socket.most):
+        session, client_socket, chunk = self.association.session, self.association.client_socket, self.association.relay.chunk
+        for _ in range(client_socket.most):
             try:
                 octets = chunk[:self.socket.recv_into(chunk)]
             except BlockingIOError:
@@ -322,12 +320,11 @@ class Answers(TargetSocket):
                 continue
             length = header_length(octets)
             session.datagrams_down += 1
-            try:
-                if not 0 < length <= len(octets) or octets[2]:      # a fragment
-                    raise OSError(errno.EBADMSG, "its header cannot be read")
-                session.down += association.client_socket.send(octets) - length
-            except OSError:             # or the client has sent nothing yet
+            if 0 < length <= len(octets) and not octets[2]:     # nor a fragment
+                session.down += client_socket.path.send_run([octets], length)
+            else:
                 session.dropped_down += 1
+        session.dropped_down += client_socket.path.take_lost()
 
 
 class UpstreamControl(ControlConnection):

@@ -113,14 +113,14 @@ def on_one_port(*makers: Callable[[int], Any]) -> List[Any]:
     raise AssertionError("no port that is free at all of the addresses")
 
 
-def eventually(condition: Callable[[], T]) -> T:
-    """Wait for what nothing tells of; the first true value, or an AssertionError."""
-    until = time.monotonic() + TIMEOUT
+def eventually(condition: Callable[[], T], timeout: float = TIMEOUT, pause: float = 0.002) -> T:
+    """Wait for what nothing tells of; the first true value, or an AssertionError.  `pause`: seconds between two looks."""
+    until = time.monotonic() + timeout
     while time.monotonic() < until:
         value = condition()
         if value:
             return value
-        threading.Event().wait(0.002)
+        threading.Event().wait(pause)
     raise AssertionError("it did not come about in time")
 
 

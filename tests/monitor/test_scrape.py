@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -16,13 +15,13 @@ from urllib.request import urlopen
 
 import pytest
 from tests.clients.harness import PATIENCE, need, need_module
-from tests.conftest import LOCALHOST, TIMEOUT, T, in_thread, udp_socket
+from tests.conftest import LOCALHOST, TIMEOUT, T, eventually, in_thread, udp_socket
 from tests.program import ROOT, Service
 from tests.workers.processes import kill, needs_linux, workers_of
 
 from socks5srv.protocol import Address, Command, Datagram, ProtocolError, ReplyCode
 
-from .watched import Page, Start
+from .watched import Page, Start, one_of_each
 
 EXAMPLES = ROOT / "examples" / "prometheus"
 DASHBOARD = json.loads((EXAMPLES / "dashboard.json").read_text(encoding="utf-8"))
@@ -41,11 +40,7 @@ def promtool(*words: str, stdin: bytes = b"") -> Tuple[int, str]:
 
 def test_promtool_finds_nothing_wrong_with_the_metrics(watch: Start, echo: Any, new_client: Any, refusing: Any) -> None:
     page = watch(users={"anna": "sesame"})
-    assert not new_client(page).log_in("anna", "wrong")
-    for place in (refusing(), ("localhost", echo[1])):
-        client = new_client(page)
-        assert client.log_in("anna", "sesame")
-        client.request(Command.CONNECT, place)
+    one_of_each(page, new_client, refusing(), echo)
     with new_client(page) as client:
         client.send(b"GET / HTTP/1.0\r\n\r\n")
         client.rest()
@@ -96,13 +91,7 @@ def test_each_panel_of_the_dashboard_says_what_it_shows_and_has_a_place_of_its_o
 
 def seen(condition: Callable[[], T]) -> T:
     """As eventually(), but with more patience for five processes on a busy computer, and without taking what they need."""
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        value = condition()
-        if value:
-            return value
-        threading.Event().wait(0.1)
-    raise AssertionError("it is not seen in time")
+    return eventually(condition, PATIENCE, 0.1)
 
 
 class Prometheus:

@@ -8,7 +8,7 @@ import socket
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 from tests.clients.harness import need_module
-from tests.conftest import LOCALHOST, TIMEOUT, eventually
+from tests.conftest import LOCALHOST, TIMEOUT, Client, Place, eventually
 from tests.program import Service
 
 from socks5srv.explain.tracer import Tracer
@@ -16,7 +16,7 @@ from socks5srv.monitor.history import History
 from socks5srv.monitor.http import StatusPage
 from socks5srv.monitor.metrics import Metrics
 from socks5srv.monitor.stats import LocalStats
-from socks5srv.protocol import Address
+from socks5srv.protocol import Address, Command
 from socks5srv.server import Socks5Server
 
 Start = Callable[..., "Watched"]
@@ -98,6 +98,16 @@ class Watched(Page):
 
     def sessions_ended(self) -> int:
         return sum(self.metrics.counters.by("sessions").values())
+
+
+def one_of_each(page: Page, new_client: Callable[..., Client], refusing: Place, echo: Place) -> Client:
+    """A login that fails, a connection that is refused, and one that stands: its client."""
+    assert not new_client(page).log_in("anna", "wrong")
+    refused, served = new_client(page), new_client(page)
+    for client, place in ((refused, refusing), (served, ("localhost", echo[1]))):
+        assert client.log_in("anna", "sesame")
+        client.request(Command.CONNECT, place)
+    return served
 
 
 class Events:
