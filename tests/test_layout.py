@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -260,6 +260,8 @@ def test_every_import_in_the_manual_works():
     lines = set(re.findall(r"^ *((?:from socks5srv\S* import|import socks5srv).*[^(\s]) *$", text, re.MULTILINE))
     assert len(lines) > 10
     for line in lines:
+        if ".gssapi." in line and importlib.util.find_spec("gssapi") is None:
+            continue            # an extra, which in CI is there
         exec(line.partition("#")[0], {})
 
 
